@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO_DIR ?= runs/demo
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 4 minutes on 2 cores).
+	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
+
+test: $(VENV)/.installed-test  ## Install, then run every test, the slow ones included.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint  ## Style and types.
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+install: $(VENV)/.installed-test $(VENV)/.installed-lint
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "switchkd needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(PIP) -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info
