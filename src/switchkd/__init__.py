@@ -1,0 +1,56 @@
+"""switchkd: distil large language models with the teacher in the loop."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from switchkd.config import SwitchConfig
+    from switchkd.engine import roll_out
+    from switchkd.errors import UserError
+    from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
+    from switchkd.rollout import Author, Rollout
+    from switchkd.trainer import SwitchTrainer
+
+__version__ = version("switchkd")
+
+# Imported on first use: `switchkd --help` must not wait for torch.
+_HOMES = {
+    "Author": "rollout",
+    "BlendPolicy": "policies",
+    "Rollout": "rollout",
+    "StudentPolicy": "policies",
+    "SwitchConfig": "config",
+    "SwitchPolicy": "policies",
+    "SwitchTrainer": "trainer",
+    "TeacherPolicy": "policies",
+    "UserError": "errors",
+    "roll_out": "engine",
+}
+_MODULES = {"divergences", "methods", "metrics", "policies", "data", "evaluation", "objective"}
+
+__all__ = [
+    "Author",
+    "BlendPolicy",
+    "Rollout",
+    "StudentPolicy",
+    "SwitchConfig",
+    "SwitchPolicy",
+    "SwitchTrainer",
+    "TeacherPolicy",
+    "UserError",
+    "__version__",
+    "roll_out",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"switchkd.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"switchkd.{name}")
+    raise AttributeError(f"module 'switchkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

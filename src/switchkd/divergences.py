@@ -1,0 +1,171 @@
+"""Divergences between two next-token distributions: `[..., V] -> [...]`, in nats, in log space.
+
+Every function takes the student's and the teacher's log-probabilities, in this order, and knows nothing of masks,
+labels or models. Half precision is raised to float32 first; float64 stays. Each is zero where the two agree, and its
+gradient is finite for logits of +-1e4 and for ids that both models exclude with -inf.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LN_2 = math.log(2.0)
+
+
+def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """Return KL(teacher, student) = sum_v teacher_v (ln teacher_v - ln student_v): mass-covering.
+
+    Args:
+        student_log_probs: `[..., V]`, normalised.
+        teacher_log_probs: `[..., V]`, normalised.
+
+    Returns:
+        `[...]`, nats, in [0, inf].
+    """
+    student, teacher = _promote(student_log_probs, teacher_log_probs)
+    return _kl(teacher, student)
+
+
+def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """Return KL(student, teacher) = sum_v student_v (ln student_v - ln teacher_v): mode-seeking.
+
+    Args:
+        student_log_probs: `[..., V]`, normalised.
+        teacher_log_probs: `[..., V]`, normalised.
+
+    Returns:
+        `[...]`, nats, in [0, inf].
+    """
+    student, teacher = _promote(student_log_probs, teacher_log_probs)
+    return _kl(student, teacher)
+
+
+def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, teacher_weight: float = 0.5) -> Tensor:
+    """Return the generalised Jensen-Shannon divergence w KL(teacher, m) + (1 - w) KL(student, m).
+
+    m = w teacher + (1 - w) student with w = `teacher_weight`. At w = 0.5 it is symmetric and at most ln 2: this is
+    what SWITCH compares with its threshold.
+
+    Args:
+        student_log_probs: `[..., V]`, normalised.
+        teacher_log_probs: `[..., V]`, normalised.
+        teacher_weight: w in (0, 1), TRL's `beta`.
+
+    Returns:
+        `[...]`, nats, in [0, -w ln w - (1 - w) ln(1 - w)].
+
+    Raises:
+        ValueError: `teacher_weight` is outside (0, 1).
+
+    Reference:
+        Agarwal et al., "On-Policy Distillation of Language Models", arXiv 2306.13649, eq. 1.
+    """
+    _check_open_interval("teacher_weight", teacher_weight)
+    student, teacher = _promote(student_log_probs, teacher_log_probs)
+    mixture = _mix(teacher, student, teacher_weight)
+    value = teacher_weight * _kl(teacher, mixture) + (1 - teacher_weight) * _kl(student, mixture)
+    largest = -teacher_weight * math.log(teacher_weight) - (1 - teacher_weight) * math.log1p(-teacher_weight)
+    # Rounding may leave the exact range by an ulp; only the value is brought back, the gradient is not cut.
+    return value + (value.detach().clamp(0.0, largest) - value.detach())
+
+
+def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, skew: float = 0.1) -> Tensor:
+    """Return KL(teacher, a teacher + (1 - a) student) with a = `skew`.
+
+    Args:
+        student_log_probs: `[..., V]`, normalised.
+        teacher_log_probs: `[..., V]`, normalised.
+        skew: a in [0, 1); 0 is the forward KL.
+
+    Returns:
+        `[...]`, nats, in [0, -ln a].
+
+    Raises:
+        ValueError: `skew` is outside [0, 1).
+
+    Reference:
+        Ko et al., "DistiLLM", arXiv 2402.03898, section 3.1.
+    """
+    _check_skew(skew)
+    student, teacher = _promote(student_log_probs, teacher_log_probs)
+    return _kl(teacher, _mix(teacher, student, skew) if skew else student)
+
+
+def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, skew: float = 0.1) -> Tensor:
+    """Return KL(student, (1 - a) teacher + a student) with a = `skew`.
+
+    Args:
+        student_log_probs: `[..., V]`, normalised.
+        teacher_log_probs: `[..., V]`, normalised.
+        skew: a in [0, 1); 0 is the reverse KL.
+
+    Returns:
+        `[...]`, nats, in [0, -ln a].
+
+    Raises:
+        ValueError: `skew` is outside [0, 1).
+
+    Reference:
+        Ko et al., "DistiLLM", arXiv 2402.03898, section 3.1.
+    """
+    _check_skew(skew)
+    student, teacher = _promote(student_log_probs, teacher_log_probs)
+    return _kl(student, _mix(student, teacher, skew) if skew else teacher)
+
+
+def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """Return the total variation distance 1/2 sum_v |student_v - teacher_v|.
+
+    Args:
+        student_log_probs: `[..., V]`, normalised.
+        teacher_log_probs: `[..., V]`, normalised.
+
+    Returns:
+        `[...]`, a probability in [0, 1]: the least share of draws on which the two must differ.
+    """
+    student, teacher = _promote(student_log_probs, teacher_log_probs)
+    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (
+        forward_kl,
+        reverse_kl,
+        generalized_jsd,
+        skewed_forward_kl,
+        skewed_reverse_kl,
+        total_variation,
+    )
+}
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first, second); an id with no mass under `first` adds exactly zero, -inf or not."""
+    difference = torch.where(first == -math.inf, 0.0, first - second)
+    return (first.exp() * difference).sum(-1)
+
+
+def _mix(first: Tensor, second: Tensor, first_weight: float) -> Tensor:
+    """ln(w first + (1 - w) second). The floor keeps logaddexp's gradient finite where both are -inf."""
+    floor = torch.finfo(first.dtype).min / 4
+    return torch.logaddexp(
+        first.clamp_min(floor) + math.log(first_weight), second.clamp_min(floor) + math.log1p(-first_weight)
+    )
+
+
+def _promote(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(student_log_probs.dtype, teacher_log_probs.dtype), torch.float32)
+    return student_log_probs.to(dtype), teacher_log_probs.to(dtype)
+
+
+def _check_open_interval(name: str, value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie in (0, 1), got {value}; its end points are forward_kl and reverse_kl")
+
+
+def _check_skew(value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"skew must lie in [0, 1), got {value}")

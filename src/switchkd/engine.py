@@ -1,0 +1,354 @@
+"""`roll_out`: write completions under a policy, batched, with the author and evidence of every token."""
+
+import contextlib
+import inspect
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from switchkd import sampling
+from switchkd.errors import UserError
+from switchkd.policies import Policy
+from switchkd.rollout import Author, Rollout
+from switchkd.sampling import Stream
+from switchkd.vocabulary import model_vocabulary_size, normalize_eos, shared_vocabulary_size
+
+
+@dataclass(frozen=True)
+class Warping:
+    """How logits become the distribution that is sampled and compared."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    vocabulary_size: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return sampling.warp(
+            logits[..., : self.vocabulary_size], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+@torch.no_grad()
+def roll_out(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor | None = None,
+    *,
+    policy: Policy,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft_length: int | Literal["auto"] = "auto",
+    eos_token_id: int | Iterable[int] | None = None,
+    pad_token_id: int | None = None,
+    row_ids: Tensor | None = None,
+    teacher_prompt_ids: Tensor | None = None,
+    teacher_prompt_mask: Tensor | None = None,
+) -> Rollout:
+    """Return completions written by student and teacher under `policy`.
+
+    At every position the student drafts a token, the policy reads both next-token distributions of the same prefix
+    and decides who writes, and the token is drawn from the chosen distribution, coupled to the draft. Both models
+    run in eval mode with caches on; their modes are restored afterwards, also after an error. The result depends on
+    (seed, row id, position) only: not on padding, batch composition or row order.
+
+    Args:
+        student: A causal language model of transformers.
+        teacher: Likewise; None where the policy needs no teacher.
+        prompt_ids: Left-padded prompts, int64 `[B, P]`.
+        prompt_mask: True (or 1) at prompt tokens, `[B, P]`; None if nothing is padded.
+        policy: Who writes the next token, see `switchkd.policies`.
+        max_new_tokens: Length limit C of a completion, in tokens, >= 1.
+        seed: Seed of the counter-based randomness.
+        temperature: Applied to both models before sampling *and* comparing; 0 is greedy.
+        top_k: Likewise; 0 keeps every id.
+        top_p: Likewise, in (0, 1].
+        draft_length: Tokens the student drafts before the teacher checks them. 1 is the sequential reference.
+        eos_token_id: An id, several, or None to run to the length limit.
+        pad_token_id: Fills completions after their end; the first EOS id, else 0, if None.
+        row_ids: Identity of each row for the randomness, int64 `[B]`; 0 .. B-1 if None.
+        teacher_prompt_ids: Prompts for the teacher where they differ from the student's, left-padded `[B, P']`.
+        teacher_prompt_mask: Their mask `[B, P']`.
+
+    Returns:
+        A `Rollout` on the student's device, C being the longest completion.
+
+    Raises:
+        UserError: An argument outside its range, an empty prompt, or a prompt that does not fit a model's context.
+    """
+    _check_options(max_new_tokens, temperature, top_k, top_p, draft_length)
+    if teacher is None and policy.needs_teacher:
+        raise UserError(f"{type(policy).__name__} needs a teacher, got None")
+    if not policy.needs_teacher:
+        teacher = None
+    device = _device_of(student)
+    prompt_ids, prompt_mask = _check_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student")
+    rows = len(prompt_ids)
+    eos = normalize_eos(eos_token_id)
+    size = model_vocabulary_size(student)
+    teacher_prompts = None
+    if teacher is not None:
+        size = shared_vocabulary_size(size, model_vocabulary_size(teacher))
+        if teacher_prompt_ids is None:
+            teacher_prompt_ids, teacher_prompt_mask = prompt_ids, prompt_mask
+        teacher_prompts = _check_prompts(teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher")
+        if len(teacher_prompts[0]) != rows:
+            raise UserError(f"teacher_prompt_ids has {len(teacher_prompts[0])} rows, prompt_ids {rows}")
+    if pad_token_id is None:
+        pad_token_id = eos[0] if eos else 0
+    row_ids = torch.arange(rows, device=device) if row_ids is None else row_ids.to(device, torch.int64)
+    if row_ids.shape != (rows,):
+        raise UserError(f"row_ids must be [{rows}], got {list(row_ids.shape)}")
+
+    started = time.perf_counter()
+    with eval_mode(student, teacher):
+        result = _sequential(
+            student,
+            teacher,
+            prompts=(prompt_ids, prompt_mask),
+            teacher_prompts=teacher_prompts,
+            policy=policy,
+            warping=Warping(temperature, top_k, top_p, size),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            row_ids=row_ids,
+            eos=eos,
+            pad_token_id=pad_token_id,
+        )
+    seconds = time.perf_counter() - started
+    result.stats["seconds"] = seconds
+    result.stats["tokens_per_s"] = int(result.completion_mask.sum()) / max(seconds, 1e-9)
+    return result
+
+
+def _sequential(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    *,
+    prompts: tuple[Tensor, Tensor],
+    teacher_prompts: tuple[Tensor, Tensor] | None,
+    policy: Policy,
+    warping: Warping,
+    max_new_tokens: int,
+    seed: int,
+    row_ids: Tensor,
+    eos: list[int],
+    pad_token_id: int,
+) -> Rollout:
+    """The reference: both models, one token at a time, with the caches transformers gives them."""
+    rows, device = len(row_ids), row_ids.device
+    student_reader = TokenReader(student, *prompts)
+    teacher_reader = TokenReader(teacher, *teacher_prompts) if teacher is not None and teacher_prompts else None
+    eos_ids = torch.tensor(eos, dtype=torch.int64, device=device)
+    state = policy.initial_state(rows, device)
+    active = torch.ones(rows, dtype=torch.bool, device=device)
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    drafted_count = kept_count = 0
+    for step in range(max_new_tokens):
+        position = torch.full((rows,), step, dtype=torch.int64, device=device)
+        student_log_probs = warping(student_reader.logits)
+        teacher_log_probs = warping(teacher_reader.logits.to(device)) if teacher_reader else None
+        drafted = sampling.exponential_race(
+            student_log_probs, sampling.noise_keys(seed, row_ids, position, Stream.DRAFT)
+        )
+        written = write(policy, student_log_probs, teacher_log_probs, drafted, position, state, seed, row_ids)
+        state = written.state
+        columns.append((written.tokens, active, written.author, written.divergence, written.threshold))
+        drafted_count += int(active.sum())
+        kept_count += int((written.kept & active).sum())
+        active = active & ~torch.isin(written.tokens, eos_ids)
+        if step + 1 == max_new_tokens or not bool(active.any()):
+            break
+        tokens = written.tokens.masked_fill(~active, pad_token_id)
+        student_reader.append(tokens)
+        if teacher_reader:
+            teacher_reader.append(tokens)
+    ids, mask, author, divergence, threshold = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    return Rollout(
+        prompt_ids=prompts[0],
+        prompt_mask=prompts[1],
+        completion_ids=ids.masked_fill(~mask, pad_token_id),
+        completion_mask=mask,
+        author=author.masked_fill(~mask, int(Author.NONE)),
+        divergence=divergence.masked_fill(~mask, math.nan),
+        threshold=threshold.masked_fill(~mask, math.nan),
+        stats={
+            "student_passes": student_reader.passes,
+            "teacher_passes": teacher_reader.passes if teacher_reader else 0,
+            "drafted": drafted_count,
+            "kept": kept_count,
+        },
+    )
+
+
+@dataclass
+class Written:
+    """What one position of N rows became."""
+
+    tokens: Tensor
+    kept: Tensor
+    author: Tensor
+    divergence: Tensor
+    threshold: Tensor
+    state: Tensor | None
+
+
+def write(
+    policy: Policy,
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor | None,
+    drafted: Tensor,
+    position: Tensor,
+    state: Tensor | None,
+    seed: int,
+    row_ids: Tensor,
+) -> Written:
+    """Return the tokens the policy's behaviour distribution writes at one position of N rows.
+
+    Args:
+        policy: Who writes.
+        student_log_probs: `[N, V]`.
+        teacher_log_probs: `[N, V]`, or None for a policy that needs no teacher.
+        drafted: The student's draft, int64 `[N]`.
+        position: Completion positions, int64 `[N]`.
+        state: The policy's state `[N, ...]` or None.
+        seed: Seed of the randomness.
+        row_ids: int64 `[N]`.
+    """
+    if teacher_log_probs is None:
+        measure = torch.full(drafted.shape, math.nan, device=drafted.device)
+    else:
+        measure = policy.measure(student_log_probs, teacher_log_probs)
+    decision, state = policy.decide(measure, position, state)
+    tokens, author = drafted.clone(), decision.author.clone()
+    kept = torch.ones_like(drafted, dtype=torch.bool)
+    given = (author == Author.TEACHER).nonzero().squeeze(-1)
+    if len(given):
+        assert teacher_log_probs is not None  # only a policy that needs the teacher gives it positions
+        student_rows = student_log_probs[given]
+        tokens[given], kept[given] = sampling.coupled_draw(
+            drafted[given],
+            student_rows,
+            policy.behaviour(student_rows, teacher_log_probs[given]),
+            sampling.noise_keys(seed, row_ids[given], position[given], Stream.ACCEPT),
+            sampling.noise_keys(seed, row_ids[given], position[given], Stream.RESIDUAL),
+        )
+        if policy.blends:
+            author[given] = torch.where(kept[given], int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
+    return Written(tokens, kept, author, measure, decision.threshold, state)
+
+
+class TokenReader:
+    """A model and its transformers cache, fed one column of tokens at a time; `logits` predict the next column.
+
+    Works for every causal language model of transformers: it uses the public forward with a 2-D attention mask and
+    explicit position ids, which count real tokens from 0 whatever padding stands on the left.
+    """
+
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        self.model = model
+        self.device = _device_of(model)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.mask = prompt_mask.to(self.device, torch.int64)
+        self.next_position = self.mask.sum(-1, keepdim=True)
+        self.cache: Any = None
+        self.passes = 0
+        self.logits = self._forward(prompt_ids.to(self.device), prompt_positions(self.mask))
+
+    def append(self, tokens: Tensor) -> None:
+        """Read one token per row, int64 `[B]`."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self.logits = self._forward(tokens.to(self.device).unsqueeze(1), self.next_position)
+        self.next_position = self.next_position + 1
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        extra = {"position_ids": positions} if self.takes_positions else {}
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **extra,
+        )
+        self.cache = output.past_key_values
+        self.passes += 1
+        return output.logits[:, -1]
+
+
+def prompt_positions(mask: Tensor) -> Tensor:
+    """Return position ids that count real tokens from 0; padding on the left gets 0, int64 `[B, T]`."""
+    return (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
+
+
+@contextlib.contextmanager
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Put models in eval mode and give every module its own mode back afterwards, also after an error."""
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def context_length(model: Any) -> int | None:
+    """Return the most tokens a model's positions reach, or None where its config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float, draft_length: Any) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    if draft_length != "auto" and not (isinstance(draft_length, int) and draft_length >= 1):
+        raise UserError(f'draft_length must be "auto" or an integer >= 1, got {draft_length!r}')
+    try:
+        sampling.check_warping(temperature, top_k, top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _check_prompts(
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor | None, max_new_tokens: int, role: str
+) -> tuple[Tensor, Tensor]:
+    if prompt_ids.dim() != 2 or 0 in prompt_ids.shape:
+        raise UserError(f"{role} prompts must be [B, P] with at least one token, got {list(prompt_ids.shape)}")
+    if prompt_mask is None:
+        prompt_mask = torch.ones_like(prompt_ids)
+    if prompt_mask.shape != prompt_ids.shape:
+        raise UserError(f"{role} prompt mask is {list(prompt_mask.shape)}, its prompts are {list(prompt_ids.shape)}")
+    device = _device_of(model)
+    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device, torch.bool)
+    if not bool(prompt_mask.any(-1).all()):
+        row = int((~prompt_mask.any(-1)).nonzero()[0])
+        raise UserError(f"{role} prompt of row {row} is empty; a model needs at least one token to continue")
+    if bool((prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any()):
+        raise UserError(f"{role} prompts must be padded on the left; set tokenizer.padding_side='left'")
+    width = model_vocabulary_size(model)
+    largest = int(prompt_ids.masked_fill(~prompt_mask, 0).max())
+    if largest >= width:
+        raise UserError(f"{role} prompt holds id {largest}, but the model knows only ids below {width}")
+    limit = context_length(model)
+    longest = int(prompt_mask.sum(-1).max())
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
+            "shorten the prompts or max_new_tokens"
+        )
+    return prompt_ids, prompt_mask
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

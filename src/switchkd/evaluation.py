@@ -1,0 +1,367 @@
+"""Evaluation: sampled answers scored with ROUGE-L over several decoding seeds, and losses on the reference text."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import GenerationConfig
+
+from switchkd.data import pad_prompts
+from switchkd.engine import context_length, eval_mode, prompt_positions, roll_out
+from switchkd.errors import UserError
+from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
+from switchkd.objective import completion_logits, token_losses
+from switchkd.policies import StudentPolicy
+from switchkd.vocabulary import require_eos
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of one model on one data set.
+
+    Attributes:
+        rows: One dict per seed and example, by seed, then by example: `index` (of the data set), `seed`, `prompt`,
+            `completion`, `references`, `rouge_l`, `exact_match`, `completion_tokens` (the end of sequence included),
+            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference).
+        seeds: The decoding seeds.
+        scores: Mean ROUGE-L of each seed, in the order of `seeds`, in [0, 100].
+        rouge_l: Their mean.
+        rouge_l_std: Their sample standard deviation (divisor n - 1; 0 for one seed).
+        exact_match: Exact matches, percent of all rows.
+        by_length: For every length of the first reference that occurs: `examples` and mean `rouge_l`.
+        seconds: Time spent on generating.
+        decoding: The settings that made the text.
+    """
+
+    rows: list[dict[str, Any]]
+    seeds: list[int]
+    scores: list[float]
+    rouge_l: float
+    rouge_l_std: float
+    exact_match: float
+    by_length: dict[str, dict[str, float]]
+    seconds: float
+    decoding: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the rows, ready for JSON."""
+        return {
+            "rouge_l": self.rouge_l,
+            "rouge_l_std": self.rouge_l_std,
+            "scores": {str(seed): score for seed, score in zip(self.seeds, self.scores, strict=True)},
+            "exact_match": self.exact_match,
+            "examples": len(self.rows) // len(self.seeds),
+            "completion_tokens": sum(row["completion_tokens"] for row in self.rows) / len(self.rows),
+            "finished_share": sum(row["finished"] for row in self.rows) / len(self.rows),
+            "by_length": self.by_length,
+            "seconds": self.seconds,
+            "decoding": self.decoding,
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    seeds: Sequence[int] = (10, 20, 30, 40, 50),
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_size: int = 8,
+    no_repeat_ngram_size: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Return the scores of the model's own answers to every prompt, once per decoding seed.
+
+    The text of an example depends on the seed and its index only, not on `batch_size` or on the other examples. With
+    `no_repeat_ngram_size` that does not hold: there transformers' `generate` decodes, seeded once per seed.
+
+    Args:
+        model: A causal language model; its train or eval mode is restored.
+        tokenizer: Its tokenizer.
+        dataset: Made by `switchkd.data.prepare`, with at least one reference in every row.
+        seeds: Decoding seeds, all different. Greedy decoding gives the same text for each: one is enough.
+        max_new_tokens: Length limit of an answer, tokens.
+        temperature: 0 is greedy.
+        top_p: In (0, 1].
+        top_k: 0 keeps every id.
+        batch_size: Prompts decoded at once.
+        no_repeat_ngram_size: No n-gram of this length may occur twice in prompt and answer; 0 allows all. MiniLLM and
+            DistiLLM score with 6.
+        device: Where the model is moved to; None leaves it.
+        progress: Whether to show a progress bar on standard error.
+
+    Raises:
+        UserError: A row has no reference, the longest prompt and `max_new_tokens` exceed the model's context, no
+            end-of-sequence token is known, or a setting is out of range.
+    """
+    _check(model, dataset, seeds, max_new_tokens, batch_size, no_repeat_ngram_size)
+    eos = require_eos(tokenizer, model)
+    if device is not None:
+        model.to(device)
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    prompts = list(dataset["prompt_ids"])
+    # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers: dict[tuple[int, int], list[int]] = {}
+    started = time.perf_counter()
+    with tqdm(total=len(order) * len(seeds), desc="answers", unit="row", disable=not progress, leave=False) as bar:
+        for seed in seeds:
+            decode = _BlockedDecoder(model, seed, settings, eos, pad) if no_repeat_ngram_size else None
+            for batch in batches:
+                prompt_ids, prompt_mask = pad_prompts([prompts[index] for index in batch], pad)
+                if decode is not None:
+                    texts = decode(prompt_ids, prompt_mask)
+                else:
+                    texts = _sample(model, prompt_ids, prompt_mask, batch, seed, settings, eos, pad)
+                answers.update({(seed, index): ids for index, ids in zip(batch, texts, strict=True)})
+                bar.update(len(batch))
+    seconds = time.perf_counter() - started
+    decoder = "transformers.generate" if no_repeat_ngram_size else "roll_out"
+    decoding = {"decoder": decoder, **settings, "seeds": list(seeds), "batch_size": batch_size}
+    return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding)
+
+
+def write_rows(result: EvaluationResult, path: str | Path) -> None:
+    """Write the rows of a result to a JSON Lines file; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in result.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@torch.no_grad()
+def reference_losses(
+    model: nn.Module, tokenizer: Any, dataset: Dataset, *, teacher: nn.Module | None = None, batch_size: int = 8
+) -> dict[str, float]:
+    """Return losses on the reference completions, means over their tokens, the end of sequence included, in nats.
+
+    Args:
+        model: The student, or any causal language model.
+        tokenizer: Its tokenizer.
+        dataset: Made by `switchkd.data.prepare`, with a completion in every row.
+        teacher: Compared with the model at every token, on the ids both have.
+        batch_size: Rows read at once; changes nothing but speed.
+
+    Returns:
+        `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and
+        `jsd`, the symmetric Jensen-Shannon divergence, at most ln 2.
+
+    Raises:
+        UserError: A row has no completion, or a row exceeds a model's context.
+    """
+    _check_prepared(dataset)
+    prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
+    empty = next((row for row, ids in enumerate(completions, start=1) if not len(ids)), None)
+    if empty is not None:
+        raise UserError(f"row {empty} of the prepared data set has no reference completion: losses need an answer")
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    for role, reader in (("model", model), ("teacher", teacher)):
+        limit = context_length(reader) if reader is not None else None
+        if limit is not None and max(lengths) > limit:
+            raise UserError(
+                f"the longest prompt and reference have {max(lengths)} tokens, the {role}'s context is {limit}; "
+                "lower max_prompt_length or max_completion_length"
+            )
+    eos = require_eos(tokenizer, model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    totals: dict[str, float] = {}
+    with eval_mode(model, teacher):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            losses = _batch_losses(model, teacher, [prompts[i] for i in batch], [completions[i] for i in batch], pad)
+            for name, total in losses.items():
+                totals[name] = totals.get(name, 0.0) + total
+    tokens = sum(len(ids) for ids in completions)
+    return {**{name: total / tokens for name, total in totals.items()}, "tokens": tokens}
+
+
+def _batch_losses(
+    model: nn.Module, teacher: nn.Module | None, prompts: list[Any], completions: list[Any], pad: int
+) -> dict[str, float]:
+    """Sums over the tokens of a batch, prompts padded on the left and completions on the right."""
+    prompt_ids, prompt_mask = pad_prompts(prompts, pad)
+    labels = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True, padding_value=pad)
+    length = labels.shape[1]
+    mask = torch.arange(length) < torch.tensor([len(ids) for ids in completions]).unsqueeze(1)
+    ids, attention_mask = torch.cat([prompt_ids, labels], dim=1), torch.cat([prompt_mask, mask], dim=1).to(torch.int64)
+    device = _device_of(model)
+    student_logits = _logits(model, ids, attention_mask, length).to(device)
+    labels, mask = labels.to(device), mask.to(device)
+    losses = {"cross_entropy": token_losses(student_logits, objective="cross_entropy", labels=labels)}
+    if teacher is not None:
+        teacher_logits = _logits(teacher, ids, attention_mask, length).to(device)
+        for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd")):
+            losses[name] = token_losses(student_logits, objective=objective, teacher_logits=teacher_logits)
+    return {name: float(loss[mask].double().sum()) for name, loss in losses.items()}
+
+
+def _logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+    device = _device_of(model)
+    attention_mask = attention_mask.to(device)
+    output = model(
+        input_ids=ids.to(device),
+        attention_mask=attention_mask,
+        # Models with learned positions count the padding on the left too unless told not to.
+        position_ids=prompt_positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=completion_length + 1,
+    )
+    return completion_logits(output.logits, completion_length)
+
+
+def _sample(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    row_ids: list[int],
+    seed: int,
+    settings: dict[str, Any],
+    eos: list[int],
+    pad: int,
+) -> list[list[int]]:
+    rollout = roll_out(
+        model,
+        None,
+        prompt_ids,
+        prompt_mask,
+        policy=StudentPolicy(),
+        seed=seed,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        row_ids=torch.tensor(row_ids),
+        **{name: value for name, value in settings.items() if name != "no_repeat_ngram_size"},
+    )
+    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+
+
+class _BlockedDecoder:
+    """transformers' `generate` with an n-gram block; keeps its own stream of random numbers from batch to batch."""
+
+    def __init__(self, model: nn.Module, seed: int, settings: dict[str, Any], eos: list[int], pad: int) -> None:
+        sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
+        self.model: Any = model
+        self.eos = eos
+        self.seed = seed
+        # Every option that changes text is set here: what stays None would come from the model's own configuration.
+        self.config = GenerationConfig(
+            do_sample=settings["temperature"] > 0,
+            **(sampling if settings["temperature"] > 0 else {}),
+            max_new_tokens=settings["max_new_tokens"],
+            no_repeat_ngram_size=settings["no_repeat_ngram_size"],
+            repetition_penalty=1.0,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
+
+    def __call__(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
+        device = _device_of(self.model)
+        with eval_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            self.seed += 1
+            whole = self.model.generate(
+                prompt_ids.to(device), attention_mask=prompt_mask.to(device), generation_config=self.config
+            )
+        texts: list[list[int]] = whole[:, prompt_ids.shape[1] :].tolist()
+        ends = [next((i + 1 for i, token in enumerate(ids) if token in self.eos), len(ids)) for ids in texts]
+        return [ids[:end] for ids, end in zip(texts, ends, strict=True)]
+
+
+def _score(
+    answers: dict[tuple[int, int], list[int]],
+    tokenizer: Any,
+    dataset: Dataset,
+    seeds: list[int],
+    eos: set[int],
+    seconds: float,
+    decoding: dict[str, Any],
+) -> EvaluationResult:
+    references, prompts = list(dataset["references"]), list(dataset["prompt"])
+    first = [accepted[0] for accepted in references]
+    reference_tokens = [len(ids) for ids in tokenizer(first, add_special_tokens=False, verbose=False)["input_ids"]]
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        for index, accepted in enumerate(references):
+            ids = answers[seed, index]
+            finished = bool(ids) and ids[-1] in eos
+            text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+            rows.append(
+                {
+                    "index": index,
+                    "seed": seed,
+                    "prompt": prompts[index],
+                    "completion": text,
+                    "references": accepted,
+                    "rouge_l": rouge_l(text, accepted),
+                    "exact_match": exact_match(text, accepted),
+                    "completion_tokens": len(ids),
+                    "finished": finished,
+                    "reference_tokens": reference_tokens[index],
+                }
+            )
+    scores = [mean_and_std([row["rouge_l"] for row in rows if row["seed"] == seed])[0] for seed in seeds]
+    mean, std = mean_and_std(scores)
+    by_length = {}
+    for name in bucket_names():
+        chosen = [row["rouge_l"] for row in rows if length_bucket(row["reference_tokens"]) == name]
+        if chosen:
+            by_length[name] = {"examples": len(chosen) // len(seeds), "rouge_l": mean_and_std(chosen)[0]}
+    matches = 100.0 * sum(row["exact_match"] for row in rows) / len(rows)
+    return EvaluationResult(rows, seeds, scores, mean, std, matches, by_length, seconds, decoding)
+
+
+def _check_prepared(dataset: Dataset) -> None:
+    missing = {"prompt_ids", "completion_ids", "references", "prompt"} - set(dataset.column_names)
+    if missing:
+        raise UserError(f"the data set lacks {', '.join(sorted(missing))}: make it with switchkd.data.prepare")
+    if len(dataset) == 0:
+        raise UserError("the data set holds no records: there is nothing to evaluate")
+
+
+def _check(
+    model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_new_tokens: int, batch_size: int, ngram: int
+) -> None:
+    _check_prepared(dataset)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds must be one or more different integers, got {list(seeds)}")
+    for name, value, least in (("batch_size", batch_size, 1), ("no_repeat_ngram_size", ngram, 0)):
+        if value < least:
+            raise UserError(f"{name} must be >= {least}, got {value}")
+    bare = next((row for row, accepted in enumerate(dataset["references"], start=1) if not accepted), None)
+    if bare is not None:
+        raise UserError(
+            f"row {bare} of the prepared data set has no reference to score against: evaluation needs answers "
+            "(`output`, `completion` or a chat that ends with the assistant)"
+        )
+    longest, limit = max(len(ids) for ids in dataset["prompt_ids"]), context_length(model)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the "
+            f"model's context of {limit}: lower max_new_tokens, or max_prompt_length when the data are prepared"
+        )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,121 @@
+"""What is learned from a completion: the only shift, the only mask and the only reduction of the package."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchkd.divergences import DIVERGENCES
+from switchkd.errors import UserError
+
+CROSS_ENTROPY = "cross_entropy"
+
+
+def completion_logits(logits: Tensor, completion_length: int) -> Tensor:
+    """Return the logits that predict each completion token: the shift.
+
+    Args:
+        logits: `[B, L, V]` for the last L positions of prompt + completion, L >= C + 1.
+        completion_length: C.
+
+    Returns:
+        `[B, C, V]`; entry t was computed from the prefix that ends just before completion token t.
+    """
+    return logits[:, -completion_length - 1 : -1]
+
+
+def token_losses(
+    student_logits: Tensor,
+    *,
+    objective: str,
+    options: Mapping[str, Any] | None = None,
+    teacher_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    loss_temperature: float = 1.0,
+) -> Tensor:
+    """Return the loss of every token, nats, at least float32.
+
+    Args:
+        student_logits: `[..., V]`.
+        objective: `cross_entropy` or a name in `switchkd.divergences.DIVERGENCES`.
+        options: Keyword options of that divergence.
+        teacher_logits: `[..., V']`; both sides are cut to the shared ids and renormalised. No gradient reaches it.
+        labels: int64 `[...]`, for the cross-entropy.
+        loss_temperature: Divides both models' logits before a divergence compares them, > 0. The cross-entropy stays
+            at 1, and no factor of its square is applied.
+
+    Returns:
+        `[...]`.
+    """
+    if objective == CROSS_ENTROPY:
+        if labels is None:
+            raise ValueError("cross_entropy needs labels")
+        losses = torch.nn.functional.cross_entropy(
+            _at_least_float32(student_logits).flatten(0, -2), labels.flatten(), reduction="none"
+        )
+        return losses.view(labels.shape)
+    if teacher_logits is None:
+        raise ValueError(f"{objective} needs teacher_logits")
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student_log_probs, teacher_log_probs = (
+        (_at_least_float32(logits[..., :shared]) / loss_temperature).log_softmax(-1)
+        for logits in (student_logits, teacher_logits.detach())
+    )
+    return DIVERGENCES[objective](student_log_probs, teacher_log_probs, **(options or {}))
+
+
+def reduce_losses(losses: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Return the sum of the supervised losses over a count: the mask and the reduction.
+
+    Args:
+        losses: `[B, C]`.
+        mask: True at supervised tokens, `[B, C]`.
+        denominator: How many tokens share one optimizer step: over the whole accumulation window and all ranks. The
+            mask's own count if None.
+
+    Returns:
+        A scalar; 0, with a gradient, where nothing is supervised.
+    """
+    if denominator is None:
+        denominator = mask.sum()
+    # Masking by selection: a nan or inf at an unsupervised position must not survive as 0 * nan.
+    total = torch.where(mask, losses, 0.0).sum()
+    return total / torch.clamp(torch.as_tensor(denominator, device=losses.device), min=1)
+
+
+def check_objective(objective: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown objective and options it does not take.
+
+    Raises:
+        UserError: Names the valid choices.
+    """
+    known = [CROSS_ENTROPY, *DIVERGENCES]
+    if objective not in known:
+        raise UserError(f"unknown divergence {objective!r}; choose one of {', '.join(known)}")
+    accepted = objective_options(objective)
+    for name, value in options.items():
+        if name not in accepted:
+            raise UserError(
+                f"{name}={value} does nothing with {objective}"
+                + (f", which takes {', '.join(accepted)}" if accepted else "; remove it or choose another divergence")
+            )
+    if options:
+        uniform = torch.zeros(1, 2).log_softmax(-1)
+        try:
+            DIVERGENCES[objective](uniform, uniform, **options)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def objective_options(objective: str) -> list[str]:
+    """Return the names of the options an objective takes."""
+    if objective == CROSS_ENTROPY:
+        return []
+    parameters = inspect.signature(DIVERGENCES[objective]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,197 @@
+"""Policies: who writes the next token. They see two distributions and a position, never a model.
+
+A policy is a behaviour distribution mu(student, teacher, position, state). The engine asks in three steps, so that
+the vocabulary work is done once for a whole draft and the rest is arithmetic on `[N]` numbers:
+
+1. `measure`: the numbers the decision rests on, from the distributions (stateless).
+2. `decide`: the author and the threshold of each position, from the numbers, the position and the policy's state.
+3. `behaviour`: mu at the positions given to the teacher; the student's own distribution holds elsewhere.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from switchkd.divergences import LN_2, generalized_jsd
+from switchkd.errors import UserError
+from switchkd.rollout import Author
+
+Schedule = Literal["exponential", "linear", "constant", "increasing"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided at N positions.
+
+    Attributes:
+        author: `Author` values, uint8 `[N]`.
+        threshold: What the divergence was compared with, nats, float32 `[N]`; nan where there is none.
+    """
+
+    author: Tensor
+    threshold: Tensor
+
+
+class Policy:
+    """Base of all policies; the defaults are those of a stateless choice between student and teacher."""
+
+    #: Whether the teacher's distribution is needed at all.
+    needs_teacher: bool = True
+    #: Whether `decide` reads and returns a state; positions are then walked one by one.
+    stateful: bool = False
+    #: Whether no writer is chosen because mu mixes the two: the token's author is then the student where the draft
+    #: was kept and the teacher where it was replaced.
+    blends: bool = False
+
+    def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
+        """Return the state of fresh rows, `[rows, ...]`, or None for a stateless policy."""
+        return None
+
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """Return what the decision rests on.
+
+        Args:
+            student_log_probs: `[N, V]`, warped as sampled.
+            teacher_log_probs: `[N, V]`, warped as sampled.
+
+        Returns:
+            float32 `[N]`, nats where it is a divergence; nan where the policy compares nothing. It is recorded in
+            `Rollout.divergence`.
+        """
+        return torch.full(student_log_probs.shape[:-1], math.nan, device=student_log_probs.device)
+
+    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+        """Return the decisions and the new state.
+
+        Args:
+            measure: float32 `[N]` of `measure`.
+            position: Completion position of each token, counted from 0, int64 `[N]`.
+            state: `[N, ...]` or None.
+        """
+        raise TypeError(f"{type(self).__name__} does not define decide()")
+
+    def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """Return ln mu `[n, V]` at positions given to the teacher; the teacher's own distribution by default."""
+        return teacher_log_probs
+
+
+@dataclass(frozen=True)
+class StudentPolicy(Policy):
+    """The student writes everything: on-policy distillation (ImitKD, GKD), and the decoder of evaluation."""
+
+    needs_teacher = False
+
+    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+        return _everywhere(Author.STUDENT, measure), None
+
+
+@dataclass(frozen=True)
+class TeacherPolicy(Policy):
+    """The teacher writes everything, helped by the student's drafts: lossless speculative decoding of the teacher."""
+
+    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+        return _everywhere(Author.TEACHER, measure), None
+
+
+@dataclass(frozen=True)
+class BlendPolicy(Policy):
+    """Every token is drawn from w teacher + (1 - w) student.
+
+    Args:
+        teacher_weight: w in [0, 1]; 0.2 in MiniLLM.
+
+    Reference:
+        Gu et al., "MiniLLM", arXiv 2306.08543, teacher-mixed sampling, eq. 5.
+    """
+
+    teacher_weight: float = 0.2
+    blends = True
+
+    def __post_init__(self) -> None:
+        _check_range("teacher_weight", self.teacher_weight, 0.0, 1.0)
+
+    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+        return _everywhere(Author.TEACHER, measure), None
+
+    def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        weights = torch.tensor([1.0 - self.teacher_weight, self.teacher_weight], device=student_log_probs.device)
+        return torch.logaddexp(student_log_probs + weights[0].log(), teacher_log_probs + weights[1].log())
+
+
+@dataclass(frozen=True)
+class SwitchPolicy(Policy):
+    """The teacher writes exactly where the Jensen-Shannon divergence exceeds the threshold of the position.
+
+    With tau_0 = `initial_threshold`, r = `final_ratio`, h = `horizon` the threshold at position t is
+
+    - exponential: tau_0 r^(t/h), the paper's tau_0 e^(-lambda t) with lambda = -ln(r)/h;
+    - linear: tau_0 (1 - (1 - r) min(t/h, 1));
+    - constant: tau_0;
+    - increasing: tau_0 r^(1 - min(t/h, 1)), the control that trusts the student late instead of early.
+
+    A threshold of at least ln 2 throughout is the student alone; 0 is the teacher alone.
+
+    Args:
+        initial_threshold: tau_0 in nats, in [0, ln 2].
+        final_ratio: r in (0, 1].
+        horizon: h in tokens, > 0; where r is reached. The paper's reading B is r = 0.1 at the completion limit.
+        schedule: One of the four above.
+
+    Raises:
+        UserError: An option outside its range.
+
+    Reference:
+        Koo et al., "SWITCH: Studying with Teacher", arXiv 2410.19503, section 3. The values of tau_0 and lambda are
+        not published; the defaults are chosen here.
+    """
+
+    initial_threshold: float = 0.3
+    final_ratio: float = 0.1
+    horizon: float = 256
+    schedule: Schedule = "exponential"
+    _rate: float = field(init=False, repr=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        _check_range("initial_threshold", self.initial_threshold, 0.0, LN_2, "ln 2 nats")
+        if not 0.0 < self.final_ratio <= 1.0:
+            raise UserError(f"final_ratio must lie in (0, 1], got {self.final_ratio}")
+        if not self.horizon > 0:
+            raise UserError(f"horizon must be > 0 tokens, got {self.horizon}")
+        if self.schedule not in get_args(Schedule):
+            raise UserError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
+        object.__setattr__(self, "_rate", math.log(self.final_ratio))
+
+    def threshold(self, position: Tensor) -> Tensor:
+        """Return tau_t in nats, float32, for completion positions counted from 0."""
+        progress = position.to(torch.float64) / self.horizon
+        if self.schedule == "exponential":
+            factor = (self._rate * progress).exp()
+        elif self.schedule == "linear":
+            factor = 1.0 - (1.0 - self.final_ratio) * progress.clamp(max=1.0)
+        elif self.schedule == "increasing":
+            factor = (self._rate * (1.0 - progress.clamp(max=1.0))).exp()
+        else:
+            factor = torch.ones_like(progress)
+        return (self.initial_threshold * factor).to(torch.float32)
+
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        return generalized_jsd(student_log_probs, teacher_log_probs).to(torch.float32)
+
+    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+        threshold = self.threshold(position)
+        author = torch.where(measure > threshold, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
+        return Decision(author, threshold), None
+
+
+def _everywhere(author: Author, like: Tensor) -> Decision:
+    return Decision(
+        torch.full_like(like, int(author), dtype=torch.uint8), torch.full_like(like, math.nan, dtype=torch.float32)
+    )
+
+
+def _check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name} must lie in [{low:g}, {high_name or f'{high:g}'}], got {value}")

@@ -1,0 +1,112 @@
+"""The record of a rollout: which tokens were written, by whom, and why.
+
+Legend for the whole package: B rows, P prompt length, C completion length, T = P + C, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Author(IntEnum):
+    """Who wrote a token."""
+
+    NONE = 0
+    STUDENT = 1
+    TEACHER = 2
+    DATASET = 3
+
+
+@dataclass
+class Rollout:
+    """A batch of completions together with the author and the evidence of every token.
+
+    Attributes:
+        prompt_ids: Left-padded prompts, int64 `[B, P]`.
+        prompt_mask: True at prompt tokens, bool `[B, P]`.
+        completion_ids: Completions padded on the right, int64 `[B, C]`.
+        completion_mask: True up to and including the first end-of-sequence token, bool `[B, C]`.
+        author: An `Author` for every token, uint8 `[B, C]`; NONE exactly where the mask is False.
+        divergence: The value the policy compared, nats, float32 `[B, C]`; nan where there was none.
+        threshold: What it was compared with, nats, float32 `[B, C]`; nan where the policy has none.
+        teacher_hidden: The teacher's last hidden state that predicted each token `[B, C, H]`, or None.
+        stats: Counts and times: `student_passes`, `teacher_passes`, `drafted`, `kept`, `seconds`, `tokens_per_s`.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    author: Tensor
+    divergence: Tensor
+    threshold: Tensor
+    teacher_hidden: Tensor | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows, length = self.completion_ids.shape
+        expected = {
+            "completion_ids": torch.int64,
+            "completion_mask": torch.bool,
+            "author": torch.uint8,
+            "divergence": torch.float32,
+            "threshold": torch.float32,
+        }
+        for name, dtype in expected.items():
+            value = getattr(self, name)
+            if value.shape != (rows, length) or value.dtype != dtype:
+                raise ValueError(
+                    f"Rollout.{name} must be {dtype} [{rows}, {length}], got {value.dtype} {list(value.shape)}"
+                )
+        if self.prompt_ids.shape != self.prompt_mask.shape or len(self.prompt_ids) != rows:
+            raise ValueError(
+                f"Rollout prompts must be [{rows}, P] twice, got ids {list(self.prompt_ids.shape)} "
+                f"and mask {list(self.prompt_mask.shape)}"
+            )
+        if bool(((self.author == Author.NONE) == self.completion_mask).any()):
+            raise ValueError("Rollout.author must be NONE exactly where completion_mask is False")
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def teacher_share(self) -> float:
+        """Share of the emitted tokens that the teacher wrote, in [0, 1]; nan for an empty rollout."""
+        total = int(self.completion_mask.sum())
+        return int((self.author == Author.TEACHER).sum()) / total if total else float("nan")
+
+    def records(self, tokenizer: Any = None) -> list[dict[str, Any]]:
+        """Return one JSON-ready dict per row; with a tokenizer the text of prompt and tokens is added.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer, or None for ids only.
+
+        Returns:
+            Dicts with `prompt_ids`, `completion_ids`, `author` (lower-case names), `divergence`, `threshold` (None for
+            nan), and with a tokenizer `prompt`, `completion`, `tokens`.
+        """
+        rows = []
+        for row in range(len(self)):
+            keep = self.completion_mask[row]
+            ids = self.completion_ids[row][keep].tolist()
+            prompt_ids = self.prompt_ids[row][self.prompt_mask[row].bool()].tolist()
+            record: dict[str, Any] = {
+                "prompt_ids": prompt_ids,
+                "completion_ids": ids,
+                "author": [Author(value).name.lower() for value in self.author[row][keep].tolist()],
+                "divergence": [_number_or_none(value) for value in self.divergence[row][keep].tolist()],
+                "threshold": [_number_or_none(value) for value in self.threshold[row][keep].tolist()],
+            }
+            if tokenizer is not None:
+                record["prompt"] = tokenizer.decode(prompt_ids)
+                record["completion"] = tokenizer.decode(ids, skip_special_tokens=True)
+                record["tokens"] = [tokenizer.decode([token]) for token in ids]
+            rows.append(record)
+        return rows
+
+
+def _number_or_none(value: float) -> float | None:
+    return None if value != value else value

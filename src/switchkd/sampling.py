@@ -1,0 +1,204 @@
+"""Draws from next-token distributions: warping, counter-based randomness, Gumbel-max and the coupled draw.
+
+Randomness is a function of (seed, row id, position, stream, token id) and of nothing else. The same row therefore gets
+the same noise alone or in a batch, on any device, for any draft length.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+_GOLDEN_64 = 0x9E3779B97F4A7C15
+_MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_MIX_32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
+_GOLDEN_32 = 0x9E3779B1 - (1 << 32)
+
+
+class Stream(IntEnum):
+    """Independent noise for each decision taken at one position."""
+
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+    POLICY = 4
+
+
+def warp(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Return the log-probabilities that are sampled from, and therefore also compared.
+
+    Args:
+        logits: `[..., V]`, any float dtype.
+        temperature: > 0; 0 is greedy: all mass on the most likely id.
+        top_k: Keep the k most likely ids (ties kept); 0 keeps all.
+        top_p: Keep the smallest set of most likely ids whose mass reaches `top_p`, in (0, 1]; 1 keeps all.
+
+    Returns:
+        `[..., V]`, at least float32, normalised; excluded ids are -inf.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if temperature == 0.0:
+        greedy = torch.full_like(logits, -math.inf)
+        return greedy.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    if temperature != 1.0:
+        logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+    if top_p < 1.0:
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        # An id stays if the mass before it is still short of top_p: the most likely id always stays.
+        dropped = (ordered.cumsum(-1) - ordered) >= top_p
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), -math.inf)
+    return logits.log_softmax(-1)
+
+
+def check_warping(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError where a sampling option lies outside its range."""
+    if not (temperature >= 0.0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be >= 0 (0 is greedy), got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be >= 0 (0 keeps every id), got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+
+
+def noise_keys(seed: int, row_ids: Tensor, positions: Tensor, stream: Stream) -> Tensor:
+    """Return one 64-bit key for each (seed, row id, position, stream).
+
+    Args:
+        seed: Any integer.
+        row_ids: int64 `[N]`, the identity of each row across batches.
+        positions: int64 `[N]`, completion positions counted from 0.
+        stream: Which decision the noise is for.
+
+    Returns:
+        int64 `[N]`, well mixed.
+    """
+    start = _splitmix_python(seed * 16 + int(stream))
+    key = _splitmix(row_ids.to(torch.int64) ^ _signed(start))
+    return _splitmix(key ^ _splitmix(positions.to(torch.int64) + _signed(_GOLDEN_64)))
+
+
+def uniform(keys: Tensor) -> Tensor:
+    """Return one number in (0, 1) for each key, float64 `[N]`."""
+    return ((keys >> 11 & ((1 << 53) - 1)).to(torch.float64) + 0.5) * 2.0**-53
+
+
+def exponential_race(log_probs: Tensor, keys: Tensor) -> Tensor:
+    """Return a draw from each distribution by Gumbel-max with hashed noise.
+
+    The id with the largest ln p_v - ln E_v wins, where E_v is a standard exponential made from (key, v); this is the
+    Gumbel-max trick. A relative error of 1e-6 in p changes the winner only where two ids tie that closely.
+
+    Args:
+        log_probs: `[N, V]`, need not be normalised; -inf is never drawn unless all are.
+        keys: int64 `[N]` of `noise_keys`.
+
+    Returns:
+        int64 `[N]`.
+    """
+    return (log_probs - log_exponential(keys, log_probs.shape[-1])).argmax(-1)
+
+
+def log_exponential(keys: Tensor, size: int) -> Tensor:
+    """Return ln E for standard exponentials E, float32 `[N, size]`, a function of (key, id) only.
+
+    In-place throughout: at V = 50,257 fresh temporaries would cost more than the arithmetic.
+    """
+    ids = torch.arange(size, dtype=torch.int32, device=keys.device).mul_(_GOLDEN_32)
+    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
+    hashed = torch.bitwise_xor(ids.unsqueeze(0), low.unsqueeze(1))
+    scratch = torch.empty_like(hashed)
+    _mix_32(hashed, scratch)
+    hashed.add_(high.unsqueeze(1))
+    _mix_32(hashed, scratch)
+    # Unsigned 32 bits as a fraction u in (0, 1): E = -ln(1 - u) resolves the small E that win races down to 2^-33.
+    fraction = hashed.view(torch.uint32).to(torch.float32)
+    fraction.add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    return fraction.neg_().log1p_().neg_().log_()
+
+
+def coupled_draw(
+    drafted: Tensor,
+    student_log_probs: Tensor,
+    behaviour_log_probs: Tensor,
+    accept_keys: Tensor,
+    residual_keys: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return tokens distributed as `behaviour`, equal to the drafted token as often as can be.
+
+    The drafted token s is kept with probability min(1, behaviour(s) / student(s)); otherwise the token is drawn from
+    the normalised positive part of behaviour - student. If s was drawn from `student` the result is distributed
+    exactly as `behaviour`. Where the two agree to rounding the positive part can be empty: the draft is kept.
+
+    Args:
+        drafted: int64 `[N]`, drawn from `student_log_probs`.
+        student_log_probs: `[N, V]`.
+        behaviour_log_probs: `[N, V]`.
+        accept_keys: int64 `[N]`, keys of `Stream.ACCEPT`.
+        residual_keys: int64 `[N]`, keys of `Stream.RESIDUAL`.
+
+    Returns:
+        The tokens, int64 `[N]`, and whether the draft was kept, bool `[N]`.
+
+    Reference:
+        Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, appendix A.1.
+    """
+    kept = accept(drafted, student_log_probs, behaviour_log_probs, accept_keys)
+    tokens = drafted.clone()
+    redrawn = (~kept).nonzero().squeeze(-1)
+    if len(redrawn):
+        replacement, empty = residual_draw(
+            student_log_probs[redrawn], behaviour_log_probs[redrawn], residual_keys[redrawn]
+        )
+        tokens[redrawn] = torch.where(empty, drafted[redrawn], replacement)
+        kept[redrawn] = empty
+    return tokens, kept
+
+
+def accept(drafted: Tensor, student_log_probs: Tensor, behaviour_log_probs: Tensor, accept_keys: Tensor) -> Tensor:
+    """Return whether each drafted token is kept: uniform < behaviour(s) / student(s), bool `[N]`."""
+    index = drafted.unsqueeze(-1)
+    log_ratio = behaviour_log_probs.gather(-1, index) - student_log_probs.gather(-1, index)
+    return uniform(accept_keys).log() < log_ratio.squeeze(-1).double()
+
+
+def residual_draw(
+    student_log_probs: Tensor, behaviour_log_probs: Tensor, residual_keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a draw from the positive part of behaviour - student, int64 `[N]`, and where that part is empty."""
+    residual = (behaviour_log_probs.exp() - student_log_probs.exp()).clamp_min_(0.0)
+    return exponential_race(residual.log_(), residual_keys), ~(residual > -math.inf).any(-1)
+
+
+def _mix_32(value: Tensor, scratch: Tensor) -> None:
+    """A 32-bit finaliser, in place: (xorshift, multiply) twice and a last xorshift."""
+    for shift, multiplier in ((16, _MIX_32[0]), (15, _MIX_32[1]), (16, 0)):
+        # The shift of a signed integer repeats the sign bit; the mask makes it the unsigned shift.
+        torch.bitwise_right_shift(value, shift, out=scratch)
+        value.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
+        if multiplier:
+            value.mul_(multiplier)
+
+
+def _splitmix(value: Tensor) -> Tensor:
+    """The 64-bit finaliser of splitmix64 on int64 tensors, whose products wrap."""
+    value = (value ^ (value >> 30 & ((1 << 34) - 1))) * _signed(_MIX_64[0])
+    value = (value ^ (value >> 27 & ((1 << 37) - 1))) * _signed(_MIX_64[1])
+    return value ^ (value >> 31 & ((1 << 33) - 1))
+
+
+def _splitmix_python(value: int) -> int:
+    value = (value + _GOLDEN_64) & _MASK_64
+    value = ((value ^ (value >> 30)) * _MIX_64[0]) & _MASK_64
+    value = ((value ^ (value >> 27)) * _MIX_64[1]) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def _signed(value: int) -> int:
+    value &= _MASK_64
+    return value - (1 << 64) if value >= 1 << 63 else value

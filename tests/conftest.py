@@ -1,0 +1,154 @@
+"""Tiny models and a tokenizer built in code: every test runs offline on one thread."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One device and no progress reporters, whatever the machine has.
+os.environ.setdefault("WANDB_DISABLED", "true")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+torch.set_num_threads(1)
+
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+EOS_TOKEN = "<eos>"
+TINY_VOCABULARY = ["<unk>", *CHARACTERS, EOS_TOKEN]
+EOS_ID = len(TINY_VOCABULARY) - 1
+CONTEXT = 128
+
+ModelFactory = Callable[..., Any]
+
+
+def build_tokenizer(vocabulary: list[str] = TINY_VOCABULARY) -> PreTrainedTokenizerFast:
+    """One id per printable ASCII character and newline; `<eos>`, the last id, also pads."""
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _finish(architecture: type, config: Any, seed: int, train: bool) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = architecture(config)
+        # Biases and norms start equal in every fresh model; moved, they show whether they are used.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.float().train(train)
+
+
+def build_gpt2(seed: int = 0, vocab_size: int = len(TINY_VOCABULARY), train: bool = False, **over: Any) -> Any:
+    """A 2-layer GPT-2 of width 32: learned positions, tied head, dropout 0.1 in train mode."""
+    options = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+        "initializer_range": 0.3,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+    return _finish(GPT2LMHeadModel, GPT2Config(vocab_size=vocab_size, **(options | over)), seed, train)
+
+
+def build_opt(seed: int = 0, vocab_size: int = len(TINY_VOCABULARY), train: bool = False, **over: Any) -> Any:
+    """A 2-layer OPT of width 32: positions shifted by 2 and read from the mask, functional dropout 0.1."""
+    options = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "init_std": 0.3,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+    return _finish(OPTForCausalLM, OPTConfig(vocab_size=vocab_size, **(options | over)), seed, train)
+
+
+def build_llama(seed: int = 0, vocab_size: int = len(TINY_VOCABULARY), train: bool = False, **over: Any) -> Any:
+    """A 2-layer LLaMA of width 32: rotary positions, untied head, 4 query heads on 2 key/value heads."""
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+    return _finish(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **(options | over)), seed, train)
+
+
+BUILDERS: dict[str, ModelFactory] = {"gpt2": build_gpt2, "opt": build_opt, "llama": build_llama}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """98 ids: unknown, newline and printable ASCII, end of sequence = padding (the last id)."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_gpt2() -> ModelFactory:
+    """`make_gpt2(seed=0, vocab_size=98, train=False, **config)`: a fresh float32 model in eval mode."""
+    return build_gpt2
+
+
+@pytest.fixture(scope="session")
+def make_opt() -> ModelFactory:
+    """As `make_gpt2`."""
+    return build_opt
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> ModelFactory:
+    """As `make_gpt2`."""
+    return build_llama
+
+
+@pytest.fixture(params=list(BUILDERS))
+def make_model(request: pytest.FixtureRequest) -> ModelFactory:
+    """Each of the three families in turn."""
+    return BUILDERS[request.param]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of shared data and models beside the checkout; the test skips where it is absent."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not (path / "models").is_dir():
+        pytest.skip("shared data and models are not beside this checkout (../shared)")
+    return path

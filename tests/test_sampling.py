@@ -1,0 +1,168 @@
+"""Laws of the draws: distributions, independence of streams, counter-based randomness, coupling."""
+
+import math
+
+import pytest
+import torch
+
+from switchkd import sampling
+from switchkd.sampling import Stream
+
+CHI_SQUARE_LIMIT = 5.0  # standard deviations above the mean: about one false alarm in a million tests
+
+
+def chi_square_excess(tokens: torch.Tensor, log_probs: torch.Tensor) -> float:
+    """How many standard deviations the chi-square statistic lies above its mean."""
+    probabilities = log_probs.double().exp()
+    expected = probabilities * len(tokens)
+    observed = torch.bincount(tokens, minlength=len(probabilities)).double()
+    assert observed[probabilities == 0].sum() == 0
+    possible = probabilities > 0
+    statistic = ((observed - expected) ** 2 / expected)[possible].sum()
+    freedom = int(possible.sum()) - 1
+    return float((statistic - freedom) / math.sqrt(2 * freedom)) if freedom else 0.0
+
+
+def keys(rows: int, stream: Stream = Stream.DRAFT, seed: int = 0, position: int = 0) -> torch.Tensor:
+    return sampling.noise_keys(seed, torch.arange(rows), torch.full((rows,), position), stream)
+
+
+@pytest.mark.parametrize("vary", ["row", "position", "seed"])
+def test_race_frequencies_match_the_distribution(vary):
+    rows = 40_000
+    log_probs = (torch.randn(12, generator=torch.Generator().manual_seed(1)) * 2).log_softmax(-1)
+    if vary == "row":
+        noise = keys(rows)
+    elif vary == "position":
+        noise = sampling.noise_keys(0, torch.zeros(rows, dtype=torch.int64), torch.arange(rows), Stream.DRAFT)
+    else:
+        one = torch.zeros(1, dtype=torch.int64)
+        noise = torch.cat([sampling.noise_keys(seed, one, one, Stream.DRAFT) for seed in range(rows // 10)])
+    tokens = sampling.exponential_race(log_probs.expand(len(noise), -1), noise)
+    assert chi_square_excess(tokens, log_probs) < CHI_SQUARE_LIMIT
+
+
+def test_rare_ids_of_a_large_vocabulary_are_drawn_at_their_rate():
+    """An id of probability 1e-3 and 50,000 ids of 1e-6 each get their share: no resolution is lost in the tail."""
+    size, rows = 50_001, 3_000
+    probabilities = torch.full((size,), 0.05 / (size - 1))
+    probabilities[0] = 0.95
+    tokens = torch.cat(
+        [sampling.exponential_race(probabilities.log().expand(500, -1), part) for part in keys(rows).split(500)]
+    )
+    tail = int((tokens > 0).sum())
+    assert abs(tail - 0.05 * rows) < 5 * math.sqrt(0.05 * 0.95 * rows)
+    assert tokens[tokens > 0].unique().numel() > 0.95 * tail  # spread over the tail, not on a few ids
+
+
+def test_uniform_noise_is_uniform_and_streams_are_independent():
+    rows = 50_000
+    first, second = sampling.uniform(keys(rows, Stream.ACCEPT)), sampling.uniform(keys(rows, Stream.RESIDUAL))
+    cells = (first * 10).long() * 10 + (second * 10).long()
+    assert chi_square_excess(cells, torch.full((100,), 0.01).log()) < CHI_SQUARE_LIMIT
+    assert float(first.min()) > 0 and float(first.max()) < 1
+
+
+def test_noise_of_neighbouring_ids_and_positions_is_uncorrelated():
+    noise = sampling.log_exponential(keys(2_000), 64)
+    following = sampling.log_exponential(keys(2_000, position=1), 64)
+    limit = 5 / math.sqrt(noise.numel())
+    for left, right in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:]), (noise, following)):
+        assert abs(float(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1])) < limit
+
+
+def test_noise_depends_on_nothing_but_seed_row_position_and_stream():
+    alone = sampling.noise_keys(3, torch.tensor([7]), torch.tensor([11]), Stream.DRAFT)
+    batch = sampling.noise_keys(3, torch.tensor([1, 7, 9]), torch.tensor([11, 11, 0]), Stream.DRAFT)
+    assert alone.item() == batch[1].item()
+    assert torch.equal(sampling.log_exponential(alone, 20), sampling.log_exponential(batch, 30)[1:2, :20])
+    others = [
+        sampling.noise_keys(seed, torch.tensor([row]), torch.tensor([position]), stream).item()
+        for seed, row, position, stream in [(4, 7, 11, 1), (3, 8, 11, 1), (3, 7, 12, 1), (3, 7, 11, 2), (-3, 7, 11, 1)]
+    ]
+    assert len({alone.item(), *others}) == 6
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 3.0])
+def test_coupled_draw_is_distributed_as_the_behaviour_and_keeps_as_often_as_can_be(sharpness):
+    rows, size = 40_000, 6
+    generator = torch.Generator().manual_seed(2)
+    student = (torch.randn(size, generator=generator) * sharpness).log_softmax(-1)
+    behaviour = (torch.randn(size, generator=generator) * sharpness).log_softmax(-1)
+    student_rows, behaviour_rows = student.expand(rows, -1), behaviour.expand(rows, -1)
+    drafted = sampling.exponential_race(student_rows, keys(rows))
+    tokens, kept = sampling.coupled_draw(
+        drafted, student_rows, behaviour_rows, keys(rows, Stream.ACCEPT), keys(rows, Stream.RESIDUAL)
+    )
+    assert chi_square_excess(tokens, behaviour) < CHI_SQUARE_LIMIT
+    assert torch.equal(kept, tokens == drafted)
+    overlap = float(torch.minimum(student.exp(), behaviour.exp()).sum())
+    assert abs(float(kept.double().mean()) - overlap) < 5 * math.sqrt(0.25 / rows)
+
+
+def test_coupled_draw_keeps_the_draft_where_the_residual_is_all_zero():
+    log_probs = torch.tensor([[0.5, 0.5]]).log().expand(500, -1)
+    nearly = log_probs - 1e-6  # behaviour below the student everywhere, as rounding can leave it
+    drafted = torch.zeros(500, dtype=torch.int64)
+    tokens, kept = sampling.coupled_draw(
+        drafted, log_probs, nearly, keys(500, Stream.ACCEPT), keys(500, Stream.RESIDUAL)
+    )
+    assert torch.equal(tokens, drafted) and bool(kept.all())
+
+
+def test_ids_excluded_with_minus_infinity_are_never_drawn():
+    log_probs = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]]).log_softmax(-1).expand(2_000, -1)
+    behaviour = torch.tensor([[-math.inf, -math.inf, 0.0, 0.0]]).log_softmax(-1).expand(2_000, -1)
+    drafted = sampling.exponential_race(log_probs, keys(2_000))
+    assert set(drafted.tolist()) == {0, 2}
+    tokens, _ = sampling.coupled_draw(
+        drafted, log_probs, behaviour, keys(2_000, Stream.ACCEPT), keys(2_000, Stream.RESIDUAL)
+    )
+    assert set(tokens.tolist()) == {2, 3}
+
+
+def test_warp_keeps_the_smallest_set_that_reaches_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()[:, [2, 0, 3, 1]]
+    kept = sampling.warp(logits, top_p=0.8)
+    assert torch.allclose(kept.exp(), torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
+    assert torch.equal(sampling.warp(logits, top_p=1e-9).exp(), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+
+
+def test_warp_top_k_temperature_and_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert torch.allclose(
+        sampling.warp(logits, top_k=2, temperature=2.0).exp(),
+        torch.tensor([[0.0, *torch.tensor([1.5, 1.0]).softmax(0).tolist()]]),
+    )
+    assert torch.equal(sampling.warp(logits, temperature=0.0), torch.tensor([[-math.inf, 0.0, -math.inf]]))
+    assert torch.equal(sampling.warp(logits, top_k=1), sampling.warp(logits, temperature=0.0))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8, "temperature": 0.7}])
+def test_warp_equals_transformers_own_processors(options):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(3)) * 3
+    expected = logits
+    if "temperature" in options:
+        expected = TemperatureLogitsWarper(options["temperature"])(None, expected)
+    if "top_k" in options:
+        expected = TopKLogitsWarper(options["top_k"])(None, expected)
+    if "top_p" in options:
+        expected = TopPLogitsWarper(options["top_p"])(None, expected)
+    assert torch.allclose(sampling.warp(logits, **options).exp(), expected.softmax(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ((-1.0, 0, 1.0), "temperature"),
+        ((math.nan, 0, 1.0), "temperature"),
+        ((1.0, -1, 1.0), "top_k"),
+        ((1.0, 0, 0.0), "top_p"),
+        ((1.0, 0, 1.1), "top_p"),
+    ],
+)
+def test_sampling_options_outside_their_range_are_refused(options, named):
+    with pytest.raises(ValueError, match=named):
+        sampling.check_warping(*options)
