@@ -5,15 +5,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One device and no progress reporters, whatever the machine has.
-os.environ.setdefault("WANDB_DISABLED", "true")
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GPT2Config,
@@ -143,6 +143,53 @@ def make_llama() -> ModelFactory:
 def make_model(request: pytest.FixtureRequest) -> ModelFactory:
     """Each of the three families in turn."""
     return BUILDERS[request.param]
+
+
+#: Ragged on purpose: prompts of 1 to 15 tokens, answers of 1 to 13 (end of sequence not counted).
+RAGGED_ROWS = [
+    {"prompt": "a", "completion": "bcdefghijklmn"},
+    {"prompt": "Say hello:", "completion": "hello"},
+    {"prompt": "1 + 1 =", "completion": "2"},
+    {"prompt": "Count to three:", "completion": "1 2 3"},
+    {"prompt": "xyz", "completion": "zyx zyx"},
+    {"prompt": "Repeat: ab ab", "completion": "ab ab"},
+    {"prompt": "Q?", "completion": "A."},
+    {"prompt": "Name a colour", "completion": "deep blue"},
+]
+
+
+def build_trainer(folder: Path, student: Any, teacher: Any = None, **options: Any) -> Any:
+    """A `SwitchTrainer` on the ragged rows: plain SGD at rate 1, so that parameters move by the gradient."""
+    from switchkd.config import SwitchConfig
+    from switchkd.trainer import SwitchTrainer
+
+    names = ("train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks", "optimizers")
+    arguments = {name: options.pop(name) for name in names if name in options}
+    arguments.setdefault("train_dataset", Dataset.from_list(RAGGED_ROWS))
+    arguments.setdefault("processing_class", build_tokenizer())
+    config = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_completion_length": 12,
+    }
+    return SwitchTrainer(model=student, teacher_model=teacher, args=SwitchConfig(**(config | options)), **arguments)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    """`make_trainer(student, teacher, **options)`: see `build_trainer`; it writes into the test's own folder."""
+    return functools.partial(build_trainer, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

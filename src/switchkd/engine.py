@@ -1,17 +1,20 @@
 """`roll_out`: write completions under a policy, batched, with the author and evidence of every token."""
 
 import contextlib
-import inspect
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from switchkd import sampling
+from switchkd.block import BlockDecoder
+from switchkd.cache import output_layer_input, prompt_positions, takes_position_ids, unserved_reason
+from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
@@ -53,6 +56,8 @@ def roll_out(
     row_ids: Tensor | None = None,
     teacher_prompt_ids: Tensor | None = None,
     teacher_prompt_mask: Tensor | None = None,
+    return_teacher_hidden: bool = False,
+    max_active_rows: int | None = None,
 ) -> Rollout:
     """Return completions written by student and teacher under `policy`.
 
@@ -72,12 +77,16 @@ def roll_out(
         temperature: Applied to both models before sampling *and* comparing; 0 is greedy.
         top_k: Likewise; 0 keeps every id.
         top_p: Likewise, in (0, 1].
-        draft_length: Tokens the student drafts before the teacher checks them. 1 is the sequential reference.
+        draft_length: Tokens the student drafts before the teacher checks them: a number, or "auto" to choose it round
+            by round from measured times. 1 is the sequential reference. In float32 the result is the same for all.
         eos_token_id: An id, several, or None to run to the length limit.
         pad_token_id: Fills completions after their end; the first EOS id, else 0, if None.
         row_ids: Identity of each row for the randomness, int64 `[B]`; 0 .. B-1 if None.
         teacher_prompt_ids: Prompts for the teacher where they differ from the student's, left-padded `[B, P']`.
         teacher_prompt_mask: Their mask `[B, P']`.
+        return_teacher_hidden: Keep the teacher's last hidden state that predicted each token.
+        max_active_rows: How many rows are decoded at once, all if None; waiting prompts take the places of finished
+            ones. It bounds memory and changes no text.
 
     Returns:
         A `Rollout` on the student's device, C being the longest completion.
@@ -109,25 +118,106 @@ def roll_out(
     if row_ids.shape != (rows,):
         raise UserError(f"row_ids must be [{rows}], got {list(row_ids.shape)}")
 
+    if max_active_rows is not None and max_active_rows < 1:
+        raise UserError(f"max_active_rows must be >= 1, got {max_active_rows}")
+    if return_teacher_hidden and teacher is None:
+        raise UserError(f"return_teacher_hidden needs a teacher, which {type(policy).__name__} does not call")
+
+    job = _Job(
+        student=student,
+        teacher=teacher,
+        prompts=(prompt_ids, prompt_mask),
+        teacher_prompts=teacher_prompts,
+        policy=policy,
+        warping=Warping(temperature, top_k, top_p, size),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        row_ids=row_ids,
+        eos=eos,
+        pad_token_id=pad_token_id,
+        return_teacher_hidden=return_teacher_hidden,
+    )
     started = time.perf_counter()
     with eval_mode(student, teacher):
-        result = _sequential(
-            student,
-            teacher,
-            prompts=(prompt_ids, prompt_mask),
-            teacher_prompts=teacher_prompts,
-            policy=policy,
-            warping=Warping(temperature, top_k, top_p, size),
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            row_ids=row_ids,
-            eos=eos,
-            pad_token_id=pad_token_id,
-        )
+        if draft_length != 1 and _served(job):
+            chooser = DraftLength(None if draft_length == "auto" else draft_length)
+            result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()
+        else:
+            parts = [_sequential(**vars(part)) for part in job.split(max_active_rows)]
+            result = parts[0] if len(parts) == 1 else _joined(parts, pad_token_id)
     seconds = time.perf_counter() - started
     result.stats["seconds"] = seconds
     result.stats["tokens_per_s"] = int(result.completion_mask.sum()) / max(seconds, 1e-9)
     return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The checked arguments of one rollout, as both decoders take them."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    prompts: tuple[Tensor, Tensor]
+    teacher_prompts: tuple[Tensor, Tensor] | None
+    policy: Policy
+    warping: Warping
+    max_new_tokens: int
+    seed: int
+    row_ids: Tensor
+    eos: list[int]
+    pad_token_id: int
+    return_teacher_hidden: bool
+
+    def split(self, rows: int | None) -> list["_Job"]:
+        """Return jobs of at most that many rows."""
+        if rows is None or rows >= len(self.row_ids):
+            return [self]
+        parts = []
+        for first in range(0, len(self.row_ids), rows):
+            part = slice(first, first + rows)
+            prompts = (self.prompts[0][part], self.prompts[1][part])
+            taught = self.teacher_prompts and (self.teacher_prompts[0][part], self.teacher_prompts[1][part])
+            parts.append(replace(self, prompts=prompts, teacher_prompts=taught, row_ids=self.row_ids[part]))
+        return parts
+
+
+def _served(job: _Job) -> bool:
+    """Whether both models can be read row by row; one warning for each model that cannot."""
+    for role, model, prompts in (("student", job.student, job.prompts), ("teacher", job.teacher, job.teacher_prompts)):
+        if model is None or prompts is None:
+            continue
+        reason = unserved_reason(model, prompts[0].shape[1] + job.max_new_tokens)
+        if reason is not None:
+            warnings.warn(f"the {role} is decoded token by token, more slowly: {reason}")
+            return False
+    return True
+
+
+def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
+    """Return the rows of several rollouts as one."""
+    length = max(part.completion_ids.shape[1] for part in parts)
+
+    def column(name: str, fill: float) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        missing = [length - tensor.shape[1] for tensor in tensors]
+        return torch.cat(
+            [
+                torch.cat([tensor, tensor.new_full((len(tensor), short, *tensor.shape[2:]), fill)], dim=1)
+                for tensor, short in zip(tensors, missing, strict=True)
+            ]
+        )
+
+    return Rollout(
+        prompt_ids=torch.cat([part.prompt_ids for part in parts]),
+        prompt_mask=torch.cat([part.prompt_mask for part in parts]),
+        completion_ids=column("completion_ids", pad_token_id),
+        completion_mask=column("completion_mask", False),
+        author=column("author", int(Author.NONE)),
+        divergence=column("divergence", math.nan),
+        threshold=column("threshold", math.nan),
+        teacher_hidden=None if parts[0].teacher_hidden is None else column("teacher_hidden", 0.0),
+        stats={name: sum(part.stats[name] for part in parts) for name in parts[0].stats},
+    )
 
 
 def _sequential(
@@ -143,11 +233,17 @@ def _sequential(
     row_ids: Tensor,
     eos: list[int],
     pad_token_id: int,
+    return_teacher_hidden: bool,
 ) -> Rollout:
     """The reference: both models, one token at a time, with the caches transformers gives them."""
     rows, device = len(row_ids), row_ids.device
     student_reader = TokenReader(student, *prompts)
-    teacher_reader = TokenReader(teacher, *teacher_prompts) if teacher is not None and teacher_prompts else None
+    teacher_reader = (
+        TokenReader(teacher, *teacher_prompts, keep_hidden=return_teacher_hidden)
+        if teacher is not None and teacher_prompts is not None
+        else None
+    )
+    hidden: list[Tensor] = []
     eos_ids = torch.tensor(eos, dtype=torch.int64, device=device)
     state = policy.initial_state(rows, device)
     active = torch.ones(rows, dtype=torch.bool, device=device)
@@ -163,6 +259,8 @@ def _sequential(
         written = write(policy, student_log_probs, teacher_log_probs, drafted, position, state, seed, row_ids)
         state = written.state
         columns.append((written.tokens, active, written.author, written.divergence, written.threshold))
+        if teacher_reader is not None and teacher_reader.hidden is not None:
+            hidden.append(teacher_reader.hidden.to(device))
         drafted_count += int(active.sum())
         kept_count += int((written.kept & active).sum())
         active = active & ~torch.isin(written.tokens, eos_ids)
@@ -181,6 +279,7 @@ def _sequential(
         author=author.masked_fill(~mask, int(Author.NONE)),
         divergence=divergence.masked_fill(~mask, math.nan),
         threshold=threshold.masked_fill(~mask, math.nan),
+        teacher_hidden=torch.stack(hidden, dim=1).masked_fill(~mask.unsqueeze(-1), 0.0) if hidden else None,
         stats={
             "student_passes": student_reader.passes,
             "teacher_passes": teacher_reader.passes if teacher_reader else 0,
@@ -254,10 +353,12 @@ class TokenReader:
     explicit position ids, which count real tokens from 0 whatever padding stands on the left.
     """
 
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+    def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, keep_hidden: bool = False) -> None:
         self.model = model
+        self.keep_hidden = keep_hidden
+        self.hidden: Tensor | None = None
         self.device = _device_of(model)
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = takes_position_ids(model)
         self.mask = prompt_mask.to(self.device, torch.int64)
         self.next_position = self.mask.sum(-1, keepdim=True)
         self.cache: Any = None
@@ -272,22 +373,20 @@ class TokenReader:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         extra = {"position_ids": positions} if self.takes_positions else {}
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **extra,
-        )
+        with output_layer_input(self.model, enabled=self.keep_hidden) as hidden:
+            output = self.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **extra,
+            )
+        if hidden:
+            self.hidden = hidden[0][:, -1]
         self.cache = output.past_key_values
         self.passes += 1
         return output.logits[:, -1]
-
-
-def prompt_positions(mask: Tensor) -> Tensor:
-    """Return position ids that count real tokens from 0; padding on the left gets 0, int64 `[B, T]`."""
-    return (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
 
 
 @contextlib.contextmanager

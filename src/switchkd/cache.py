@@ -1,0 +1,261 @@
+"""A key/value cache in which every row stands at its own position, for unmodified Hugging Face models.
+
+The slot of a key *is* its position, so rolling back is "do not advance": stale slots lie behind every later query's
+position until they are overwritten. Prompts need no padding, and finished rows can be dropped.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+# Slots are added in steps of this many, so that short completions never pay for the length limit.
+GROWTH = 64
+SERVED_ATTENTION = ("eager", "sdpa")
+# These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
+UNSERVED_ROPE = ("dynamic", "longrope")
+
+
+class RowCache(Cache):
+    """Key/value buffers `[rows, heads, slots, head_dim]` for each layer, written row by row.
+
+    Args:
+        rows: How many rows fit.
+        max_length: The most slots a row can need.
+    """
+
+    def __init__(self, rows: int, max_length: int) -> None:
+        super().__init__(layers=[])
+        self.rows = rows
+        self.max_length = max_length
+        self.slots = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._first = 0
+        self._start: Sequence[int] = ()
+        self._count = 0
+        self._used = 0
+        self._aligned = True
+        self._plans: dict[tuple[int, int], Tensor] = {}
+
+    def begin(self, first: int, start: Sequence[int], count: int) -> int:
+        """Announce the next pass: row `first + i` writes `count` tokens from slot `start[i]` on.
+
+        Returns:
+            How many slots the pass's queries can see.
+        """
+        self._first, self._start, self._count = first, start, count
+        self._used = max(start) + count
+        self._aligned = min(start) == max(start)
+        self._plans = {}
+        if self._used > self.slots:
+            self.slots = max(min(-(-self._used // GROWTH) * GROWTH + GROWTH, self.max_length), self._used)
+            for buffers in (self._keys, self._values):
+                for layer, old in enumerate(buffers):
+                    buffers[layer] = self._grown(old)
+        return self._used
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values `[A, heads, n, d]` and return all that its queries may see."""
+        if layer_idx == len(self._keys):
+            for buffers, states in ((self._keys, key_states), (self._values, value_states)):
+                shape = (self.rows, states.shape[1], self.slots, states.shape[3])
+                # Zeros, not garbage: a masked slot still enters the product with weight 0, and 0 * nan is nan.
+                buffers.append(states.new_zeros(shape))
+        first, last = self._first, self._first + len(key_states)
+        seen = []
+        for buffer, states in ((self._keys[layer_idx], key_states), (self._values[layer_idx], value_states)):
+            if self._aligned:
+                buffer[first:last, :, self._start[0] : self._used] = states
+            else:
+                buffer.view(-1, buffer.shape[-1]).index_copy_(
+                    0, self._plan(buffer), states.reshape(-1, states.shape[-1]).to(buffer.dtype)
+                )
+            seen.append(buffer[first:last, :, : self._used])
+        return seen[0], seen[1]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` slots of one row over another row."""
+        for buffer in (*self._keys, *self._values):
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if not self._keys else self._used - self._count
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._used, 0
+
+    def _plan(self, buffer: Tensor) -> Tensor:
+        """Flat `(row, head, slot)` index of every written vector; the same for all layers of one shape."""
+        heads, slots = buffer.shape[1], buffer.shape[2]
+        if (heads, slots) not in self._plans:
+            device = buffer.device
+            rows = torch.arange(self._first, self._first + len(self._start), device=device).view(-1, 1, 1)
+            slot = torch.tensor(self._start, device=device).view(-1, 1, 1) + torch.arange(self._count, device=device)
+            head = torch.arange(heads, device=device).view(1, -1, 1)
+            self._plans[(heads, slots)] = ((rows * heads + head) * slots + slot).flatten()
+        return self._plans[(heads, slots)]
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros((*old.shape[:2], self.slots, old.shape[3]))
+        new[:, :, : old.shape[2]] = old
+        return new
+
+
+class RowReader:
+    """A model with a `RowCache`: reads tokens for some rows, each at its own position.
+
+    Args:
+        model: A causal language model that `unserved_reason` has no objection to.
+        rows: How many rows fit.
+        max_length: The most tokens a row can hold, drafts included.
+        keep_hidden: Keep the states that enter the output layer, in `hidden`.
+    """
+
+    def __init__(self, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache = RowCache(rows, max_length)
+        self.passes = 0
+        self.hidden: Tensor | None = None
+        self._last_position = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62) - 1
+        self._dtype = model.get_input_embeddings().weight.dtype
+        self._keep_hidden = keep_hidden
+
+    def read(
+        self,
+        tokens: Tensor,
+        start: Sequence[int],
+        *,
+        first: int = 0,
+        positions: Tensor | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> Tensor:
+        """Return next-token logits after each token read.
+
+        Args:
+            tokens: int64 `[A, n]`, for rows first .. first + A - 1.
+            start: The position of each row's first token, `[A]`.
+            first: The first row of the cache that reads.
+            positions: `start` as a column of int64 `[A, 1]` on the device, where the caller has it.
+            logits: For all n tokens or the last one.
+
+        Returns:
+            `[A, n, V]` or `[A, 1, V]`.
+        """
+        count = tokens.shape[1]
+        used = self.cache.begin(first, start, count)
+        if positions is None:
+            positions = torch.tensor(start, device=self.device).unsqueeze(1)
+        if count > 1:
+            positions = positions + torch.arange(count, device=self.device)
+        queries = positions[:1] if self.cache._aligned else positions
+        visible = torch.arange(used, device=self.device) <= queries[:, None, :, None]
+        # Additive, because eager attention adds what it is given and sdpa takes it as well.
+        mask = torch.zeros(visible.shape, dtype=self._dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+        with output_layer_input(self.model, enabled=self._keep_hidden) as hidden:
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                # Drafts may run past the end of the context; what is written there is never kept.
+                position_ids=positions.clamp(max=self._last_position),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=0 if logits == "all" else 1,
+            )
+        if hidden:
+            self.hidden = hidden[0]
+        self.passes += 1
+        return output.logits
+
+
+def unserved_reason(model: Any, length: int) -> str | None:
+    """Return why a model cannot be read row by row up to `length` tokens, or None where it can.
+
+    What its config says is checked first; then, once for each model, its logits on two ragged rows are compared with
+    those of a plain pass, so that an architecture nobody thought of falls back instead of writing wrong text.
+    """
+    config = model.config.get_text_config()
+    implementation = getattr(config, "_attn_implementation", None)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if implementation not in SERVED_ATTENTION:
+        return f"its attention implementation is {implementation!r}, served are {' and '.join(SERVED_ATTENTION)}"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and length > window:
+        return f"its sliding window of {window} tokens is shorter than the {length} needed"
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    for one in ropes:
+        if one.get("rope_type") in UNSERVED_ROPE:
+            return f"its rotary embedding of type {one['rope_type']!r} depends on the longest row"
+    if model not in _PROBED:
+        _PROBED[model] = _probe(model)
+    return _PROBED[model]
+
+
+_PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def _probe(model: Any) -> str | None:
+    """Compare ragged cached passes with one plain pass on a few tokens."""
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(1, 13, device=device).view(2, 6) * 7) % vocabulary
+    try:
+        plain = model(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            position_ids=prompt_positions(torch.ones_like(tokens)),
+            use_cache=False,
+        ).logits
+        reader = RowReader(model, rows=2, max_length=8)
+        reader.read(tokens[:, :2], [0, 0])
+        # Rows part: one goes on from 2, the other back to 1, over slots that hold a stale key.
+        ragged = reader.read(torch.stack([tokens[0, 2:4], tokens[1, 1:3]]), [2, 1])
+        last = reader.read(torch.stack([tokens[0, 4:5], tokens[1, 3:4]]), [4, 3], logits="last")
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        message = " ".join(str(error).split())
+        return f"it does not accept the cache ({type(error).__name__}: {message[:120]})"
+    got = torch.cat([ragged[0], ragged[1], last[:, 0]]).float()
+    expected = torch.stack([*plain[0, 2:4], *plain[1, 1:3], plain[0, 4], plain[1, 3]]).float()
+    half = model.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
+    half = half or torch.is_autocast_enabled(device.type)
+    # Models may exclude ids with -inf: equal values, infinite or not, differ by nothing.
+    largest = float(torch.where(got == expected, 0.0, (got - expected).abs()).max())
+    tolerance = (0.1 if half else 1e-3) * float(expected[expected.isfinite()].std() + 1e-6)
+    return None if largest <= tolerance else f"its cached logits differ from a plain pass by {largest:.2g}"
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Return whether a model's forward takes explicit position ids."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def prompt_positions(mask: Tensor) -> Tensor:
+    """Return position ids that count real tokens from 0; padding on the left gets 0, int64 `[B, T]`."""
+    return (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
+
+
+@contextlib.contextmanager
+def output_layer_input(model: Any, *, enabled: bool = True) -> Iterator[list[Tensor]]:
+    """Collect what enters the model's output layer, `[B, n, H]` a pass: the states that predict tokens."""
+    collected: list[Tensor] = []
+    if not enabled:
+        yield collected
+        return
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: collected.append(inputs[0]))
+    try:
+        yield collected
+    finally:
+        hook.remove()
