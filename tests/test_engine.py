@@ -274,7 +274,7 @@ class AlternatingPolicy(Policy):
     def initial_state(self, rows, device):
         return torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def decide(self, measure, position, state):
+    def decide(self, measure, position, state=None, uniform=None):
         author = torch.where(state % 2 == 1, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
         return Decision(author, torch.full_like(measure, math.nan)), state + 1
 
@@ -451,7 +451,7 @@ def test_modes_come_back_after_an_error_inside_a_rollout():
     student.train()
 
     class Failing(SwitchPolicy):
-        def measure(self, student_log_probs, teacher_log_probs):
+        def measure(self, student_log_probs, teacher_log_probs, drafted):
             raise RuntimeError("measured too much")
 
     ids, mask = make_prompts(2)

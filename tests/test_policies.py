@@ -48,9 +48,9 @@ def test_teacher_writes_exactly_where_the_jsd_exceeds_the_threshold():
     student, teacher = pairs()
     policy = SwitchPolicy(initial_threshold=0.3, final_ratio=0.5, horizon=100)
     position = torch.arange(200)
-    measure = policy.measure(student, teacher)
+    measure = policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64))
     assert torch.allclose(measure, generalized_jsd(student, teacher))
-    decision, _ = policy.decide(measure, position, None)
+    decision, _ = policy.decide(measure, position)
     assert torch.equal(decision.author == Author.TEACHER, measure > decision.threshold)
     assert 0 < int((decision.author == Author.TEACHER).sum()) < 200
 
@@ -60,17 +60,19 @@ def test_threshold_ln_2_without_decay_never_gives_a_position_away_even_to_disjoi
     teacher = student.clone()
     student[0, 0] = teacher[0, 1] = 0.0
     policy = SwitchPolicy(initial_threshold=LN_2, schedule="constant")
-    measure = policy.measure(student, teacher)
+    measure = policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64))
     assert float(measure) == pytest.approx(LN_2)
-    assert policy.decide(measure, torch.tensor([0]), None)[0].author.item() == Author.STUDENT
+    assert policy.decide(measure, torch.tensor([0]))[0].author.item() == Author.STUDENT
     below = SwitchPolicy(initial_threshold=0.69, schedule="constant")
-    assert below.decide(measure, torch.tensor([0]), None)[0].author.item() == Author.TEACHER
+    assert below.decide(measure, torch.tensor([0]))[0].author.item() == Author.TEACHER
 
 
 def test_threshold_zero_gives_every_position_where_the_two_differ_to_the_teacher():
     student, teacher = pairs()
     policy = SwitchPolicy(initial_threshold=0.0)
-    decision, _ = policy.decide(policy.measure(student, teacher), torch.arange(200), None)
+    decision, _ = policy.decide(
+        policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64)), torch.arange(200)
+    )
     assert bool((decision.author == Author.TEACHER).all())
 
 
@@ -84,7 +86,7 @@ def test_blend_is_the_weighted_sum_of_probabilities(weight):
 def test_pure_policies_give_every_position_to_one_author():
     measure = torch.full((5,), math.nan)
     for policy, author in ((StudentPolicy(), Author.STUDENT), (TeacherPolicy(), Author.TEACHER)):
-        decision, _ = policy.decide(measure, torch.arange(5), None)
+        decision, _ = policy.decide(measure, torch.arange(5))
         assert decision.author.tolist() == [author] * 5
         assert bool(decision.threshold.isnan().all())
 

@@ -1,6 +1,6 @@
 """Block-verified decoding: the student drafts, the teacher checks the whole draft in one pass.
 
-It is the sequential algorithm of `engine._sequential`, only faster: decisions depend on the prefix alone, the
+It is the algorithm of `sequential.decode_sequentially`, only faster: decisions depend on the prefix alone, the
 randomness on (seed, row id, position) alone, and a draft stands exactly as far as the sequential algorithm would have
 written the same tokens.
 """
@@ -18,120 +18,9 @@ from switchkd import sampling
 from switchkd.cache import RowReader
 from switchkd.drafting import DraftLength
 from switchkd.policies import Policy
-from switchkd.rollout import Author, Rollout
+from switchkd.rollout import Rollout
 from switchkd.sampling import Stream
-
-
-@dataclass
-class Verified:
-    """What became of a draft of G tokens in A rows; entries from `count` on are meaningless."""
-
-    tokens: Tensor  # [A, G]
-    kept: Tensor  # [A], drafted tokens that stood before the first replaced one
-    count: Tensor  # [A], emitted tokens: kept + 1 where one was replaced
-    author: Tensor  # [A, G]
-    divergence: Tensor  # [A, G]
-    threshold: Tensor  # [A, G]
-    states: list[Tensor | None]  # the policy's state before position 0, 1, ..., G
-
-
-def verify(
-    policy: Policy,
-    drafted: Tensor,
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    position: Tensor,
-    state: Tensor | None,
-    seed: int,
-    row_ids: Tensor,
-) -> Verified:
-    """Return which drafted tokens stand and what replaces the first one that does not.
-
-    Args:
-        policy: Who writes.
-        drafted: The student's draft, int64 `[A, G]`.
-        student_log_probs: `[A, G, V]`.
-        teacher_log_probs: `[A, G, V]`.
-        position: Completion position of each drafted token, int64 `[A, G]`.
-        state: The policy's state `[A, ...]` or None.
-        seed: Seed of the randomness.
-        row_ids: int64 `[A]`.
-    """
-    rows, length = drafted.shape
-    measure = policy.measure(student_log_probs.flatten(0, 1), teacher_log_probs.flatten(0, 1)).view(rows, length)
-    states: list[Tensor | None] = [state]
-    if policy.stateful:
-        decisions = []
-        for column in range(length):
-            decision, state = policy.decide(measure[:, column], position[:, column], state)
-            decisions.append(decision)
-            states.append(state)
-        author = torch.stack([decision.author for decision in decisions], dim=1)
-        threshold = torch.stack([decision.threshold for decision in decisions], dim=1)
-    else:
-        decision, _ = policy.decide(measure.flatten(), position.flatten(), None)
-        author, threshold = decision.author.view(rows, length), decision.threshold.view(rows, length)
-
-    tokens = drafted.clone()
-    keys_of = (seed, row_ids.unsqueeze(1).expand(-1, length), position)
-    given = (author == Author.TEACHER).flatten().nonzero().squeeze(-1)
-    stands = torch.ones(rows * length, dtype=torch.bool, device=drafted.device)
-    if len(given):
-        student_given = student_log_probs.flatten(0, 1)[given] if policy.blends else None
-        stands[given] = _accepted(policy, given, drafted, student_log_probs, teacher_log_probs, student_given, keys_of)
-    stands = stands.view(rows, length)
-    while True:
-        replaced = ~stands
-        first = torch.where(replaced.any(-1), replaced.to(torch.uint8).argmax(-1), length)
-        hit = (first < length).nonzero().squeeze(-1)
-        if not len(hit):
-            break
-        at = first[hit]
-        student_rows, teacher_rows = student_log_probs[hit, at], teacher_log_probs[hit, at]
-        replacement, empty = sampling.residual_draw(
-            student_rows,
-            policy.behaviour(student_rows, teacher_rows),
-            sampling.noise_keys(seed, row_ids[hit], position[hit, at], Stream.RESIDUAL),
-        )
-        tokens[hit, at] = torch.where(empty, drafted[hit, at], replacement)
-        if not bool(empty.any()):
-            break
-        # Where the two agree to rounding nothing is left to draw from: the draft stands and the walk goes on.
-        stands[hit[empty], at[empty]] = True
-    if policy.blends:
-        author = torch.where(stands, int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
-    return Verified(
-        tokens=tokens,
-        kept=first,
-        count=(first + 1).clamp(max=length),
-        author=author,
-        divergence=measure,
-        threshold=threshold,
-        states=states,
-    )
-
-
-def _accepted(
-    policy: Policy,
-    given: Tensor,
-    drafted: Tensor,
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    student_given: Tensor | None,
-    keys_of: tuple[int, Tensor, Tensor],
-) -> Tensor:
-    """Whether each draft given away by the policy is kept: uniform < behaviour(s) / student(s)."""
-    seed, row_ids, position = keys_of
-    size = student_log_probs.shape[-1]
-    flat = given * size + drafted.flatten()[given]
-    student_at = student_log_probs.reshape(-1)[flat]
-    if student_given is None:
-        behaviour_at = teacher_log_probs.reshape(-1)[flat]
-    else:
-        behaviour = policy.behaviour(student_given, teacher_log_probs.flatten(0, 1)[given])
-        behaviour_at = behaviour.gather(-1, drafted.flatten()[given].unsqueeze(-1)).squeeze(-1)
-    keys = sampling.noise_keys(seed, row_ids.flatten()[given], position.flatten()[given], Stream.ACCEPT)
-    return sampling.uniform(keys).log() < (behaviour_at - student_at).double()
+from switchkd.verification import Verified, verify
 
 
 @dataclass

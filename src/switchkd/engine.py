@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from switchkd import sampling
 from switchkd.block import BlockDecoder
-from switchkd.cache import output_layer_input, prompt_positions, takes_position_ids, unserved_reason
+from switchkd.cache import unserved_reason
 from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
-from switchkd.sampling import Stream
+from switchkd.sequential import decode_sequentially
 from switchkd.vocabulary import model_vocabulary_size, normalize_eos, shared_vocabulary_size
 
 
@@ -143,7 +143,7 @@ def roll_out(
             chooser = DraftLength(None if draft_length == "auto" else draft_length)
             result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()
         else:
-            parts = [_sequential(**vars(part)) for part in job.split(max_active_rows)]
+            parts = [decode_sequentially(**vars(part)) for part in job.split(max_active_rows)]
             result = parts[0] if len(parts) == 1 else _joined(parts, pad_token_id)
     seconds = time.perf_counter() - started
     result.stats["seconds"] = seconds
@@ -218,175 +218,6 @@ def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
         teacher_hidden=None if parts[0].teacher_hidden is None else column("teacher_hidden", 0.0),
         stats={name: sum(part.stats[name] for part in parts) for name in parts[0].stats},
     )
-
-
-def _sequential(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    *,
-    prompts: tuple[Tensor, Tensor],
-    teacher_prompts: tuple[Tensor, Tensor] | None,
-    policy: Policy,
-    warping: Warping,
-    max_new_tokens: int,
-    seed: int,
-    row_ids: Tensor,
-    eos: list[int],
-    pad_token_id: int,
-    return_teacher_hidden: bool,
-) -> Rollout:
-    """The reference: both models, one token at a time, with the caches transformers gives them."""
-    rows, device = len(row_ids), row_ids.device
-    student_reader = TokenReader(student, *prompts)
-    teacher_reader = (
-        TokenReader(teacher, *teacher_prompts, keep_hidden=return_teacher_hidden)
-        if teacher is not None and teacher_prompts is not None
-        else None
-    )
-    hidden: list[Tensor] = []
-    eos_ids = torch.tensor(eos, dtype=torch.int64, device=device)
-    state = policy.initial_state(rows, device)
-    active = torch.ones(rows, dtype=torch.bool, device=device)
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    drafted_count = kept_count = 0
-    for step in range(max_new_tokens):
-        position = torch.full((rows,), step, dtype=torch.int64, device=device)
-        student_log_probs = warping(student_reader.logits)
-        teacher_log_probs = warping(teacher_reader.logits.to(device)) if teacher_reader else None
-        drafted = sampling.exponential_race(
-            student_log_probs, sampling.noise_keys(seed, row_ids, position, Stream.DRAFT)
-        )
-        written = write(policy, student_log_probs, teacher_log_probs, drafted, position, state, seed, row_ids)
-        state = written.state
-        columns.append((written.tokens, active, written.author, written.divergence, written.threshold))
-        if teacher_reader is not None and teacher_reader.hidden is not None:
-            hidden.append(teacher_reader.hidden.to(device))
-        drafted_count += int(active.sum())
-        kept_count += int((written.kept & active).sum())
-        active = active & ~torch.isin(written.tokens, eos_ids)
-        if step + 1 == max_new_tokens or not bool(active.any()):
-            break
-        tokens = written.tokens.masked_fill(~active, pad_token_id)
-        student_reader.append(tokens)
-        if teacher_reader:
-            teacher_reader.append(tokens)
-    ids, mask, author, divergence, threshold = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    return Rollout(
-        prompt_ids=prompts[0],
-        prompt_mask=prompts[1],
-        completion_ids=ids.masked_fill(~mask, pad_token_id),
-        completion_mask=mask,
-        author=author.masked_fill(~mask, int(Author.NONE)),
-        divergence=divergence.masked_fill(~mask, math.nan),
-        threshold=threshold.masked_fill(~mask, math.nan),
-        teacher_hidden=torch.stack(hidden, dim=1).masked_fill(~mask.unsqueeze(-1), 0.0) if hidden else None,
-        stats={
-            "student_passes": student_reader.passes,
-            "teacher_passes": teacher_reader.passes if teacher_reader else 0,
-            "drafted": drafted_count,
-            "kept": kept_count,
-        },
-    )
-
-
-@dataclass
-class Written:
-    """What one position of N rows became."""
-
-    tokens: Tensor
-    kept: Tensor
-    author: Tensor
-    divergence: Tensor
-    threshold: Tensor
-    state: Tensor | None
-
-
-def write(
-    policy: Policy,
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor | None,
-    drafted: Tensor,
-    position: Tensor,
-    state: Tensor | None,
-    seed: int,
-    row_ids: Tensor,
-) -> Written:
-    """Return the tokens the policy's behaviour distribution writes at one position of N rows.
-
-    Args:
-        policy: Who writes.
-        student_log_probs: `[N, V]`.
-        teacher_log_probs: `[N, V]`, or None for a policy that needs no teacher.
-        drafted: The student's draft, int64 `[N]`.
-        position: Completion positions, int64 `[N]`.
-        state: The policy's state `[N, ...]` or None.
-        seed: Seed of the randomness.
-        row_ids: int64 `[N]`.
-    """
-    if teacher_log_probs is None:
-        measure = torch.full(drafted.shape, math.nan, device=drafted.device)
-    else:
-        measure = policy.measure(student_log_probs, teacher_log_probs)
-    decision, state = policy.decide(measure, position, state)
-    tokens, author = drafted.clone(), decision.author.clone()
-    kept = torch.ones_like(drafted, dtype=torch.bool)
-    given = (author == Author.TEACHER).nonzero().squeeze(-1)
-    if len(given):
-        assert teacher_log_probs is not None  # only a policy that needs the teacher gives it positions
-        student_rows = student_log_probs[given]
-        tokens[given], kept[given] = sampling.coupled_draw(
-            drafted[given],
-            student_rows,
-            policy.behaviour(student_rows, teacher_log_probs[given]),
-            sampling.noise_keys(seed, row_ids[given], position[given], Stream.ACCEPT),
-            sampling.noise_keys(seed, row_ids[given], position[given], Stream.RESIDUAL),
-        )
-        if policy.blends:
-            author[given] = torch.where(kept[given], int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
-    return Written(tokens, kept, author, measure, decision.threshold, state)
-
-
-class TokenReader:
-    """A model and its transformers cache, fed one column of tokens at a time; `logits` predict the next column.
-
-    Works for every causal language model of transformers: it uses the public forward with a 2-D attention mask and
-    explicit position ids, which count real tokens from 0 whatever padding stands on the left.
-    """
-
-    def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, keep_hidden: bool = False) -> None:
-        self.model = model
-        self.keep_hidden = keep_hidden
-        self.hidden: Tensor | None = None
-        self.device = _device_of(model)
-        self.takes_positions = takes_position_ids(model)
-        self.mask = prompt_mask.to(self.device, torch.int64)
-        self.next_position = self.mask.sum(-1, keepdim=True)
-        self.cache: Any = None
-        self.passes = 0
-        self.logits = self._forward(prompt_ids.to(self.device), prompt_positions(self.mask))
-
-    def append(self, tokens: Tensor) -> None:
-        """Read one token per row, int64 `[B]`."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.logits = self._forward(tokens.to(self.device).unsqueeze(1), self.next_position)
-        self.next_position = self.next_position + 1
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        with output_layer_input(self.model, enabled=self.keep_hidden) as hidden:
-            output = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **extra,
-            )
-        if hidden:
-            self.hidden = hidden[0][:, -1]
-        self.cache = output.past_key_values
-        self.passes += 1
-        return output.logits[:, -1]
 
 
 @contextlib.contextmanager

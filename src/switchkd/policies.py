@@ -45,17 +45,23 @@ class Policy:
     #: Whether no writer is chosen because mu mixes the two: the token's author is then the student where the draft
     #: was kept and the teacher where it was replaced.
     blends: bool = False
+    #: Whether `decide` looked at the drafted token itself. A position given to the teacher is then drawn anew from
+    #: the behaviour; coupling it to a draft that was singled out would bias it.
+    redraws: bool = False
+    #: Whether `decide` reads `uniform`.
+    random: bool = False
 
     def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
         """Return the state of fresh rows, `[rows, ...]`, or None for a stateless policy."""
         return None
 
-    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         """Return what the decision rests on.
 
         Args:
             student_log_probs: `[N, V]`, warped as sampled.
             teacher_log_probs: `[N, V]`, warped as sampled.
+            drafted: The student's draft, int64 `[N]`; a policy that reads it sets `redraws`.
 
         Returns:
             float32 `[N]`, nats where it is a divergence; nan where the policy compares nothing. It is recorded in
@@ -63,13 +69,16 @@ class Policy:
         """
         return torch.full(student_log_probs.shape[:-1], math.nan, device=student_log_probs.device)
 
-    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
         """Return the decisions and the new state.
 
         Args:
             measure: float32 `[N]` of `measure`.
             position: Completion position of each token, counted from 0, int64 `[N]`.
-            state: `[N, ...]` or None.
+            state: `[N, ...]`, or None for a stateless policy.
+            uniform: Noise in (0, 1) of each row and position, float64 `[N]`, for a policy that sets `random`.
         """
         raise TypeError(f"{type(self).__name__} does not define decide()")
 
@@ -84,7 +93,9 @@ class StudentPolicy(Policy):
 
     needs_teacher = False
 
-    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
         return _everywhere(Author.STUDENT, measure), None
 
 
@@ -92,7 +103,9 @@ class StudentPolicy(Policy):
 class TeacherPolicy(Policy):
     """The teacher writes everything, helped by the student's drafts: lossless speculative decoding of the teacher."""
 
-    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
         return _everywhere(Author.TEACHER, measure), None
 
 
@@ -113,7 +126,9 @@ class BlendPolicy(Policy):
     def __post_init__(self) -> None:
         _check_range("teacher_weight", self.teacher_weight, 0.0, 1.0)
 
-    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
         return _everywhere(Author.TEACHER, measure), None
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -177,10 +192,12 @@ class SwitchPolicy(Policy):
             factor = torch.ones_like(progress)
         return (self.initial_threshold * factor).to(torch.float32)
 
-    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         return generalized_jsd(student_log_probs, teacher_log_probs).to(torch.float32)
 
-    def decide(self, measure: Tensor, position: Tensor, state: Tensor | None) -> tuple[Decision, Tensor | None]:
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
         threshold = self.threshold(position)
         author = torch.where(measure > threshold, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
         return Decision(author, threshold), None
