@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from conftest import BUILDERS, EOS_ID, build_gpt2, build_llama
+from enumeration import NextTokenTable, assert_frequencies_match, make_tables
+from pairs import assert_same, make_pair, make_prompts
 
 from switchkd.block import BlockDecoder
 from switchkd.cache import prompt_positions
@@ -17,38 +19,6 @@ from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import BlendPolicy, Decision, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy
 from switchkd.rollout import Author
-
-CHI_SQUARE_LIMIT = 5.0
-
-
-def make_pair(family: str = "gpt2", seed: int = 0, noise: float = 0.15, dtype=torch.float32, **over):
-    """A teacher and a student that is a perturbed copy of it: related, as real pairs are."""
-    teacher = BUILDERS[family](seed=seed, **over)
-    student = copy.deepcopy(teacher)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    return student.to(dtype), teacher.to(dtype)
-
-
-def make_prompts(rows: int, seed: int = 0, longest: int = 9, vocabulary: int = 98, shortest: int = 1):
-    """Ragged, left-padded prompts of random ids."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(shortest, longest + 1, (rows,), generator=generator)
-    lengths[0] = shortest
-    width = int(lengths.max())
-    ids = torch.randint(1, vocabulary - 1, (rows, width), generator=generator)
-    mask = torch.arange(width) >= width - lengths.unsqueeze(1)
-    return ids.masked_fill(~mask, EOS_ID if vocabulary > EOS_ID else 0), mask
-
-
-def assert_same(first, second, *, tolerance: float = 1e-4):
-    assert torch.equal(first.completion_mask, second.completion_mask)
-    assert torch.equal(first.completion_ids, second.completion_ids)
-    assert torch.equal(first.author, second.author)
-    for name in ("divergence", "threshold"):
-        assert torch.allclose(getattr(first, name), getattr(second, name), atol=tolerance, rtol=0, equal_nan=True)
 
 
 def recompute(model, rollout, row, warp=lambda logits: logits.log_softmax(-1)):
@@ -242,30 +212,6 @@ def test_greedy_rollouts_equal_generate_of_transformers(family, draft_length):
         assert torch.equal(rollout.completion_ids, expected[:, : rollout.completion_ids.shape[1]])
 
 
-class NextTokenTable(torch.nn.Module):
-    """A causal model whose next-token distribution is a table over the last token: outcomes can be enumerated."""
-
-    def __init__(self, log_probs):
-        super().__init__()
-        self.table = torch.nn.Embedding.from_pretrained(log_probs)
-        self.head = torch.nn.Linear(1, len(log_probs))
-        self.config = type("Config", (), {"vocab_size": len(log_probs), "_attn_implementation": "eager"})()
-        self.config.get_text_config = lambda: self.config
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def get_input_embeddings(self):
-        return self.table
-
-    def forward(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, logits_to_keep=0
-    ):
-        logits = self.table(input_ids)
-        logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
-        return type("Output", (), {"logits": logits, "past_key_values": past_key_values})()
-
-
 class AlternatingPolicy(Policy):
     """Stateful: the teacher writes every second token, by a counter of its own."""
 
@@ -283,21 +229,17 @@ class AlternatingPolicy(Policy):
 @pytest.mark.parametrize("name", ["switch", "teacher", "blend", "alternating"])
 def test_frequencies_of_whole_texts_match_the_enumerated_behaviour(name, draft_length):
     """Chi-square over all 4^3 texts of three tokens against the product of behaviour distributions."""
-    size, steps, rows = 4, 3, 12_000
-    generator = torch.Generator().manual_seed(5)
-    tables = [(torch.randn(size, size, generator=generator) * 1.5).log_softmax(-1) for _ in range(2)]
-    student, teacher = (NextTokenTable(table) for table in tables)
+    tables = make_tables()
     policy = {
         "switch": SwitchPolicy(initial_threshold=0.08, final_ratio=0.5, horizon=2),
         "teacher": TeacherPolicy(),
         "blend": BlendPolicy(0.3),
         "alternating": AlternatingPolicy(),
     }[name]
-    prompts = torch.full((rows, 1), 2)
-    rollout = roll_out(student, teacher, prompts, policy=policy, max_new_tokens=steps, draft_length=draft_length)
 
-    def behaviour(last, position):
-        one, other = tables[0][last], tables[1][last]
+    def behaviour(prefix):
+        one, other = (table[prefix[-1]] for table in tables)
+        position = len(prefix) - 1
         if name == "teacher":
             return other.exp()
         if name == "blend":
@@ -307,15 +249,7 @@ def test_frequencies_of_whole_texts_match_the_enumerated_behaviour(name, draft_l
         takes_over = generalized_jsd(one, other) > policy.threshold(torch.tensor(position))
         return other.exp() if takes_over else one.exp()
 
-    expected = torch.ones(size**steps)
-    for index, text in enumerate(itertools.product(range(size), repeat=steps)):
-        for position, token in enumerate(text):
-            expected[index] *= behaviour(text[position - 1] if position else 2, position)[token]
-    codes = (rollout.completion_ids * torch.tensor([size**2, size, 1])).sum(1)
-    observed = torch.bincount(codes, minlength=size**steps).double()
-    statistic = ((observed - rows * expected) ** 2 / (rows * expected)).sum()
-    freedom = size**steps - 1
-    assert (statistic - freedom) / math.sqrt(2 * freedom) < CHI_SQUARE_LIMIT
+    rollout = assert_frequencies_match(policy, tables, behaviour, draft_length)
     if name == "switch":
         assert 0.1 < rollout.teacher_share < 0.9
 

@@ -8,11 +8,13 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+
+from switchkd.lean import lean_decoder
 
 # Slots are added in steps of this many, so that short completions never pay for the length limit.
 GROWTH = 64
@@ -119,13 +121,22 @@ class RowReader:
         keep_hidden: Keep the states that enter the output layer, in `hidden`.
     """
 
-    def __init__(self, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False) -> None:
+    def __init__(
+        self, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False, lean: bool | None = None
+    ) -> None:
         self.model = model
+        if lean is None:
+            lean = model in _LEAN
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._last_position = (limit or 2**62) - 1
+        # Drafts may run a little past the end; positions are clamped to the tables.
+        self._lean = lean_decoder(model, min(max_length, self._last_position + 1)) if lean else None
+        if self._lean is not None:
+            self._last_position = min(max_length - 1, self._last_position)
         self.device = next(model.parameters()).device
         self.cache = RowCache(rows, max_length)
         self.passes = 0
         self.hidden: Tensor | None = None
-        self._last_position = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62) - 1
         self._dtype = model.get_input_embeddings().weight.dtype
         self._keep_hidden = keep_hidden
 
@@ -160,19 +171,25 @@ class RowReader:
         visible = torch.arange(used, device=self.device) <= queries[:, None, :, None]
         # Additive, because eager attention adds what it is given and sdpa takes it as well.
         mask = torch.zeros(visible.shape, dtype=self._dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+        # Drafts may run past the end of the context; what is written there is never kept.
+        positions = positions.clamp(max=self._last_position)
+        self.passes += 1
+        if self._lean is not None:
+            result, states = self._lean(tokens, positions, self.cache, mask, last_only=logits == "last")
+            if self._keep_hidden:
+                self.hidden = states
+            return result
         with output_layer_input(self.model, enabled=self._keep_hidden) as hidden:
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
-                # Drafts may run past the end of the context; what is written there is never kept.
-                position_ids=positions.clamp(max=self._last_position),
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=0 if logits == "all" else 1,
             )
         if hidden:
             self.hidden = hidden[0]
-        self.passes += 1
         return output.logits
 
 
@@ -200,15 +217,19 @@ def unserved_reason(model: Any, length: int) -> str | None:
         if one.get("rope_type") in UNSERVED_ROPE:
             return f"its rotary embedding of type {one['rope_type']!r} depends on the longest row"
     if model not in _PROBED:
-        _PROBED[model] = _probe(model)
+        _PROBED[model] = _probe(model, lean=False)
+        if _PROBED[model] is None and lean_decoder(model, 8) is not None and _probe(model, lean=True) is None:
+            _LEAN.add(model)
     return _PROBED[model]
 
 
+# What the probes found; a model is probed once.
 _PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_LEAN: WeakSet[nn.Module] = WeakSet()
 
 
-def _probe(model: Any) -> str | None:
-    """Compare ragged cached passes with one plain pass on a few tokens."""
+def _probe(model: Any, *, lean: bool) -> str | None:
+    """Compare ragged cached passes with one plain pass on a few tokens; return what is wrong with them."""
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = (torch.arange(1, 13, device=device).view(2, 6) * 7) % vocabulary
@@ -219,7 +240,7 @@ def _probe(model: Any) -> str | None:
             position_ids=prompt_positions(torch.ones_like(tokens)),
             use_cache=False,
         ).logits
-        reader = RowReader(model, rows=2, max_length=8)
+        reader = RowReader(model, rows=2, max_length=8, lean=lean)
         reader.read(tokens[:, :2], [0, 0])
         # Rows part: one goes on from 2, the other back to 1, over slots that hold a stale key.
         ragged = reader.read(torch.stack([tokens[0, 2:4], tokens[1, 1:3]]), [2, 1])
@@ -239,7 +260,11 @@ def _probe(model: Any) -> str | None:
 
 def takes_position_ids(model: nn.Module) -> bool:
     """Return whether a model's forward takes explicit position ids."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    # An adapter's wrapper takes **kwargs; what counts is the model inside.
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return "position_ids" in inspect.signature(inner.forward).parameters
 
 
 def prompt_positions(mask: Tensor) -> Tensor:

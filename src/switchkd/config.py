@@ -1,6 +1,7 @@
 """`SwitchConfig`: transformers' TrainingArguments plus what teacher-in-the-loop distillation adds."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -8,7 +9,12 @@ from transformers import TrainingArguments
 from switchkd import objective
 from switchkd.errors import UserError
 from switchkd.methods import Method
-from switchkd.policies import Policy
+from switchkd.policies import Policy, SwitchPolicy
+from switchkd.sampling import check_warping
+
+#: Options that only the rollout policy reads, and those that every rollout reads.
+POLICY_OPTIONS = ("initial_threshold", "final_ratio", "horizon", "schedule")
+ROLLOUT_OPTIONS = ("temperature", "top_k", "top_p", "draft_length", "log_completions", "num_completions_to_log")
 
 
 @dataclass
@@ -91,23 +97,27 @@ class SwitchConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "teacher_model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, _read_json_object(name, getattr(self, name)))
         super().__post_init__()
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay False: the trainer needs the prepared columns")
+        if self.label_smoothing_factor:
+            raise UserError(f"label_smoothing_factor={self.label_smoothing_factor} does nothing here; remove it")
         if not self.loss_temperature > 0:
             raise UserError(f"loss_temperature must be > 0, got {self.loss_temperature}")
-        for name in ("max_prompt_length", "max_completion_length"):
+        for name in ("max_prompt_length", "max_completion_length", "num_completions_to_log"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be >= 1 token, got {getattr(self, name)}")
+                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.on_policy_fraction is not None and not 0.0 <= self.on_policy_fraction <= 1.0:
             raise UserError(f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}")
-        if self.draft_length != "auto":
-            try:
-                valid = int(self.draft_length) >= 1
-            except ValueError:
-                valid = False
-            if not valid:
-                raise UserError(f'draft_length must be "auto" or an integer >= 1, got {self.draft_length!r}')
+        self.draft_length = str(self.draft_length)
+        if self.draft_length != "auto" and not (self.draft_length.isdecimal() and int(self.draft_length) >= 1):
+            raise UserError(f'draft_length must be "auto" or an integer >= 1, got {self.draft_length!r}')
+        try:
+            check_warping(self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def options_set(self, *names: str) -> dict[str, Any]:
         """Return the named options that are not None."""
@@ -135,8 +145,7 @@ def resolve_policy(method: Method, args: SwitchConfig) -> Policy | None:
     Raises:
         UserError: An option outside its range, or one that the method does not use.
     """
-    names = ("initial_threshold", "final_ratio", "horizon", "schedule")
-    for name, value in args.options_set(*names).items():
+    for name, value in args.options_set(*POLICY_OPTIONS).items():
         if name not in method.policy_options:
             raise UserError(f"{name}={value} does nothing with method {method.name!r}; remove it or use another method")
     if method.policy is None:
@@ -161,3 +170,43 @@ def resolve_fraction(method: Method, args: SwitchConfig) -> float:
             "the dataset; choose gkd or switch"
         )
     return args.on_policy_fraction
+
+
+def refuse_idle_options(args: SwitchConfig, policy: Policy | None) -> None:
+    """Refuse values of rollout options that nothing reads; the value that holds anyway may stand there.
+
+    Args:
+        args: The configuration.
+        policy: The policy that rolls out, None where every step trains on the dataset.
+
+    Raises:
+        UserError: Names the option.
+    """
+    idle: dict[str, str] = {}
+    if policy is None:
+        why = f"method {args.method!r} rolls nothing out" + (
+            " at on_policy_fraction 0" if args.on_policy_fraction == 0 else ""
+        )
+        idle |= dict.fromkeys((*POLICY_OPTIONS, *ROLLOUT_OPTIONS), why)
+    elif not policy.needs_teacher:
+        idle["draft_length"] = f"no teacher checks the rollouts of method {args.method!r}"
+    if isinstance(policy, SwitchPolicy) and policy.schedule == "constant":
+        idle |= dict.fromkeys(("final_ratio", "horizon"), "schedule is constant")
+    if not args.log_completions:
+        idle.setdefault("num_completions_to_log", "log_completions is off")
+    defaults = {option.name: option.default for kind in (SwitchConfig, SwitchPolicy) for option in fields(kind)}
+    defaults["horizon"] = args.max_completion_length
+    for name, reason in idle.items():
+        if getattr(args, name) not in (None, defaults[name]):
+            raise UserError(f"{name}={getattr(args, name)} does nothing: {reason}; remove it")
+
+
+def _read_json_object(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UserError(f"{name} must be a JSON object, got {value!r}") from None
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{name} must be a JSON object, got {value!r}")
+    return value

@@ -1,8 +1,9 @@
 """Evaluation: sampled answers scored with ROUGE-L over several decoding seeds, and losses on the reference text."""
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
+from switchkd.cache import prompt_positions
 from switchkd.data import pad_prompts
-from switchkd.engine import context_length, eval_mode, prompt_positions, roll_out
+from switchkd.engine import context_length, eval_mode, roll_out
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.objective import completion_logits, token_losses
 from switchkd.policies import StudentPolicy
+from switchkd.sampling import check_warping
 from switchkd.vocabulary import require_eos
 
 
@@ -106,6 +109,10 @@ def evaluate(
             end-of-sequence token is known, or a setting is out of range.
     """
     _check(model, dataset, seeds, max_new_tokens, batch_size, no_repeat_ngram_size)
+    try:
+        check_warping(temperature, top_k, top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     eos = require_eos(tokenizer, model)
     if device is not None:
         model.to(device)
@@ -117,6 +124,7 @@ def evaluate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    blocked = _blocked_options(settings, eos, pad)
     prompts = list(dataset["prompt_ids"])
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -125,17 +133,17 @@ def evaluate(
     started = time.perf_counter()
     with tqdm(total=len(order) * len(seeds), desc="answers", unit="row", disable=not progress, leave=False) as bar:
         for seed in seeds:
-            decode = _BlockedDecoder(model, seed, settings, eos, pad) if no_repeat_ngram_size else None
-            for batch in batches:
-                prompt_ids, prompt_mask = pad_prompts([prompts[index] for index in batch], pad)
-                if decode is not None:
-                    texts = decode(prompt_ids, prompt_mask)
-                else:
-                    texts = _sample(model, prompt_ids, prompt_mask, batch, seed, settings, eos, pad)
-                answers.update({(seed, index): ids for index, ids in zip(batch, texts, strict=True)})
-                bar.update(len(batch))
+            with _seeded(model, seed, enabled=blocked is not None):
+                for batch in batches:
+                    prompt_ids, prompt_mask = pad_prompts([prompts[index] for index in batch], pad)
+                    if blocked is not None:
+                        texts = _generate(model, prompt_ids, prompt_mask, blocked, eos)
+                    else:
+                        texts = _sample(model, prompt_ids, prompt_mask, batch, seed, settings, eos, pad)
+                    answers.update({(seed, index): ids for index, ids in zip(batch, texts, strict=True)})
+                    bar.update(len(batch))
     seconds = time.perf_counter() - started
-    decoder = "transformers.generate" if no_repeat_ngram_size else "roll_out"
+    decoder = "roll_out" if blocked is None else "transformers.generate"
     decoding = {"decoder": decoder, **settings, "seeds": list(seeds), "batch_size": batch_size}
     return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding)
 
@@ -255,38 +263,48 @@ def _sample(
     return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
 
 
-class _BlockedDecoder:
-    """transformers' `generate` with an n-gram block; keeps its own stream of random numbers from batch to batch."""
+@contextlib.contextmanager
+def _seeded(model: nn.Module, seed: int, *, enabled: bool) -> Iterator[None]:
+    """Seed torch's global generators, which `generate` draws from, and give them their state back afterwards."""
+    device = _device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled):
+        if enabled:
+            torch.manual_seed(seed)
+        yield
 
-    def __init__(self, model: nn.Module, seed: int, settings: dict[str, Any], eos: list[int], pad: int) -> None:
-        sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
-        self.model: Any = model
-        self.eos = eos
-        self.seed = seed
-        # Every option that changes text is set here: what stays None would come from the model's own configuration.
-        self.config = GenerationConfig(
-            do_sample=settings["temperature"] > 0,
-            **(sampling if settings["temperature"] > 0 else {}),
-            max_new_tokens=settings["max_new_tokens"],
-            no_repeat_ngram_size=settings["no_repeat_ngram_size"],
-            repetition_penalty=1.0,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=eos,
-            pad_token_id=pad,
+
+def _blocked_options(settings: dict[str, Any], eos: list[int], pad: int) -> GenerationConfig | None:
+    """Options of transformers' `generate` with an n-gram block, or None where nothing is blocked.
+
+    Every option that changes text is set: what stays None would come from the model's own configuration.
+    """
+    if not settings["no_repeat_ngram_size"]:
+        return None
+    options = dict(settings)
+    if options["temperature"] == 0:
+        options = {name: options[name] for name in ("max_new_tokens", "no_repeat_ngram_size")}
+    return GenerationConfig(
+        **options,
+        do_sample="temperature" in options,
+        repetition_penalty=1.0,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+
+
+def _generate(
+    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, options: GenerationConfig, eos: list[int]
+) -> list[list[int]]:
+    device = _device_of(model)
+    with eval_mode(model):
+        whole = model.generate(
+            prompt_ids.to(device), attention_mask=prompt_mask.to(device, torch.int64), generation_config=options
         )
-
-    def __call__(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
-        device = _device_of(self.model)
-        with eval_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            self.seed += 1
-            whole = self.model.generate(
-                prompt_ids.to(device), attention_mask=prompt_mask.to(device), generation_config=self.config
-            )
-        texts: list[list[int]] = whole[:, prompt_ids.shape[1] :].tolist()
-        ends = [next((i + 1 for i, token in enumerate(ids) if token in self.eos), len(ids)) for ids in texts]
-        return [ids[:end] for ids, end in zip(texts, ends, strict=True)]
+    texts: list[list[int]] = whole[:, prompt_ids.shape[1] :].tolist()
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids)) for ids in texts]
+    return [ids[:end] for ids, end in zip(texts, ends, strict=True)]
 
 
 def _score(
@@ -300,7 +318,8 @@ def _score(
 ) -> EvaluationResult:
     references, prompts = list(dataset["references"]), list(dataset["prompt"])
     first = [accepted[0] for accepted in references]
-    reference_tokens = [len(ids) for ids in tokenizer(first, add_special_tokens=False, verbose=False)["input_ids"]]
+    plain = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    reference_tokens = [len(ids) for ids in tokenizer(first, **plain)["input_ids"]]
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         for index, accepted in enumerate(references):
@@ -346,7 +365,8 @@ def _check(
     _check_prepared(dataset)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be one or more different integers, got {list(seeds)}")
-    for name, value, least in (("batch_size", batch_size, 1), ("no_repeat_ngram_size", ngram, 0)):
+    limits = (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("no_repeat_ngram_size", ngram, 0))
+    for name, value, least in limits:
         if value < least:
             raise UserError(f"{name} must be >= {least}, got {value}")
     bare = next((row for row, accepted in enumerate(dataset["references"], start=1) if not accepted), None)

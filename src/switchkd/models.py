@@ -1,5 +1,6 @@
 """Loading models and tokenizers, with one clear line where that fails."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Return the model with a fresh adapter of `peft`, the only part that trains.
+
+    Raises:
+        UserError: `peft` is not installed.
+    """
+    try:
+        from peft import get_peft_model
+    except ImportError:
+        raise UserError("peft_config needs the peft package: pip install 'switchkd[peft]'") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return get_peft_model(model, peft_config)
 
 
 def default_device() -> torch.device:

@@ -10,7 +10,7 @@ the vocabulary work is done once for a whole draft and the rest is arithmetic on
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from switchkd.errors import UserError
 from switchkd.rollout import Author
 
 Schedule = Literal["exponential", "linear", "constant", "increasing"]
+Clock = Literal["position", "since_teacher"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Policy:
     redraws: bool = False
     #: Whether `decide` reads `uniform`.
     random: bool = False
+    #: What `measure` counts in: "nats", or "rank" for a place in an ordered vocabulary.
+    unit: str = "nats"
+
+    def at_progress(self, progress: float) -> Self:
+        """Return the policy of a moment of training; the policy itself where nothing is annealed.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1]. Always ask the policy training began with.
+        """
+        return self
 
     def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
         """Return the state of fresh rows, `[rows, ...]`, or None for a stateless policy."""
@@ -96,7 +107,7 @@ class StudentPolicy(Policy):
     def decide(
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Decision, Tensor | None]:
-        return _everywhere(Author.STUDENT, measure), None
+        return everywhere(Author.STUDENT, measure), None
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class TeacherPolicy(Policy):
     def decide(
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Decision, Tensor | None]:
-        return _everywhere(Author.TEACHER, measure), None
+        return everywhere(Author.TEACHER, measure), None
 
 
 @dataclass(frozen=True)
@@ -124,12 +135,12 @@ class BlendPolicy(Policy):
     blends = True
 
     def __post_init__(self) -> None:
-        _check_range("teacher_weight", self.teacher_weight, 0.0, 1.0)
+        check_range("teacher_weight", self.teacher_weight, 0.0, 1.0)
 
     def decide(
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Decision, Tensor | None]:
-        return _everywhere(Author.TEACHER, measure), None
+        return everywhere(Author.TEACHER, measure), None
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         weights = torch.tensor([1.0 - self.teacher_weight, self.teacher_weight], device=student_log_probs.device)
@@ -149,38 +160,56 @@ class SwitchPolicy(Policy):
 
     A threshold of at least ln 2 throughout is the student alone; 0 is the teacher alone.
 
+    Two options make it differ from the paper's rule. A minimum leg of m tokens lets nobody take the pen back before
+    the writer has written m tokens in a row, against ping-pong at noisy positions; 1 is the paper's rule. The clock
+    "since_teacher" puts n for t, the tokens the student has written since the teacher last did (since the start
+    before that), so that a threshold that falls with drift starts anew after each intervention.
+
     Args:
         initial_threshold: tau_0 in nats, in [0, ln 2].
         final_ratio: r in (0, 1].
         horizon: h in tokens, > 0; where r is reached. The paper's reading B is r = 0.1 at the completion limit.
         schedule: One of the four above.
+        minimum_leg: m in tokens, >= 1.
+        clock: "position", or "since_teacher".
 
     Raises:
         UserError: An option outside its range.
 
     Reference:
         Koo et al., "SWITCH: Studying with Teacher", arXiv 2410.19503, section 3. The values of tau_0 and lambda are
-        not published; the defaults are chosen here.
+        not published; the defaults are chosen here. Minimum leg and drift clock are not from the paper.
     """
 
     initial_threshold: float = 0.3
     final_ratio: float = 0.1
     horizon: float = 256
     schedule: Schedule = "exponential"
+    minimum_leg: int = 1
+    clock: Clock = "position"
     _rate: float = field(init=False, repr=False, default=0.0)
 
+    #: The largest value that `measure` can take, nats, and how messages name it.
+    largest_threshold: ClassVar[tuple[float, str]] = (LN_2, "ln 2 nats")
+
     def __post_init__(self) -> None:
-        _check_range("initial_threshold", self.initial_threshold, 0.0, LN_2, "ln 2 nats")
+        check_range("initial_threshold", self.initial_threshold, 0.0, *self.largest_threshold)
         if not 0.0 < self.final_ratio <= 1.0:
             raise UserError(f"final_ratio must lie in (0, 1], got {self.final_ratio}")
         if not self.horizon > 0:
             raise UserError(f"horizon must be > 0 tokens, got {self.horizon}")
-        if self.schedule not in get_args(Schedule):
-            raise UserError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_count("minimum_leg", self.minimum_leg, 1)
+        check_choice("clock", self.clock, get_args(Clock))
         object.__setattr__(self, "_rate", math.log(self.final_ratio))
+        object.__setattr__(self, "stateful", self.minimum_leg > 1 or self.clock == "since_teacher")
+
+    def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
+        """Return [tokens since the teacher wrote, who holds the pen, for how many tokens], int64 `[rows, 3]`."""
+        return torch.zeros(rows, 3, dtype=torch.int64, device=device) if self.stateful else None
 
     def threshold(self, position: Tensor) -> Tensor:
-        """Return tau_t in nats, float32, for completion positions counted from 0."""
+        """Return tau_t in nats, float32, for completion positions (or another clock) counted from 0."""
         progress = position.to(torch.float64) / self.horizon
         if self.schedule == "exponential":
             factor = (self._rate * progress).exp()
@@ -198,17 +227,44 @@ class SwitchPolicy(Policy):
     def decide(
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Decision, Tensor | None]:
-        threshold = self.threshold(position)
-        author = torch.where(measure > threshold, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
-        return Decision(author, threshold), None
+        if state is None:
+            threshold = self.threshold(position)
+            return Decision(teacher_where(measure > threshold), threshold), None
+        since_teacher, writer, leg = state.unbind(-1)
+        threshold = self.threshold(position if self.clock == "position" else since_teacher)
+        wanted = teacher_where(measure > threshold)
+        held = (writer != int(Author.NONE)) & (leg < self.minimum_leg)
+        author = torch.where(held, writer.to(torch.uint8), wanted)
+        leg = torch.where(author == writer, leg + 1, 1)
+        since_teacher = torch.where(author == Author.TEACHER, 0, since_teacher + 1)
+        return Decision(author, threshold), torch.stack([since_teacher, author.to(torch.int64), leg], dim=-1)
 
 
-def _everywhere(author: Author, like: Tensor) -> Decision:
+def everywhere(author: Author, like: Tensor) -> Decision:
+    """Return a decision for one author at every position, without a threshold."""
     return Decision(
         torch.full_like(like, int(author), dtype=torch.uint8), torch.full_like(like, math.nan, dtype=torch.float32)
     )
 
 
-def _check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
+def teacher_where(mask: Tensor) -> Tensor:
+    """Return the authors, uint8 `[N]`: the teacher where the mask is True, else the student."""
+    return torch.where(mask, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
+
+
+def check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
+    """Refuse a number outside [low, high], with one line."""
     if not low <= value <= high:
         raise UserError(f"{name} must lie in [{low:g}, {high_name or f'{high:g}'}], got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not among the choices, with one line."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is not an integer of at least that size, with one line."""
+    if not (isinstance(value, int) and value >= least):
+        raise UserError(f"{name} must be an integer >= {least}, got {value!r}")

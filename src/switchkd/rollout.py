@@ -3,6 +3,7 @@
 Legend for the whole package: B rows, P prompt length, C completion length, T = P + C, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -103,9 +104,35 @@ class Rollout:
             if tokenizer is not None:
                 record["prompt"] = tokenizer.decode(prompt_ids)
                 record["completion"] = tokenizer.decode(ids, skip_special_tokens=True)
-                record["tokens"] = [tokenizer.decode([token]) for token in ids]
+                record["tokens"] = token_texts(tokenizer, ids, prompt_ids)
             rows.append(record)
         return rows
+
+
+def token_texts(tokenizer: Any, token_ids: list[int], prompt_ids: Sequence[int] = ()) -> list[str]:
+    """Return what every token adds to the text: the pieces in a row are the text, which tokens decoded alone are not.
+
+    A token alone loses its leading blank where the tokenizer writes it as a word border, and byte-level tokens may hold
+    part of a character only: those add nothing, and the token that completes the character adds all of it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        token_ids: The tokens.
+        prompt_ids: What stands before them.
+    """
+    context = list(prompt_ids[-4:])
+    ids = context + token_ids
+    pieces = []
+    # Decoded from one token before the new ones: enough for borders, and linear in the length.
+    start, done = 0, len(context)
+    for end in range(done + 1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(tokenizer.decode(ids[start:done])) :])
+        start, done = done, end
+    return pieces
 
 
 def _number_or_none(value: float) -> float | None:

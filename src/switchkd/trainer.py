@@ -2,9 +2,8 @@
 
 import json
 import time
-import warnings
-from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,31 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from switchkd import objective, sampling
-from switchkd.config import SwitchConfig, resolve_fraction, resolve_objective, resolve_policy
+from switchkd.batches import check_readable, collate, model_inputs, prompts_of
+from switchkd.cache import prompt_positions
+from switchkd.config import SwitchConfig, refuse_idle_options, resolve_fraction, resolve_objective, resolve_policy
 from switchkd.data import pad_prompts, prepare
-from switchkd.engine import context_length, prompt_positions, roll_out
+from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.methods import get_method
-from switchkd.models import disable_dropout, load_model, load_tokenizer
-from switchkd.rollout import Rollout
-from switchkd.vocabulary import check_tokenizers, require_eos
+from switchkd.models import disable_dropout, load_model, load_tokenizer, with_adapter
+from switchkd.rollout import Author, Rollout
+from switchkd.vocabulary import check_tokenizers, model_vocabulary_size, require_eos
 
 # Row ids of different optimizer steps and ranks must never meet: each step owns this many.
 ROWS_PER_STEP = 1 << 24
+
+
+#: Means over all tokens, rows or steps and all processes since the last log, each explained in docs/metrics.md.
+LOGGED_MEANS = (
+    "rollout/teacher_share",
+    "rollout/divergence_nats",
+    "rollout/threshold_nats",
+    "rollout/completion_tokens",
+    "rollout/tokens_per_s",
+    "time/rollout_s",
+    "time/train_s",
+)
 
 
 class SwitchTrainer(Trainer):
@@ -69,12 +82,77 @@ class SwitchTrainer(Trainer):
         self.objective, self.objective_options = resolve_objective(self.method, args)
         self.policy = resolve_policy(self.method, args)
         self.on_policy_fraction = resolve_fraction(self.method, args)
-
+        refuse_idle_options(args, self.policy if self.on_policy_fraction > 0 else None)
         tokenizer = processing_class
         if tokenizer is None:
             if not isinstance(model, str):
                 raise UserError("processing_class is needed when the student is given as an object")
             tokenizer = load_tokenizer(model)
+        student, teacher = self._load_models(model, teacher_model, tokenizer, args)
+        if args.disable_dropout:
+            disable_dropout(student)
+        if peft_config is not None:
+            student = with_adapter(student, peft_config)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.eos_token_id = require_eos(tokenizer, student, teacher)
+        # Any id both models read will do, because masks say what is padding. A tokenizer's own padding token can be
+        # newer than the models and stand outside their embeddings.
+        readable = min(model_vocabulary_size(reader) for reader in (student, teacher) if reader is not None)
+        pad = tokenizer.pad_token_id
+        self.pad_token_id: int = pad if pad is not None and pad < readable else 0
+        self.prepare_reports: dict[str, Any] = {}
+        readers = {"student": student, "teacher": teacher}
+        if train_dataset is not None:
+            train_dataset = self._prepare_data("train", train_dataset, tokenizer, args, readers)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_data(name, data, tokenizer, args, readers, evaluation=True)
+                for name, data in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_data("eval", eval_dataset, tokenizer, args, readers, evaluation=True)
+
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=partial(collate, pad_token_id=self.pad_token_id),
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self._refuse_unsupported_launch()
+        self.teacher_model = self._freeze_teacher(teacher) if teacher is not None else None
+        self.add_callback(_StepClock(self))
+        self._since_log = {name: [0.0, 0.0] for name in LOGGED_MEANS}
+        self._unlogged_rollout: Rollout | None = None
+        self._training_since = time.perf_counter()
+        self._eval_totals = [0.0, 0.0, 0.0]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective or the rollout reads the teacher."""
+        rolls_with_teacher = self.policy is not None and self.policy.needs_teacher and self.on_policy_fraction > 0
+        return self.objective != objective.CROSS_ENTROPY or rolls_with_teacher
+
+    # ---- set-up
+
+    def _load_models(
+        self, model: nn.Module | str, teacher_model: nn.Module | str | None, tokenizer: Any, args: SwitchConfig
+    ) -> tuple[nn.Module, nn.Module | None]:
+        if not self.needs_teacher:
+            teacher_model = None
+        elif teacher_model is None:
+            raise UserError(f"method {args.method!r} with {self.objective} needs a teacher; give teacher_model")
+        elif teacher_model is model and not isinstance(model, str):
+            raise UserError("model and teacher_model are one object, which cannot both learn and stand still; copy it")
+        if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
+            why = "no teacher is used" if teacher_model is None else "the teacher is given as an object"
+            raise UserError(
+                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it"
+            )
         if isinstance(teacher_model, str):
             check_tokenizers(tokenizer, load_tokenizer(teacher_model, role="teacher tokenizer"))
         # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
@@ -88,56 +166,18 @@ class SwitchTrainer(Trainer):
             if isinstance(teacher_model, str)
             else teacher_model
         )
-        if teacher is None and self.needs_teacher:
-            raise UserError(f"method {args.method!r} with {self.objective} needs a teacher; give teacher_model")
-        if args.disable_dropout:
-            disable_dropout(student)
-        if peft_config is not None:
-            student = _with_adapter(student, peft_config)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.eos_token_id = require_eos(tokenizer, student, teacher)
-        self.prepare_reports: dict[str, Any] = {}
-        train_dataset = self._prepare_data("train", train_dataset, tokenizer, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_data(name, data, tokenizer, args) for name, data in eval_dataset.items()
-            }
-        else:
-            eval_dataset = self._prepare_data("eval", eval_dataset, tokenizer, args)
-        eval_sets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        self._check_context(
-            {"student": student, "teacher": teacher}, [train_dataset, *eval_sets], args.max_completion_length
-        )
+        return student, teacher
 
-        super().__init__(
-            model=student,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            data_collator=self._collate,
-            callbacks=callbacks,
-            **kwargs,
-        )
-        self._refuse_unsupported_launch()
-        self.teacher_model = self._freeze_teacher(teacher) if teacher is not None and self.needs_teacher else None
-        self._pending: dict[str, list[float]] = defaultdict(list)
-        self._last_rollout: Rollout | None = None
-        self._window_started: float | None = None
-        self._eval_totals: dict[str, Tensor] = {}
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the objective or the rollout reads the teacher."""
-        rolls_with_teacher = self.policy is not None and self.policy.needs_teacher and self.on_policy_fraction > 0
-        return self.objective != objective.CROSS_ENTROPY or rolls_with_teacher
-
-    # ---- set-up
-
-    def _prepare_data(self, name: str, data: Dataset | None, tokenizer: Any, args: SwitchConfig) -> Dataset | None:
-        if data is None:
-            return None
+    def _prepare_data(
+        self,
+        name: str,
+        data: Dataset,
+        tokenizer: Any,
+        args: SwitchConfig,
+        readers: dict[str, nn.Module | None],
+        *,
+        evaluation: bool = False,
+    ) -> Dataset:
         if "prompt_ids" not in data.column_names:
             data, self.prepare_reports[name] = prepare(
                 data,
@@ -145,23 +185,17 @@ class SwitchTrainer(Trainer):
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
             )
-        needs_answers = name != "train" or self.on_policy_fraction < 1
-        if needs_answers:
+        if "teacher_prompt_ids" in data.column_names:
+            raise UserError(f"the {name} data have a teacher_prompt, which training does not use; remove the column")
+        answers = evaluation or self.on_policy_fraction < 1
+        if answers:
             empty = next((row for row, ids in enumerate(data["completion_ids"]) if not ids), None)
             if empty is not None:
-                reader = f"method {args.method!r}" if name == "train" else "evaluation"
+                reader = "evaluation" if evaluation else f"method {args.method!r}"
                 raise UserError(f"{reader} reads dataset answers, but row {empty} of the {name} data has none")
+        rolls_out = not evaluation and self.on_policy_fraction > 0
+        check_readable(data, readers, answers=answers, new_tokens=args.max_completion_length if rolls_out else 0)
         return data
-
-    def _check_context(self, roles: dict[str, nn.Module | None], datasets: list[Dataset | None], new: int) -> None:
-        longest = max((len(ids) for data in datasets if data is not None for ids in data["prompt_ids"]), default=0)
-        for role, model in roles.items():
-            limit = context_length(model) if model is not None else None
-            if limit is not None and longest + new > limit:
-                raise UserError(
-                    f"longest prompt {longest} + max_completion_length {new} exceed the {role}'s context of {limit} "
-                    "tokens; lower max_completion_length or max_prompt_length"
-                )
 
     def _refuse_unsupported_launch(self) -> None:
         if self.args.n_gpu > 1:
@@ -182,21 +216,10 @@ class SwitchTrainer(Trainer):
 
     # ---- writing the training text
 
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """One micro-batch as the dataset has it: prompts padded on the left, answers on the right."""
-        pad = self.processing_class.pad_token_id
-        prompt_ids, prompt_mask = pad_prompts([row["prompt_ids"] for row in rows], pad)
-        completions = [torch.tensor(row["completion_ids"], dtype=torch.int64) for row in rows]
-        completion_ids = nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(completion) for completion in completions])
-        completion_mask = torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)
-        return model_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Return one optimizer step's micro-batches, their text rolled out, and the supervised tokens they hold."""
-        self._finish_window()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -205,7 +228,7 @@ class SwitchTrainer(Trainer):
         count = torch.stack([batch["completion_mask"].sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.reshape(1)).sum()
-        self._window_started = time.perf_counter()
+        self._training_since = time.perf_counter()
         return batches, count
 
     def _rolls_out_at(self, step: int) -> bool:
@@ -219,9 +242,8 @@ class SwitchTrainer(Trainer):
         assert self.policy is not None
         device = self.args.device
         sizes = [len(batch["input_ids"]) for batch in batches]
-        prompts = [ids[mask].tolist() for batch in batches for ids, mask in zip(*_prompts_of(batch), strict=True)]
-        pad = self.processing_class.pad_token_id
-        prompt_ids, prompt_mask = pad_prompts(prompts, pad)
+        prompts = [prompt for batch in batches for prompt in prompts_of(batch)]
+        prompt_ids, prompt_mask = pad_prompts(prompts, self.pad_token_id)
         started = time.perf_counter()
         # Rollouts see the bare model: no gradient synchronisation, and autocast where training has it.
         with self.accelerator.autocast():
@@ -238,7 +260,7 @@ class SwitchTrainer(Trainer):
                 top_p=self.args.top_p,
                 draft_length="auto" if self.args.draft_length == "auto" else int(self.args.draft_length),
                 eos_token_id=self.eos_token_id,
-                pad_token_id=pad,
+                pad_token_id=self.pad_token_id,
                 row_ids=self._row_ids(sizes),
             )
         self._record_rollout(rollout, time.perf_counter() - started)
@@ -317,108 +339,75 @@ class SwitchTrainer(Trainer):
                 objective=objective.CROSS_ENTROPY,
                 labels=inputs["input_ids"][:, -length:],
             )
-        for name, value in (("loss", losses), ("cross_entropy", cross_entropy)):
-            self._add_eval_total(name, torch.where(mask, value, 0.0).double().sum())
-        self._add_eval_total("tokens", mask.sum().double())
+            per_row = torch.stack([torch.where(mask, value, 0.0).sum(-1) for value in (losses, cross_entropy, mask)], 1)
+        # Rows that fill up the last batch of a distributed run are counted once.
+        added = self.accelerator.gather_for_metrics(per_row).sum(0).tolist()
+        self._eval_totals = [total + more for total, more in zip(self._eval_totals, added, strict=True)]
         return objective.reduce_losses(losses, mask).detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return the Trainer's output with the loss averaged over tokens, not over batches."""
-        self._eval_totals = {}
+        self._eval_totals = [0.0, 0.0, 0.0]
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        totals = {name: float(self.accelerator.reduce(value)) for name, value in self._eval_totals.items()}
-        tokens = max(totals.pop("tokens", 0.0), 1.0)
-        for name, total in totals.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = total / tokens
+        loss, cross_entropy, tokens = self._eval_totals
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1.0)
+        output.metrics[f"{metric_key_prefix}_cross_entropy"] = cross_entropy / max(tokens, 1.0)
         return output
-
-    def _add_eval_total(self, name: str, value: Tensor) -> None:
-        self._eval_totals[name] = self._eval_totals.get(name, torch.zeros_like(value)) + value
 
     # ---- logging
 
     def _record_rollout(self, rollout: Rollout, seconds: float) -> None:
-        tokens = int(rollout.completion_mask.sum())
-        self._last_rollout = rollout
-        self._pending["rollout/teacher_share"].append(rollout.teacher_share)
+        tokens = float(rollout.completion_mask.sum())
+        self._unlogged_rollout = rollout
+        self._count("rollout/teacher_share", float((rollout.author == Author.TEACHER).sum()), tokens)
         for name, values in (("divergence_nats", rollout.divergence), ("threshold_nats", rollout.threshold)):
-            if not bool(values.isnan().all()):
-                self._pending[f"rollout/{name}"].append(float(values.nanmean()))
-        self._pending["rollout/completion_tokens"].append(tokens / len(rollout))
-        self._pending["rollout/tokens_per_s"].append(tokens / max(seconds, 1e-9))
-        self._pending["time/rollout_s"].append(seconds)
+            self._count(f"rollout/{name}", float(values.nansum()), float((~values.isnan()).sum()))
+        self._count("rollout/completion_tokens", tokens, len(rollout))
+        self._count("rollout/tokens_per_s", tokens, seconds)
+        self._count("time/rollout_s", seconds, 1)
 
-    def _finish_window(self) -> None:
-        if self._window_started is not None:
-            self._pending["time/train_s"].append(time.perf_counter() - self._window_started)
-            self._window_started = None
+    def _count(self, name: str, total: float, count: float) -> None:
+        self._since_log[name][0] += total
+        self._since_log[name][1] += count
+
+    def finish_step(self) -> None:
+        """Stop the clock of the training part of an optimizer step."""
+        self._count("time/train_s", time.perf_counter() - self._training_since, 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means of what happened since the last log; see docs/metrics.md."""
         if "loss" in logs:
-            self._finish_window()
-            logs.update({name: sum(values) / len(values) for name, values in self._pending.items() if values})
-            self._pending.clear()
+            sums = list(self._since_log.values())
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(torch.tensor(sums, device=self.args.device), "sum").tolist()
+            logs |= {name: total / count for name, (total, count) in zip(LOGGED_MEANS, sums, strict=True) if count}
+            self._since_log = {name: [0.0, 0.0] for name in LOGGED_MEANS}
             if self.args.log_completions:
                 self._append_completions()
         super().log(logs, start_time)
 
     def _append_completions(self) -> None:
-        if self._last_rollout is None or not self.is_world_process_zero():
+        if self._unlogged_rollout is None or not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / "completions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = self._last_rollout.records(self.processing_class)[: self.args.num_completions_to_log]
+        records = self._unlogged_rollout.records(self.processing_class)[: self.args.num_completions_to_log]
+        self._unlogged_rollout = None
         with path.open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps({"step": self.state.global_step, **record}, ensure_ascii=False) + "\n")
 
 
-def model_inputs(
-    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> dict[str, Tensor]:
-    """Return prompt and completion side by side, without columns in which no row has a token.
-
-    Args:
-        prompt_ids: `[B, P]`, left-padded.
-        prompt_mask: `[B, P]`.
-        completion_ids: `[B, C]`, right-padded.
-        completion_mask: `[B, C]`.
-
-    Returns:
-        `input_ids` and `attention_mask` `[B, P' + C']` and `completion_mask` `[B, C']`, C' >= 1.
-    """
-    prompt_length = max(int(prompt_mask.sum(-1).max()), 1)
-    completion_length = max(int(completion_mask.sum(-1).max()) if completion_mask.numel() else 0, 1)
-    if completion_ids.shape[1] == 0:
-        # Prompt-only rows still need one column; it is masked out and replaced by the rollout.
-        completion_ids = prompt_ids[:, -1:]
-        completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
-    ids = torch.cat([prompt_ids[:, -prompt_length:], completion_ids[:, :completion_length]], dim=1)
-    mask = torch.cat([prompt_mask[:, -prompt_length:], completion_mask[:, :completion_length]], dim=1)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask.to(torch.int64),
-        "completion_mask": completion_mask[:, :completion_length],
-    }
-
-
-def _prompts_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    prompt_length = batch["input_ids"].shape[1] - batch["completion_mask"].shape[1]
-    return batch["input_ids"][:, :prompt_length], batch["attention_mask"][:, :prompt_length].bool()
-
-
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise UserError("peft_config needs the peft package: pip install 'switchkd[peft]'") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return get_peft_model(model, peft_config)
-
-
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    if isinstance(value, str):
-        raise UserError(f"model_init_kwargs must be a JSON object, got {value!r}")
+    assert not isinstance(value, str)  # SwitchConfig has read the JSON
     return value or {}
+
+
+class _StepClock(TrainerCallback):
+    """Tells the trainer that the optimizer has stepped: what follows is logging, evaluation and saving."""
+
+    def __init__(self, trainer: SwitchTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.finish_step()

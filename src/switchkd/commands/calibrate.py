@@ -1,0 +1,158 @@
+"""`switchkd calibrate`: find the threshold at which the teacher writes a wanted share of the tokens."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from switchkd.cli import Console, quiet_libraries
+from switchkd.errors import UserError
+from switchkd.options import OptionParser
+from switchkd.report import table
+from switchkd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from switchkd.calibration import Calibration
+
+POLICY_OPTIONS = ("initial_threshold", "final_ratio", "horizon", "schedule", "minimum_leg", "clock")
+
+
+def parser() -> OptionParser:
+    """Return the options of `switchkd calibrate`."""
+    result = OptionParser(
+        prog="switchkd calibrate",
+        usage="switchkd calibrate --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
+        "--dataset_name DATA ...",
+        description="Find the initial threshold at which the teacher writes a wanted share of the tokens on your "
+        "prompts. Use the student that training will begin with and the lengths and sampling of the training.",
+    )
+    inputs = result.add_argument_group("models and prompts")
+    inputs.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
+    inputs.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
+    inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id to take prompts from")
+    inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to take")
+    inputs.add_argument("--num_prompts", type=int, default=64, metavar="N", help="how many of its prompts")
+    inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
+    share = result.add_argument_group("the share")
+    share.add_argument(
+        "--target_teacher_share", type=float, default=0.53, metavar="S", help="wanted share of the tokens, in [0, 1]"
+    )
+    share.add_argument("--tolerance", type=float, default=0.02, metavar="S", help="how near is near enough")
+    share.add_argument("--max_rounds", type=int, default=8, metavar="N", help="at most this many rollouts")
+    policy = result.add_argument_group("who writes")
+    policy.add_argument(
+        "--initial_threshold", type=float, metavar="NATS", help="where the search begins (default: 0.3)"
+    )
+    policy.add_argument("--final_ratio", type=float, metavar="R", help="last over first threshold (default: 0.1)")
+    policy.add_argument(
+        "--horizon", type=float, metavar="N", help="where that ratio is reached (default: max_completion_length)"
+    )
+    policy.add_argument("--schedule", help="exponential (default), linear, constant or increasing")
+    policy.add_argument("--minimum_leg", type=int, metavar="N", help="a writer keeps the pen this long (default: 1)")
+    policy.add_argument("--clock", help="position (default) or since_teacher")
+    sampling = result.add_argument_group("sampling")
+    sampling.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
+    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
+    sampling.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
+    sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    sampling.add_argument("--batch_size", type=int, default=32, metavar="N", help="completions written at once")
+    result.add_shared_options("also write summary.json, config and versions there; nothing is written without it")
+    return result
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Calibrate, print what was found, and return it."""
+    _check(options)
+    folder = RunFolder(options.output_dir, "calibrate") if options.output_dir is not None else None
+    if folder is not None:
+        folder.check(overwrite=options.overwrite_output_dir)
+
+    from switchkd.calibration import calibrate
+    from switchkd.data import load_records, pad_prompts, prepare
+    from switchkd.models import default_device, load_model, load_tokenizer
+    from switchkd.policies import SwitchPolicy
+    from switchkd.vocabulary import check_tokenizers, require_eos
+
+    quiet_libraries(options.verbose)
+    given = {name: getattr(options, name) for name in POLICY_OPTIONS}
+    chosen = {"horizon": options.max_completion_length} | {name: it for name, it in given.items() if it is not None}
+    policy = SwitchPolicy(**chosen)
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+    kwargs, device = {"dtype": options.dtype}, default_device()
+    teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
+    student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
+    records = load_records(options.dataset_name, split=options.dataset_train_split)
+    data, report = prepare(
+        records.select(range(min(options.num_prompts, len(records)))),
+        tokenizer,
+        max_prompt_length=options.max_prompt_length,
+        max_completion_length=options.max_completion_length,
+    )
+    console.progress(f"prompts: {report}")
+    found = calibrate(
+        student,
+        teacher,
+        *pad_prompts(list(data["prompt_ids"]), tokenizer.pad_token_id or 0),
+        policy=policy,
+        target_teacher_share=options.target_teacher_share,
+        max_new_tokens=options.max_completion_length,
+        tolerance=options.tolerance,
+        max_rounds=options.max_rounds,
+        seed=options.seed,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_token_id=require_eos(tokenizer, student, teacher),
+        pad_token_id=tokenizer.pad_token_id,
+        max_active_rows=options.batch_size,
+    )
+    summary = _summary(found)
+    console.say(_text(found))
+    if folder is not None:
+        folder.claim(vars(options))
+        folder.write_json("summary.json", summary)
+        summary["output_dir"] = str(folder.path)
+    return summary
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, meaning in (
+        ("model_name_or_path", "the student"),
+        ("teacher_model_name_or_path", "the teacher"),
+        ("dataset_name", "the data to take prompts from"),
+    ):
+        if getattr(options, name) is None:
+            raise UserError(f"give --{name}, {meaning}")
+    for name in ("num_prompts", "max_prompt_length", "max_completion_length", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
+    if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
+
+
+def _summary(found: "Calibration") -> dict[str, Any]:
+    names = ("initial_threshold", "target_teacher_share", "teacher_share", "standard_error", "reached", "note")
+    return {
+        **{name: getattr(found, name) for name in (*names, "rounds", "seconds")},
+        "policy": {name: getattr(found.policy, name) for name in POLICY_OPTIONS},
+        "share_by_position": [vars(part) for part in found.share_by_position],
+        "history": [{"initial_threshold": threshold, "teacher_share": share} for threshold, share in found.history],
+        "completion_tokens": sum(found.lengths) / len(found.lengths),
+    }
+
+
+def _text(found: "Calibration") -> str:
+    rows = [
+        (f"{part.start} - {part.stop - 1}", part.tokens, f"{part.teacher_share:.1%}")
+        for part in found.share_by_position
+    ]
+    return "\n".join(
+        [
+            table(rows, ("positions", "tokens", "teacher share")),
+            "",
+            f"{found.note} (+- {found.standard_error:.1%} for other prompts)",
+            f"{found.rounds} rollouts of {len(found.lengths)} prompts in {found.seconds:.1f} s",
+            f"for training: --initial_threshold {found.initial_threshold:.4g}",
+        ]
+    )

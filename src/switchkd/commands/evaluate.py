@@ -1,0 +1,141 @@
+"""`switchkd evaluate`: score a model's own answers."""
+
+import argparse
+from typing import Any
+
+from switchkd.cli import Console, quiet_libraries
+from switchkd.errors import UserError
+from switchkd.options import OptionParser, integers, is_terminal
+from switchkd.report import table
+from switchkd.run_folder import RunFolder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parser() -> OptionParser:
+    """Return the options of `switchkd evaluate`."""
+    result = OptionParser(
+        prog="switchkd evaluate",
+        usage="switchkd evaluate --model_name_or_path MODEL --dataset_name DATA ...",
+        description="Score a causal language model's own answers by ROUGE-L (F-measure, stemmed, best reference, "
+        "times 100), sampled at several decoding seeds. No teacher ever writes here.",
+    )
+    inputs = result.add_argument_group("model and data")
+    inputs.add_argument("--model_name_or_path", metavar="MODEL", help="folder or hub id of any causal language model")
+    inputs.add_argument("--tokenizer_name_or_path", metavar="NAME", help="its tokenizer, if it lies elsewhere")
+    inputs.add_argument(
+        "--teacher_model_name_or_path", metavar="TEACHER", help="also compare with it on the reference answers"
+    )
+    inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
+    inputs.add_argument(
+        "--dataset_test_split", default="test", metavar="SPLIT", help="split to take; a file has one split only"
+    )
+    inputs.add_argument("--max_samples", type=int, metavar="N", help="take the first N records")
+    inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
+    decoding = result.add_argument_group("decoding")
+    decoding.add_argument(
+        "--seeds", nargs="+", default=["10,20,30,40,50"], metavar="N,N,...", help="decoding seeds, one pass each"
+    )
+    decoding.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="length limit, tokens")
+    decoding.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
+    decoding.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
+    decoding.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
+    decoding.add_argument(
+        "--no_repeat_ngram_size", type=int, default=0, metavar="N", help="forbid repeated N-grams; 0 allows them"
+    )
+    decoding.add_argument("--batch_size", type=int, default=8, metavar="N", help="answers written at once")
+    result.add_shared_options("where to write (default: the first free one of runs/evaluate, runs/evaluate-2, ...)")
+    return result
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Evaluate, print the table, write summary and rows, and return the summary."""
+    seeds = _check(options)
+    folder = RunFolder(options.output_dir, "evaluate")
+    folder.check(overwrite=options.overwrite_output_dir)
+
+    from switchkd.data import load_records, prepare
+    from switchkd.evaluation import evaluate, reference_losses
+    from switchkd.models import default_device, load_model, load_tokenizer
+    from switchkd.vocabulary import check_tokenizers
+
+    quiet_libraries(options.verbose)
+    records = load_records(options.dataset_name, split=options.dataset_test_split)
+    if options.max_samples is not None:
+        records = records.select(range(min(options.max_samples, len(records))))
+    tokenizer = load_tokenizer(options.tokenizer_name_or_path or options.model_name_or_path)
+    data, report = prepare(
+        records,
+        tokenizer,
+        max_prompt_length=options.max_prompt_length,
+        max_completion_length=options.max_new_tokens,
+    )
+    console.say(f"data: {report}")
+    kwargs, device = {"dtype": options.dtype}, default_device()
+    teacher = None
+    if options.teacher_model_name_or_path is not None:
+        check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+        teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
+    model = load_model(options.model_name_or_path, kwargs).to(device)
+    losses = reference_losses(model, tokenizer, data, teacher=teacher, batch_size=options.batch_size)
+    result = evaluate(
+        model,
+        tokenizer,
+        data,
+        seeds=seeds,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        batch_size=options.batch_size,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        progress=is_terminal(console.stream),
+    )
+    summary = {
+        "model_name_or_path": options.model_name_or_path,
+        "dataset_name": options.dataset_name,
+        **result.summary(),
+        "reference_losses": losses,
+        "data": vars(report),
+    }
+    console.say("\n" + _tables(summary))
+    folder.claim({**vars(options), "seeds": seeds})
+    folder.append("rows.jsonl", result.rows)
+    folder.append(
+        "metrics.jsonl", [{"seed": seed, "rouge_l": score} for seed, score in zip(seeds, result.scores, strict=True)]
+    )
+    folder.write_json("summary.json", summary)
+    console.say(f"\nsummary.json, rows.jsonl, config.yaml in {folder.path}")
+    return {**summary, "output_dir": str(folder.path)}
+
+
+def _check(options: argparse.Namespace) -> list[int]:
+    for name, meaning in (("model_name_or_path", "the model to score"), ("dataset_name", "the data to answer")):
+        if getattr(options, name) is None:
+            raise UserError(f"give --{name}, {meaning}")
+    if options.dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    for name in ("max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be >= 1, got {value}")
+    return integers(options.seeds, "seeds") or []
+
+
+def _tables(summary: dict[str, Any]) -> str:
+    decoding, losses = summary["decoding"], summary["reference_losses"]
+    scores = [("all", summary["examples"], f"{summary['rouge_l']:.2f}")]
+    scores += [(name, row["examples"], f"{row['rouge_l']:.2f}") for name, row in summary["by_length"].items()]
+    lines = [
+        table(scores, ("reference tokens", "examples", "ROUGE-L")),
+        "",
+        f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over seeds "
+        + ", ".join(f"{seed}: {score:.2f}" for seed, score in summary["scores"].items()),
+        f"exact matches {summary['exact_match']:.1f}%, mean length {summary['completion_tokens']:.0f} tokens, "
+        f"{summary['finished_share']:.0%} ended by themselves",
+        "decoding " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "seeds"),
+        f"on the {losses['tokens']:,} reference tokens: cross-entropy {losses['cross_entropy']:.3f} nats"
+        + (f", KL(teacher, model) {losses['forward_kl']:.3f}, JSD {losses['jsd']:.3f}" if "jsd" in losses else ""),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""What a running `switchkd train` shows and writes down."""
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from switchkd.options import is_terminal
+from switchkd.run_folder import RunFolder
+
+# What a progress line shows: key of the log, and how.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "eval_cross_entropy": "eval cross-entropy {:.4f}",
+    "rollout/teacher_share": "teacher {:.0%}",
+    "rollout/divergence_nats": "divergence {:.3f}",
+    "rollout/tokens_per_s": "{:.0f} tokens/s",
+    "learning_rate": "lr {:.2e}",
+}
+
+
+class RunCallback(ProgressCallback):
+    """Appends every log to metrics.jsonl, prints a line for it to standard error, and keeps a bar on a terminal.
+
+    Args:
+        folder: Where the log goes.
+        show_bar: Whether a terminal gets a bar.
+    """
+
+    def __init__(self, folder: RunFolder, show_bar: bool) -> None:
+        super().__init__()
+        self.folder = folder
+        self.show_bar = show_bar and is_terminal(sys.stderr)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar; take back what an interrupted run logged after the checkpoint."""
+        self.folder.forget_after("metrics.jsonl", state.global_step)
+        if self.show_bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar; log the last step whatever `logging_steps` says."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar of an evaluation."""
+        if self.show_bar:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the log down and show its main numbers."""
+        if not state.is_world_process_zero or not logs:
+            return
+        self.folder.append("metrics.jsonl", [{"step": state.global_step, **logs}])
+        parts = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
+        if parts:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)

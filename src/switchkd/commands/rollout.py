@@ -1,0 +1,241 @@
+"""`switchkd rollout`: write completions with the teacher in the loop and show who wrote what."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from switchkd.cli import Console, quiet_libraries
+from switchkd.errors import UserError
+from switchkd.options import OptionParser, wants_color
+from switchkd.report import rollout_text
+from switchkd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from switchkd.policies import Policy
+    from switchkd.rollout import Rollout
+
+# Which options each policy takes; those left out keep the policy's own default.
+POLICY_OPTIONS: dict[str, tuple[str, ...]] = {
+    "switch": ("initial_threshold", "final_ratio", "horizon", "schedule"),
+    "student": (),
+    "teacher": (),
+    "blend": ("teacher_weight",),
+}
+
+
+def parser() -> OptionParser:
+    """Return the options of `switchkd rollout`."""
+    result = OptionParser(
+        prog="switchkd rollout",
+        usage="switchkd rollout --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --prompt TEXT ...",
+        description="Write completions with the teacher in the loop. The teacher's tokens are coloured, or stand in "
+        "[brackets] where the output is no terminal.",
+    )
+    models = result.add_argument_group("models")
+    models.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
+    models.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
+    models.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    prompts = result.add_argument_group("prompts")
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    prompts.add_argument(
+        "--template", default="none", help="what the prompt is put into: none, alpaca, or chat (the tokenizer's)"
+    )
+    prompts.add_argument("--dataset_name", help="file, folder or hub id to take prompts from instead")
+    prompts.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to take")
+    prompts.add_argument("--num_prompts", type=int, default=4, metavar="N", help="how many prompts of the data set")
+    prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions of every prompt")
+    policy = result.add_argument_group("who writes")
+    policy.add_argument("--policy", default="switch", help=", ".join(POLICY_OPTIONS))
+    policy.add_argument(
+        "--initial_threshold",
+        type=float,
+        metavar="NATS",
+        help="switch: at position 0, in [0, ln 2] nats (default: 0.3)",
+    )
+    policy.add_argument(
+        "--final_ratio", type=float, metavar="R", help="switch: last over first threshold (default: 0.1)"
+    )
+    policy.add_argument(
+        "--horizon",
+        type=float,
+        metavar="N",
+        help="switch: where that ratio is reached, tokens (default: max_new_tokens)",
+    )
+    policy.add_argument("--schedule", help="switch: exponential (default), linear, constant or increasing")
+    policy.add_argument(
+        "--teacher_weight", type=float, metavar="W", help="blend: the teacher's weight, in [0, 1] (default: 0.2)"
+    )
+    sampling = result.add_argument_group("sampling")
+    sampling.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="length limit, tokens")
+    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
+    sampling.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
+    sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    sampling.add_argument(
+        "--draft_length", default="auto", metavar="N", help="tokens drafted per teacher pass, or auto"
+    )
+    sampling.add_argument("--batch_size", type=int, default=8, metavar="N", help="completions written at once")
+    result.add_argument_group("output").add_argument(
+        "--color", default="auto", metavar="WHEN", help="auto (a terminal gets colours), always or never"
+    )
+    result.add_shared_options("also write the records, config and versions there; nothing is written without it")
+    return result
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Write the completions, print them, and return them with their counts."""
+    _check(options)
+    folder = RunFolder(options.output_dir, "rollout") if options.output_dir is not None else None
+    if folder is not None:
+        folder.check(overwrite=options.overwrite_output_dir)
+
+    from switchkd.data import pad_prompts
+
+    quiet_libraries(options.verbose)
+    policy = _policy(options)
+    student, teacher, tokenizer = _models(options, policy)
+    prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
+    rollouts, records = [], []
+    for start in range(0, len(prompts), options.batch_size):
+        # Padding is masked: any id that the models have will do.
+        batch = pad_prompts(prompts[start : start + options.batch_size], 0)
+        rollout = _roll_out(options, policy, student, teacher, tokenizer, batch, start)
+        rollouts.append(rollout)
+        if folder is not None and start == 0:
+            folder.claim(vars(options))
+        for record in rollout.records(tokenizer):
+            console.say(rollout_text(record, color=not console.json and wants_color(options.color)) + "\n")
+            records.append(record)
+            if folder is not None:
+                folder.append("rollouts.jsonl", [record])
+    summary = {"policy": options.policy, "seed": options.seed, **_totals(rollouts)}
+    console.say(_last_line(summary))
+    if folder is not None:
+        folder.append("metrics.jsonl", [summary])
+        folder.write_json("summary.json", summary)
+        summary["output_dir"] = str(folder.path)
+    return {**summary, "rollouts": records}
+
+
+def _check(options: argparse.Namespace) -> None:
+    choices = {"policy": list(POLICY_OPTIONS), "template": ["none", "alpaca", "chat"]}
+    choices |= {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
+    for name, valid in choices.items():
+        if getattr(options, name) not in valid:
+            raise UserError(f"{name} must be one of {', '.join(valid)}, got {getattr(options, name)!r}")
+    if options.model_name_or_path is None:
+        raise UserError("give --model_name_or_path, the student")
+    if options.teacher_model_name_or_path is None and options.policy != "student":
+        raise UserError(f"policy {options.policy} needs --teacher_model_name_or_path; or use --policy student")
+    if (options.prompt is None) == (options.dataset_name is None):
+        raise UserError("give either --prompt or --dataset_name")
+    if options.dataset_name is not None and options.template != "none":
+        raise UserError("template goes with --prompt; the prompts of a data set have theirs already")
+    for name in ("num_prompts", "num_samples", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
+    if options.draft_length != "auto" and not options.draft_length.isdecimal():
+        raise UserError(f'draft_length must be "auto" or an integer >= 1, got {options.draft_length!r}')
+    for policy, names in POLICY_OPTIONS.items():
+        for name in names:
+            if policy != options.policy and getattr(options, name) is not None:
+                raise UserError(f"{name} does nothing with policy {options.policy!r}; it belongs to {policy!r}")
+
+
+def _policy(options: argparse.Namespace) -> "Policy":
+    from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
+
+    classes = {"switch": SwitchPolicy, "student": StudentPolicy, "teacher": TeacherPolicy, "blend": BlendPolicy}
+    given = {name: getattr(options, name) for name in POLICY_OPTIONS[options.policy]}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.policy == "switch":
+        given.setdefault("horizon", options.max_new_tokens)
+    return classes[options.policy](**given)
+
+
+def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any]:
+    from switchkd.models import default_device, load_model, load_tokenizer
+    from switchkd.vocabulary import check_tokenizers
+
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    kwargs = {"dtype": options.dtype}
+    teacher = None
+    if policy.needs_teacher:
+        check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+        teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(default_device())
+    student = load_model(options.model_name_or_path, kwargs, role="student").to(default_device())
+    return student, teacher, tokenizer
+
+
+def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -> list[list[int]]:
+    from switchkd.data import alpaca_prompt, encode_prompt, load_records, prepare
+
+    if options.prompt is not None:
+        texts = options.prompt
+        if options.template == "alpaca":
+            texts = [alpaca_prompt(text) for text in texts]
+        elif options.template == "chat":
+            texts = [[{"role": "user", "content": text}] for text in texts]
+        return [encode_prompt(text, tokenizer) for text in texts]
+    records = load_records(options.dataset_name, split=options.dataset_train_split)
+    wanted = min(options.num_prompts, len(records))
+    data, report = prepare(records.select(range(wanted)), tokenizer)
+    console.progress(f"prompts: {report}")
+    return list(data["prompt_ids"])
+
+
+def _roll_out(
+    options: argparse.Namespace, policy: "Policy", student: Any, teacher: Any, tokenizer: Any, prompts: Any, first: int
+) -> "Rollout":
+    import torch
+
+    from switchkd.engine import roll_out
+    from switchkd.vocabulary import require_eos
+
+    prompt_ids, prompt_mask = prompts
+    return roll_out(
+        student,
+        teacher,
+        prompt_ids,
+        prompt_mask,
+        policy=policy,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        draft_length="auto" if options.draft_length == "auto" else int(options.draft_length),
+        eos_token_id=require_eos(tokenizer, student, teacher),
+        row_ids=torch.arange(first, first + len(prompt_ids)),
+    )
+
+
+def _totals(rollouts: list["Rollout"]) -> dict[str, Any]:
+    import torch
+
+    from switchkd.rollout import Author
+
+    tokens = sum(int(rollout.completion_mask.sum()) for rollout in rollouts)
+    teacher = sum(int((rollout.author == Author.TEACHER).sum()) for rollout in rollouts)
+    divergence = torch.cat([rollout.divergence.flatten() for rollout in rollouts])
+    threshold = torch.cat([rollout.threshold.flatten() for rollout in rollouts])
+    threshold = threshold[~threshold.isnan()]
+    seconds = sum(rollout.stats["seconds"] for rollout in rollouts)
+    return {
+        "completions": sum(map(len, rollouts)),
+        "completion_tokens": tokens,
+        "teacher_share": teacher / max(tokens, 1),
+        "divergence_nats": float(divergence.nanmean()),
+        "threshold_nats": [float(threshold.min()), float(threshold.max())] if len(threshold) else None,
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "seconds": seconds,
+    }
+
+
+def _last_line(summary: dict[str, Any]) -> str:
+    parts = [f"teacher wrote {summary['teacher_share']:.0%} of {summary['completion_tokens']} tokens"]
+    if summary["divergence_nats"] == summary["divergence_nats"]:
+        parts.append(f"mean divergence {summary['divergence_nats']:.3f} nats")
+    if summary["threshold_nats"]:
+        low, high = summary["threshold_nats"]
+        parts.append(f"threshold {high:.3f} to {low:.3f} nats")
+    return ", ".join([*parts, f"{summary['tokens_per_s']:.0f} tokens/s"])

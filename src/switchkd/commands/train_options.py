@@ -1,0 +1,203 @@
+"""The options of `switchkd train`: which models and data, and everything of `SwitchConfig`."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+from transformers.integrations import get_reporting_integration_callbacks
+
+from switchkd.config import SwitchConfig
+from switchkd.errors import UserError
+from switchkd.methods import get_method
+from switchkd.options import OptionsMixin, truth
+
+# Of transformers' 120 options `--help` lists those that every run thinks about.
+SHOWN_TRAINING_ARGUMENTS = (
+    "output_dir",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "logging_steps",
+    "eval_strategy",
+    "save_steps",
+    "seed",
+    "report_to",
+    "resume_from_checkpoint",
+)
+
+OWN_HELP = {
+    "output_dir": "Folder of the run. Default: the first free one of runs/train, runs/train-2, ...",
+    "resume_from_checkpoint": "Go on from the last checkpoint in output_dir, or from the checkpoint named.",
+    "report_to": "Where else to log: tensorboard, wandb, ... joined by commas, none or all.",
+    "max_steps": "Number of optimizer steps; overrides num_train_epochs where it is > 0.",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step.",
+    "save_steps": "Save a checkpoint every this many steps.",
+    "lr_scheduler_type": "How the learning rate falls.",
+}
+
+LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+
+
+@dataclass
+class RunArguments:
+    """Which models and data a run takes; names as in TRL where TRL has them."""
+
+    _argument_group_name: ClassVar[str] = "models and data"
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Student: folder or hub id."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer: folder or hub id. Default: the student's, else the teacher's."}
+    )
+    student_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "A student with random weights: JSON of configuration values over those of model_name_or_path, "
+            'else of the teacher; or a new one with "model_type", whose vocabulary is the tokenizer\'s.'
+        },
+    )
+    student_layers: list[str] | None = field(
+        default=None,
+        metadata={"help": "A student made of these layers of model_name_or_path, else of the teacher: 0,4 or 0,-1."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Training data: file, folder or hub id."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Data for the evaluation loss. Default: dataset_name, if a split is given."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split for the evaluation loss; a file has one split only."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Take the first so many training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for the evaluation loss."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter of the student instead of it."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter. Default 16."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Default 32."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapter. Default 0.05."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter, or all-linear. Default: peft's choice."}
+    )
+
+
+class TrainParser(OptionsMixin, HfArgumentParser):
+    """The options of `RunArguments` and `SwitchConfig`."""
+
+
+def parser() -> TrainParser:
+    """Return the options of `switchkd train`."""
+    result = TrainParser(
+        dataclass_types=[RunArguments, SwitchConfig],
+        prog="switchkd train",
+        usage="switchkd train [--config FILE] [--option VALUE ...]",
+        description="Distil a student. Every option of transformers.TrainingArguments is accepted; listed are those "
+        "that most runs set.",
+    )
+    method = result.add_argument_group("method and rollouts")
+    training = result.add_argument_group("training (transformers.TrainingArguments)")
+    # HfArgumentParser puts every option of a dataclass into one group; help is easier to read in three.
+    options: Any = result._optionals._group_actions
+    for action in list(options):
+        if action.dest == "help":
+            continue
+        options.remove(action)
+        if action.type is string_to_bool:
+            action.type = truth  # transformers' own does not know on and off, which YAML has
+        if action.choices is None:
+            action.metavar = "BOOL" if action.nargs == "?" else "VALUE"
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+        elif action.dest in SHOWN_TRAINING_ARGUMENTS:
+            training._group_actions.append(action)
+        elif action.dest in SwitchConfig.__annotations__ and action.dest != "remove_unused_columns":
+            method._group_actions.append(action)
+        else:
+            action.help = argparse.SUPPRESS
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "true"
+        action.help = OWN_HELP.get(action.dest, action.help)
+    result.add_shared_options(None)
+    return result
+
+
+def read_options(options: argparse.Namespace) -> tuple[RunArguments, SwitchConfig]:
+    """Return the parsed options as the two objects they belong to.
+
+    Raises:
+        UserError: Options that are missing, do nothing, or do not fit together.
+    """
+    run_args = RunArguments(**_fields_of(RunArguments, options))
+    _check(run_args)
+    return run_args, _config(options)
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """Return the JSON object that the text of an option is.
+
+    Raises:
+        UserError: The text is something else.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{name} must be a JSON object, {{"name": value, ...}}, got {text}')
+    return value
+
+
+def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(dtype) if item.init}
+
+
+def _check(args: RunArguments) -> None:
+    if args.student_config is not None and args.student_layers is not None:
+        raise UserError("student_config and student_layers both make the student; give one of them")
+    if args.dataset_name is None:
+        raise UserError("give --dataset_name, the training data: a file, a folder or a hub id")
+    made = args.student_config is not None or args.student_layers is not None
+    if args.model_name_or_path is None and not made:
+        raise UserError("give --model_name_or_path, the student; or make one with --student_config or --student_layers")
+    if args.model_name_or_path is None and args.teacher_model_name_or_path is None:
+        if args.student_layers is not None:
+            raise UserError("student_layers needs a model to take layers from: --model_name_or_path or a teacher")
+        if args.tokenizer_name_or_path is None:
+            raise UserError("a student without a model or a teacher to follow needs --tokenizer_name_or_path")
+    for name in ("max_train_samples", "max_eval_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be >= 1, got {value}")
+    for name in (*LORA_DEFAULTS, "lora_target_modules"):
+        if not args.use_peft and getattr(args, name) is not None:
+            raise UserError(f"{name} does nothing without use_peft; add --use_peft or remove it")
+
+
+def _config(options: argparse.Namespace) -> SwitchConfig:
+    values = _fields_of(SwitchConfig, options)
+    for name in SwitchConfig._VALID_DICT_FIELDS:
+        if isinstance(values[name], str) and values[name][:1] in "{[":
+            json_object(name, values[name])
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values[name] < 1:
+            raise UserError(f"{name} must be >= 1, got {values[name]}")
+    if values["max_steps"] == 0 or (values["max_steps"] < 0 and not values["num_train_epochs"] > 0):
+        raise UserError("nothing to train: give max_steps or num_train_epochs > 0")
+    if isinstance(values["report_to"], str) and "," in values["report_to"]:
+        values["report_to"] = values["report_to"].split(",")
+    try:
+        config = SwitchConfig(**values)
+        for reporter in get_reporting_integration_callbacks(config.report_to):
+            reporter()
+    except UserError:
+        raise
+    except (ValueError, ImportError, RuntimeError, TypeError) as error:
+        raise UserError(f"these options do not fit together: {error}") from error
+    get_method(config.method)
+    return config

@@ -1,0 +1,164 @@
+"""Other ways to choose who writes: the controls and ablations that show what SWITCH's own choice is worth.
+
+Each takes from SWITCH everything but the choice of positions. Where a rule has no threshold, `from_share` gives the
+one with a wanted teacher share, so that strategies are compared at equal share.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from switchkd.policies import Decision, Policy, SwitchPolicy, check_count, check_range, everywhere, teacher_where
+from switchkd.rollout import Author
+
+
+@dataclass(frozen=True)
+class RandomPolicy(Policy):
+    """The teacher writes each token with a fixed probability, whatever the distributions say.
+
+    Args:
+        teacher_share: That probability, in [0, 1]; 0.53 is the share reported for SWITCH.
+
+    Raises:
+        UserError: The share is outside its range.
+    """
+
+    teacher_share: float = 0.53
+    random = True
+
+    def __post_init__(self) -> None:
+        check_range("teacher_share", self.teacher_share, 0.0, 1.0)
+
+    @classmethod
+    def from_share(cls, teacher_share: float, lengths: Tensor | float) -> Self:
+        """Return the policy with that share; the lengths, which other rules need, do not matter here."""
+        return cls(teacher_share)
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        assert uniform is not None  # the engine provides it, because `random` is set
+        author = teacher_where(uniform < self.teacher_share)
+        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+
+
+@dataclass(frozen=True)
+class TeacherFirstPolicy(Policy):
+    """The teacher writes the first k tokens, the student everything after.
+
+    Args:
+        teacher_tokens: k >= 0.
+
+    Raises:
+        UserError: k is negative.
+    """
+
+    teacher_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_count("teacher_tokens", self.teacher_tokens, 0)
+
+    @classmethod
+    def from_share(cls, teacher_share: float, lengths: Tensor | float) -> Self:
+        """Return the policy whose teacher writes a share of all tokens.
+
+        Args:
+            teacher_share: In [0, 1].
+            lengths: How long answers are, tokens: one number, or those of a sample of answers `[N]`.
+        """
+        return cls(first_tokens_with_share(teacher_share, lengths))
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        author = teacher_where(position < self.teacher_tokens)
+        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+
+
+@dataclass(frozen=True)
+class StudentFirstPolicy(Policy):
+    """The student writes up to one position, the teacher everything from there: a single switch.
+
+    Nobody knows while writing where a text will end, so "the teacher writes the last k tokens" is this rule with the
+    switch k tokens before the length limit.
+
+    Args:
+        switch_position: Where the teacher takes over, counted from 0, >= 0.
+
+    Raises:
+        UserError: The position is negative.
+    """
+
+    switch_position: int = 64
+
+    def __post_init__(self) -> None:
+        check_count("switch_position", self.switch_position, 0)
+
+    @classmethod
+    def from_share(cls, teacher_share: float, lengths: Tensor | float) -> Self:
+        """Return the policy whose teacher writes a share of all tokens; arguments as in `TeacherFirstPolicy`."""
+        check_range("teacher_share", teacher_share, 0.0, 1.0)
+        return cls(first_tokens_with_share(1.0 - teacher_share, lengths))
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        author = teacher_where(position >= self.switch_position)
+        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+
+
+@dataclass(frozen=True)
+class StudentEntropyPolicy(SwitchPolicy):
+    """The teacher writes where the student's entropy exceeds the threshold of the position: where it is unsure.
+
+    It asks the student alone; everything but the number compared is `SwitchPolicy`.
+
+    Args:
+        initial_threshold: Entropy in nats, >= 0. The default is chosen here; calibrate it to a teacher share.
+    """
+
+    initial_threshold: float = 2.0
+    largest_threshold: ClassVar[tuple[float, str]] = (math.inf, "inf nats")
+
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
+        # An id without mass adds 0 ln 0 = 0.
+        weighted = torch.where(student_log_probs > -math.inf, student_log_probs.exp() * student_log_probs, 0.0)
+        return -weighted.sum(-1).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class StudentConfidencePolicy(SwitchPolicy):
+    """The teacher writes where the student's most likely token has too little probability.
+
+    What is compared is -ln of that probability, so that it grows with doubt as the other measures do: a threshold of
+    ln 2 hands over where no token has half of the mass. Everything else is `SwitchPolicy`.
+
+    Args:
+        initial_threshold: -ln(least probability) in nats, >= 0. The default, ln 2, is chosen here; calibrate it.
+    """
+
+    initial_threshold: float = math.log(2.0)
+    largest_threshold: ClassVar[tuple[float, str]] = (math.inf, "inf nats")
+
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
+        return -student_log_probs.amax(-1).to(torch.float32)
+
+
+def first_tokens_with_share(share: float, lengths: Tensor | float) -> int:
+    """Return k such that the first k tokens of all texts are nearest to a share of their tokens.
+
+    Args:
+        share: In [0, 1].
+        lengths: Tokens of each text `[N]`, or one number for all.
+
+    Raises:
+        UserError: The share is outside its range.
+    """
+    check_range("teacher_share", share, 0.0, 1.0)
+    counts = torch.as_tensor(lengths, dtype=torch.float64).reshape(-1)
+    candidates = torch.arange(int(counts.max().ceil()) + 1, dtype=torch.float64)
+    shares = torch.minimum(candidates.unsqueeze(1), counts).sum(1) / counts.sum()
+    return int((shares - share).abs().argmin())

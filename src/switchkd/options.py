@@ -1,0 +1,256 @@
+"""Command-line options: a YAML file gives the defaults, every key is also a flag, flags win."""
+
+import argparse
+import copy
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+from switchkd.errors import UserError
+
+# What a user of TRL may type by habit, and the name it has here.
+OTHER_NAMES = {
+    "lmbda": "on_policy_fraction",
+    "beta": "teacher_weight",
+    "max_new_tokens": "max_completion_length",
+    "max_completion_length": "max_new_tokens",
+    "num_samples": "max_samples",
+    "teacher_model": "teacher_model_name_or_path",
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-4 as text for want of a dot; nested values are read as JSON would."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help with the defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == []
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # HfArgumentParser gives every option a second spelling with dashes; one is enough to read.
+        if len(action.option_strings) > 1 and action.option_strings[0].startswith("--"):
+            action = copy.copy(action)
+            action.option_strings = action.option_strings[:1]
+        return super()._format_action_invocation(action)
+
+
+# The mixin stands before whatever ArgumentParser a command builds on; only the type checker needs to know.
+if TYPE_CHECKING:
+    _Parser = argparse.ArgumentParser
+else:
+    _Parser = object
+
+
+class OptionsMixin(_Parser):
+    """Gives an `argparse.ArgumentParser` a `--config` file and one-line errors."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
+
+    def add_shared_options(self, output_dir: str | None) -> None:
+        """Add what every command takes.
+
+        Args:
+            output_dir: Help of `--output_dir`, or None where the parser has that option already.
+        """
+        group = self.add_argument_group("every command")
+        group.add_argument("--config", metavar="FILE", help="YAML file with any of these options; flags win")
+        if output_dir is not None:
+            group.add_argument("--output_dir", metavar="DIR", help=output_dir)
+        group.add_argument("--overwrite_output_dir", **flag("replace the run that DIR holds"))
+        group.add_argument("--json", **flag("end standard output with one compact JSON object"))
+        group.add_argument("--verbose", **flag("show the messages of transformers and datasets too"))
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print with its usage as one `UserError`."""
+        # "argument --top_k/--top-k: invalid ..." names an option twice.
+        message = re.sub(r"^argument (--\w+)(/--[\w-]+)*: ", r"\1: ", message)
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if choice is not None:
+            valid = [word.strip(" '") for word in choice[2].split(",")]
+            shown = (
+                f"choose from {', '.join(valid)}"
+                if len(valid) <= 12
+                else f"the nearest is {nearest_name(choice[1], valid)!r}"
+            )
+            message = f"{message[: choice.start()]}invalid choice {choice[1]!r}; {shown}"
+        raise UserError(message)
+
+    def resolve(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Return all options: the flags of `argv` over the keys of its `--config` file over the defaults.
+
+        Raises:
+            UserError: An unknown option, a value of the wrong type, or a file that cannot be read.
+        """
+        flags = [self._normalised(token) for token in argv]
+        options = self._parse(flags)
+        if options.config is None:
+            return options
+        return self._parse([*self._config_flags(options.config), *flags])
+
+    def _normalised(self, token: str) -> str:
+        """`--top-k=5` as `--top_k=5`, with an unknown name refused."""
+        if not token.startswith("--") or token == "--":
+            return token
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if f"--{name}" not in self._known():
+            raise UserError(f"unknown option --{name}; {self._nearest(name)}")
+        return f"--{name}{equals}{value}"
+
+    def _parse(self, flags: list[str]) -> argparse.Namespace:
+        options, rest = self.parse_known_args(flags)
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; every option is given as --name value")
+        return options
+
+    def _config_flags(self, path: str) -> list[str]:
+        """The keys of a YAML file as flags, so that a value is read in one way only."""
+        flags: list[str] = []
+        seen: set[str] = set()
+        for key_node, value_node in _mapping(path):
+            where = f"{path}, line {key_node.start_mark.line + 1}"
+            name = str(key_node.value).replace("-", "_")
+            action = self._known().get(f"--{name}")
+            if action is None or name in ("config", "help"):
+                raise UserError(f"{where}: unknown key {key_node.value!r}; {self._nearest(name)}")
+            if name in seen:
+                raise UserError(f"{where}: key {name!r} stands there twice")
+            seen.add(name)
+            tokens = _flag_tokens(f"--{name}", value_node, takes_list=action.nargs == "+")
+            try:
+                self._parse(tokens)
+            except UserError as error:
+                raise UserError(f"{where}: {str(error).removeprefix('--')}") from None
+            flags += tokens
+        return flags
+
+    def _known(self) -> dict[str, argparse.Action]:
+        return self._option_string_actions
+
+    def _nearest(self, name: str) -> str:
+        names = [flag[2:] for flag in self._known() if flag.startswith("--") and "-" not in flag[2:]]
+        other = OTHER_NAMES.get(name)
+        return f"the nearest valid one is {other if other in names else nearest_name(name, names)!r}"
+
+
+class OptionParser(OptionsMixin, argparse.ArgumentParser):
+    """The parser of the commands that need no `transformers` to list their options."""
+
+
+def flag(help: str, default: bool = False) -> dict[str, Any]:
+    """Return what `add_argument` needs for a switch that is also a key: `--json`, `--json false`."""
+    return {"nargs": "?", "const": True, "default": default, "type": truth, "metavar": "BOOL", "help": help}
+
+
+def truth(text: str) -> bool:
+    """Return the boolean that a word means."""
+    word = text.lower()
+    if word in ("true", "yes", "on", "t", "y", "1"):
+        return True
+    if word in ("false", "no", "off", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
+    """Return the numbers of a list option, given apart or joined by commas: `1,2`, `1 2`.
+
+    Raises:
+        UserError: Something is no integer.
+    """
+    if texts is None:
+        return None
+    words = [word for text in texts for word in text.replace(",", " ").split()]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise UserError(f"{name} takes integers joined by commas, got {' '.join(texts)!r}") from None
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str:
+    """Return the valid name that looks most like a given one: an option half typed is near the whole."""
+
+    def likeness(other: str) -> float:
+        pairs = zip(name, other, strict=False)
+        common = next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(name), len(other)))
+        alike = difflib.SequenceMatcher(None, name, other[: len(name) + 1]).ratio()
+        return alike + 0.3 * common / max(len(name), 1)
+
+    return max(valid, key=likeness)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether someone watches this stream."""
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
+def wants_color(choice: str) -> bool:
+    """Return whether standard output gets colours: `always`, `never`, or `auto` for a terminal."""
+    return choice == "always" or (choice == "auto" and is_terminal(sys.stdout))
+
+
+def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}") from error
+    try:
+        root = yaml.compose(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{path}, line {line}: malformed YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: malformed YAML ({str(error).splitlines()[0]})") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: expected lines of `key: value`")
+    return root.value
+
+
+def _flag_tokens(flag_name: str, node: yaml.Node, takes_list: bool) -> list[str]:
+    """What one would type for a key's value; nothing for an empty one, which leaves the default."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:null":
+            return []
+        return [flag_name, node.value] if takes_list else [f"{flag_name}={node.value}"]
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        values = [item.value for item in node.value]
+        if not values:
+            return []
+        return [flag_name, *values] if takes_list else [f"{flag_name}={','.join(values)}"]
+    return [f"{flag_name}={json.dumps(_construct(node))}"]
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()

@@ -1,0 +1,239 @@
+"""What a run looks like: rollouts in the terminal, plain tables, and the summary picture."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchkd.errors import UserError
+
+if TYPE_CHECKING:  # torch and matplotlib are slow to import and not needed to print a table
+    from switchkd.rollout import Rollout
+
+TEACHER_STYLE = "\x1b[1;38;5;208m"  # bold orange: readable on dark and light backgrounds
+PROMPT_STYLE = "\x1b[2m"  # faint
+RESET = "\x1b[0m"
+
+# Okabe and Ito's palette: told apart with every common colour vision deficiency, and in grey.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
+SERIES_COLOURS = ("#B8B8B8", ORANGE, BLUE, GREEN, "#CC79A7", "#D55E00")
+
+
+def rollout_text(record: Mapping[str, Any], color: bool) -> str:
+    """Return a rollout as text to print: the prompt, then the completion with the teacher's tokens marked.
+
+    Args:
+        record: One of `Rollout.records(tokenizer)`: `prompt`, `tokens` and `author` are read.
+        color: Mark the prompt faint and the teacher's tokens in colour; otherwise each run of the teacher's tokens
+            stands in [brackets].
+    """
+    runs: list[tuple[bool, str]] = []
+    for token, author in zip(record["tokens"], record["author"], strict=True):
+        by_teacher = author == "teacher"
+        if runs and runs[-1][0] == by_teacher:
+            runs[-1] = (by_teacher, runs[-1][1] + _printable(token))
+        else:
+            runs.append((by_teacher, _printable(token)))
+    prompt = _printable(record["prompt"])
+    if not color:
+        return prompt + "".join(f"[{text}]" if by_teacher else text for by_teacher, text in runs)
+    pieces = [_styled(prompt, PROMPT_STYLE)]
+    return "".join([*pieces, *(_styled(text, TEACHER_STYLE) if by_teacher else text for by_teacher, text in runs)])
+
+
+def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Return a plain table: columns two blanks apart, numbers aligned on the right, a rule under the headers.
+
+    Args:
+        rows: Cells of any type; floats get four significant digits and None becomes "-".
+        headers: One per column.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = list(zip(headers, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    lines = [list(headers), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def position_curves(rollouts: Sequence["Rollout"], min_rows: int = 1) -> dict[str, list[float]]:
+    """Return how rollouts run along the completion: the arguments of `plot_summary` that depend on the position.
+
+    Args:
+        rollouts: Rollouts of one policy.
+        min_rows: Positions that fewer completions reach are left out: a mean over two rows says little.
+
+    Returns:
+        `position` (counted from 0), and at each the mean `teacher_share` in [0, 1], `divergence` and `threshold` in
+        nats (nan where the policy has none) over the completions that reach it.
+    """
+    import torch
+
+    from switchkd.rollout import Author
+
+    length = max((rollout.completion_ids.shape[1] for rollout in rollouts), default=0)
+    rows, teacher, divergence, threshold = (torch.zeros(length, dtype=torch.float64) for _ in range(4))
+    for rollout in rollouts:
+        reached = slice(rollout.completion_ids.shape[1])
+        rows[reached] += rollout.completion_mask.sum(0).cpu()
+        teacher[reached] += (rollout.author == Author.TEACHER).sum(0).cpu()
+        for total, values in ((divergence, rollout.divergence), (threshold, rollout.threshold)):
+            total[reached] += values.double().masked_fill(~rollout.completion_mask, 0.0).sum(0).cpu()
+    keep = rows >= max(min_rows, 1)
+    means = {"teacher_share": teacher, "divergence": divergence, "threshold": threshold}
+    return {"position": keep.nonzero().squeeze(-1).tolist()} | {
+        name: (total[keep] / rows[keep]).tolist() for name, total in means.items()
+    }
+
+
+def plot_summary(
+    path: str | Path,
+    *,
+    position: Sequence[float],
+    teacher_share: Sequence[float],
+    divergence: Sequence[float],
+    threshold: Sequence[float],
+    scores: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> Path:
+    """Draw who wrote what along the completion and, where scores are given, what was gained; return the file's path.
+
+    Left, above each other: the teacher's share, and the mean divergence with the threshold it was compared with, both
+    against the position in the completion. Right: ROUGE-L by answer length, bars with one standard deviation.
+
+    Args:
+        path: PNG, PDF or SVG file, 1200 x 500 pixels as PNG.
+        position: Positions in the completion, tokens from 0.
+        teacher_share: Share of the tokens at that position that the teacher wrote, in [0, 1].
+        divergence: Mean divergence there, nats.
+        threshold: Threshold there, nats; nan or an empty list for a policy without one.
+        scores: Model name -> length bucket -> (mean, standard deviation) of ROUGE-L in [0, 100].
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, also on a machine with a display
+    from matplotlib import pyplot as plt
+
+    path = Path(path)
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+    }
+    with plt.rc_context(style):
+        figure = plt.figure(figsize=(12, 5), layout="constrained")
+        left, right = figure.subfigures(1, 2, wspace=0.03) if scores else (figure, figure)
+        share_axes, divergence_axes = left.subplots(2, 1, sharex=True)
+        _draw_share(share_axes, position, teacher_share)
+        _draw_divergence(divergence_axes, position, divergence, threshold)
+        if scores:
+            _draw_scores(right.subplots(), scores)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=100)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write the picture {path}: {error}") from error
+        finally:
+            plt.close(figure)
+    return path
+
+
+def _draw_share(axes: Any, position: Sequence[float], teacher_share: Sequence[float]) -> None:
+    percent = [100 * share for share in teacher_share]
+    axes.fill_between(position, percent, color=ORANGE, alpha=0.25, linewidth=0)
+    axes.plot(position, percent, color=ORANGE, linewidth=1.8)
+    axes.set(ylim=(0, 100), ylabel="teacher's tokens [%]", title="Who writes: the teacher's share along the completion")
+    axes.tick_params(labelbottom=False)
+
+
+def _draw_divergence(
+    axes: Any, position: Sequence[float], divergence: Sequence[float], threshold: Sequence[float]
+) -> None:
+    axes.plot(position, divergence, color=BLUE, linewidth=1.8, label="mean divergence")
+    if len(threshold) and any(value == value for value in threshold):
+        axes.plot(position, threshold, color="black", linewidth=1.6, linestyle=(0, (5, 2)), label="threshold")
+    axes.set(xlabel="position in the completion [tokens]", ylabel="divergence [nats]")
+    axes.set_title("Why: student against teacher, and the threshold")
+    axes.set_ylim(bottom=0)
+    if len(position):
+        axes.set_xlim(position[0], max(position[-1], position[0] + 1))
+    axes.legend(loc="upper right", ncols=2)
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
+
+
+def _draw_scores(axes: Any, scores: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    buckets = list(dict.fromkeys(bucket for by_length in scores.values() for bucket in by_length))
+    width = 0.8 / len(scores)
+    for index, (name, by_length) in enumerate(scores.items()):
+        shift = (index - (len(scores) - 1) / 2) * width
+        places = [place for place, bucket in enumerate(buckets) if bucket in by_length]
+        means = [by_length[buckets[place]][0] for place in places]
+        deviations = [by_length[buckets[place]][1] for place in places]
+        bars = axes.bar(
+            [place + shift for place in places],
+            means,
+            0.92 * width,
+            yerr=deviations,
+            label=name,
+            color=SERIES_COLOURS[index % len(SERIES_COLOURS)],
+            error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "#333333"},
+        )
+        if len(buckets) * len(scores) <= 16:
+            for bar, mean, deviation in zip(bars, means, deviations, strict=True):
+                axes.annotate(
+                    f"{mean:.0f}",
+                    (bar.get_x() + bar.get_width() / 2, mean + deviation),
+                    xytext=(0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                )
+    highest = max((mean + deviation for row in scores.values() for mean, deviation in row.values()), default=0.0)
+    axes.set(xticks=range(len(buckets)), xticklabels=buckets, ylim=(0, max(1.0, 1.1 * highest)))
+    axes.set(xlabel="length of the reference answer [tokens]", ylabel="ROUGE-L")
+    axes.set_title("What it taught: ROUGE-L by answer length")
+    axes.tick_params(axis="x", length=0)
+    columns = len(scores) if sum(map(len, scores)) + 8 * len(scores) <= 64 else 2
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, columnspacing=1.5, handlelength=1.2)
+
+
+def _styled(text: str, style: str) -> str:
+    """Text in a style that ends before every line break, so that pagers and `head` never cut a style open."""
+    return "\n".join(f"{style}{line}{RESET}" if line else "" for line in text.split("\n"))
+
+
+def _printable(text: str) -> str:
+    """Text without characters that move the cursor or change colours; line breaks and tabs stay."""
+    kept = text.replace("\r\n", "\n")
+    return "".join(
+        character if character in "\n\t" or character.isprintable() else ascii(character)[1:-1] for character in kept
+    )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", "").removesuffix("%"))
+    except ValueError:
+        return cell == "-"
+    return True
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,221 @@
+"""The folder of a run: what was asked for, with which versions, and what came out."""
+
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.errors import UserError
+
+PACKAGES = ("switchkd", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy")
+HEADER = "# Written by switchkd"
+
+# Options that say how a command was called, not what it did: a run started from this config must not inherit them.
+NOT_KEPT = ("config", "json", "verbose", "overwrite_output_dir", "resume_from_checkpoint", "hub_token")
+
+# What a run may leave in its folder. Overwriting removes these and nothing else.
+OWN_FILES = (
+    "config.yaml",
+    "versions.json",
+    "metrics.jsonl",
+    "summary.json",
+    "rows.jsonl",
+    "rollouts.jsonl",
+    "completions.jsonl",
+    "summary.png",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "training_args.bin",
+)
+OWN_FOLDERS = ("checkpoint-[0-9]*",)
+
+
+class RunFolder:
+    """One run's folder; nothing is written before `claim`.
+
+    Under a launcher only the first process writes.
+
+    Args:
+        path: The folder, or None for the first of runs/<command>, runs/<command>-2, ... that is free.
+        command: Name of the command, noted in the files.
+
+    Raises:
+        UserError: No folder is given and several processes would each find their own.
+    """
+
+    def __init__(self, path: str | None, command: str) -> None:
+        if path is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("give --output_dir: several processes must agree on one folder")
+        self.path = Path(path).expanduser() if path is not None else _free_folder(command)
+        self.command = command
+        self.writes = is_main_process()
+
+    def check(self, *, overwrite: bool = False) -> None:
+        """Refuse a folder that cannot be written or that holds something else.
+
+        Args:
+            overwrite: Whether an earlier run's files may be replaced.
+
+        Raises:
+            UserError: The folder is a file, cannot be written, or is not empty.
+        """
+        if not self.writes:
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir {self.path} is a file; give a folder")
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"output_dir {self.path} cannot be written: {parent} is no folder this user may write in")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self.holds_run():
+            raise UserError(
+                f"output_dir {self.path} is not empty and holds no run of switchkd (config.yaml); give another folder"
+            )
+        if not overwrite:
+            raise UserError(
+                f"output_dir {self.path} holds another run; give another folder, add --overwrite_output_dir to replace "
+                "that run" + (", or --resume_from_checkpoint true to go on" if self.command == "train" else "")
+            )
+
+    def holds_run(self, command: str = "") -> bool:
+        """Return whether a run of switchkd, of one command where it is named, wrote this folder."""
+        config = self.path / "config.yaml"
+        try:
+            first = config.read_text(encoding="utf-8").partition("\n")[0] if config.is_file() else ""
+            return first.startswith(HEADER) and first.endswith(command)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def make(self) -> None:
+        """Make the folder where it is missing.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be made: {error.strerror or error}") from error
+
+    def claim(self, config: Mapping[str, Any], *, keep: bool = False) -> None:
+        """Make the folder and write `config.yaml` and `versions.json`.
+
+        Args:
+            config: Every option as it was resolved; those of the call itself are left out.
+            keep: Leave what an earlier part of the same run wrote; otherwise its files are removed.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        if not self.writes:
+            return
+        self.make()
+        try:
+            if not keep:
+                self._remove_own_files()
+            with (self.path / "config.yaml").open("w", encoding="utf-8") as file:
+                file.write(f"{HEADER} {version('switchkd')}: switchkd {self.command}\n")
+                kept = {name: value for name, value in plain(config).items() if name not in NOT_KEPT}
+                yaml.safe_dump(kept, file, sort_keys=False, allow_unicode=True)
+            self.write_json("versions.json", versions())
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be written: {error}") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON document, indented."""
+        if self.writes:
+            text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+            (self.path / name).write_text(text + "\n", encoding="utf-8")
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a JSON Lines file."""
+        if self.writes:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def forget_after(self, name: str, step: int) -> None:
+        """Take the rows of later steps out of a JSON Lines file: a resumed run writes them again."""
+        path = self.path / name
+        if self.writes and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+
+    def _remove_own_files(self) -> None:
+        for pattern in OWN_FILES:
+            for path in self.path.glob(pattern):
+                path.unlink()
+        for pattern in OWN_FOLDERS:
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the options that a run wrote into its folder, or None where there are none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    return config if isinstance(config, dict) else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def is_main_process() -> bool:
+    """Return whether this is the first process of a launch, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def json_line(value: Any) -> str:
+    """Return one compact line of JSON that any terminal and any parser can read; nan becomes null."""
+    return json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
+
+
+def _free_folder(command: str) -> Path:
+    folder, number = Path("runs") / command, 1
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        number += 1
+        folder = Path("runs") / f"{command}-{number}"
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON and YAML have it: enums by their values, nan and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if type(value) is str else str(getattr(value, "value", value))
