@@ -24,7 +24,6 @@ from pairs import gpt2_pair, tinystories_pair
 from transformers import DynamicCache
 
 import switchkd
-from switchkd.divergences import generalized_jsd
 from switchkd.policies import StudentPolicy, SwitchPolicy, TeacherPolicy
 
 SHARES = (0.10, 0.30, 0.53, 0.80)

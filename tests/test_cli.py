@@ -661,6 +661,28 @@ def test_data_without_answers_cannot_be_scored(models: Path, tmp_path: Path, run
     assert code == 2 and "row 1 of the prepared data set has no reference" in err.splitlines()[-1]
 
 
+# ---- demo
+
+
+def test_demo_replaces_an_earlier_demo_and_nothing_else(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from switchkd import demo
+
+    def stand_in(output_dir: Path, *, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+        say(f"seed {seed}")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(demo, "run_demo", stand_in)
+    for seed in (1, 2):
+        code, out, err = run("demo", "--output_dir", tmp_path / "demo", "--seed", seed, "--json")
+        assert (code, out, err) == (0, '{"seconds":1.0}\n', f"seed {seed}\n")
+        config = read_config(tmp_path / "demo")
+        assert config is not None and config["seed"] == seed
+    assert run(*rollout_options(models, "--prompt", "a", "--output_dir", tmp_path / "other"))[0] == 0
+    assert "holds another run" in one_line_error(*run("demo", "--output_dir", tmp_path / "other"))
+
+
 # ---- bad input: one clear line, exit code 2, nothing lost
 
 

@@ -118,8 +118,7 @@ def test_gradients_through_the_states_are_those_through_the_logits(make_any, nam
     expected = gradients(model(**batch()).logits)
     torch.manual_seed(5)
     found = gradients(head.logits(head.module(hidden_states_of(model, **batch()))))
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-7, msg=key)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_no_logits_are_computed_on_the_way(make_gpt2, monkeypatch):
@@ -249,8 +248,7 @@ def test_distributed_hooks_see_every_parameter(make_llama, tmp_path, find_unused
         found = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
         model.zero_grad()
         model(**batch()).logits.square().mean().backward()
-        for key, parameter in model.named_parameters():
-            torch.testing.assert_close(found[key], parameter.grad, msg=key)
+        torch.testing.assert_close(found, {key: parameter.grad for key, parameter in model.named_parameters()})
     finally:
         torch.distributed.destroy_process_group()
 

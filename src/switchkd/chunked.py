@@ -199,7 +199,8 @@ class _ChunkedTotal(torch.autograd.Function):
             cached=states.device.type == "cpu",
         )
         d_states = torch.zeros_like(states) if learns and ctx.needs_input_grad[1] else None
-        losses = []
+        # One buffer from the start: small tensors that outlive their block would leave holes in a CPU's heap.
+        losses = states.new_zeros(len(states), dtype=torch.promote_types(states.dtype, torch.float32))
         for start in range(0, len(states), sizes.rows):
             rows = slice(start, min(start + sizes.rows, len(states)))
             student_raw = student.project(states[rows])
@@ -207,19 +208,16 @@ class _ChunkedTotal(torch.autograd.Function):
             for first in range(rows.start, rows.stop, sizes.block):
                 block = slice(first, min(first + sizes.block, rows.stop))
                 inside = slice(block.start - rows.start, block.stop - rows.start)
-                losses.append(
-                    _losses_and_gradient(
-                        task, student_raw[inside], None if teacher_raw is None else teacher_raw[inside], block, learns
-                    )
+                losses[block] = _losses_and_gradient(
+                    task, student_raw[inside], None if teacher_raw is None else teacher_raw[inside], block, learns
                 )
             if learns:
                 student.pull_back(student_raw, None if d_states is None else d_states[rows])
-        per_token = torch.cat(losses) if losses else _at_least_float32(states.new_zeros(0))
-        total = per_token if task.weights is None else per_token * task.weights
+        total = losses if task.weights is None else losses * task.weights
         ctx.gradients = (d_states, *student.gradients)
         ctx.dtypes = (states.dtype, *(parameter.dtype for parameter in learned))
-        ctx.mark_non_differentiable(per_token)
-        return total.sum(), per_token
+        ctx.mark_non_differentiable(losses)
+        return total.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_losses: Tensor) -> tuple[Tensor | None, ...]:

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "distil a student on your models and data",
     "rollout": "write completions with the teacher in the loop and show who wrote what",
     "evaluate": "score a model's own answers: ROUGE-L over several decoding seeds",
+    "calibrate": "find the threshold that gives a wanted teacher share on your prompts",
 }
 
 HELP = """usage: switchkd COMMAND [options]

@@ -101,7 +101,7 @@ class LeanDecoder:
         if rotary is not None:
             # Queries and keys turn together: x cos + swap_halves(x) sin, the sine carrying the sign.
             both = torch.cat([query, key], dim=1)
-            both = torch.addcmul(both * rotary[0], both.roll(self.head_dim // 2, -1), rotary[1])
+            both = both * rotary[0] + both.roll(self.head_dim // 2, -1) * rotary[1]
             query, key = both.split([self.heads, self.key_value_heads], dim=1)
         keys, values = cache.update(
             key.view(rows, count, self.key_value_heads, self.head_dim).transpose(1, 2),
@@ -228,7 +228,9 @@ def _linear(module: nn.Module) -> Map:
         weight, bias = module.weight, module.bias
         return lambda states: functional.linear(states, weight, bias)
     if type(module) is Conv1D:
-        return lambda states: torch.addmm(module.bias, states, module.weight)
+        # GPT-2 keeps its weights as [in, out].
+        conv: Any = module
+        return lambda states: torch.addmm(conv.bias, states, conv.weight)
     return module
 
 
@@ -239,6 +241,9 @@ def _norm(module: Any) -> Map:
         )
     if type(module).__name__.endswith("RMSNorm"):
         shape = tuple(module.weight.shape)
+        if module.weight.dtype in (torch.float16, torch.bfloat16):
+            # transformers rounds before the weight as well; the same roundings keep the two paths together.
+            return lambda states: functional.rms_norm(states, shape, None, module.variance_epsilon) * module.weight
         return lambda states: functional.rms_norm(states, shape, module.weight, module.variance_epsilon)
     return module
 
