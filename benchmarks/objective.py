@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         loss = run(inputs, args.divergence)
         loss.backward()
-        value = float(loss)  # waits for the device
+        value = float(loss.detach())  # waits for the device
         if args.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

@@ -66,7 +66,7 @@ def synchronize() -> None:
 
 
 def interleaved(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, dict[str, float]]:
-    """Return the median seconds per token of each run, and the spread (half the interquartile range over the median)."""
+    """Return each run's median seconds per token and its spread: half the interquartile range over the median."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -105,45 +105,46 @@ def measure_pair(name: str, student: Any, teacher: Any, prompts: torch.Tensor, a
     for batch in args.batches:
         some = prompts[:batch]
         for share, threshold in thresholds.items():
-            policy = SwitchPolicy(initial_threshold=threshold, schedule="constant")
-            stats: dict[str, Any] = {}
-            seeds = iter(range(10_000))
-
-            def ours(length: int | str, store: dict[str, Any] | None = None) -> int:
-                rollout = switchkd.roll_out(
-                    student, teacher, some, policy=policy, max_new_tokens=new, draft_length=length, seed=next(seeds)
-                )
-                if store is not None:
-                    store |= {**rollout.stats, "teacher_share": rollout.teacher_share}
-                return int(rollout.completion_mask.sum())
-
-            runs: dict[str, Callable[[], int]] = {
-                "plain": lambda: plain(student, teacher, some, threshold, new)[0],
-                "ours": lambda: ours("auto", stats),
-            }
-            for length in args.fixed:
-                runs[f"draft_{length}"] = lambda length=length: ours(length)
-            times = interleaved(runs, args.repeats)
-            line = {
-                "pair": name,
-                "batch": batch,
-                "share": share,
-                "speedup": round(times["plain"]["s_per_token"] / times["ours"]["s_per_token"], 3),
-                "spread": round(max(times[run]["spread"] for run in ("plain", "ours")), 3),
-                "tokens_per_s": round(1 / times["ours"]["s_per_token"], 1),
-                "teacher_share": round(stats["teacher_share"], 3),
-                "tokens_per_teacher_pass": round(batch * new / stats["teacher_passes"] / batch, 2),
-                "parts_s": {part: round(stats[part], 4) for part in ("student_s", "teacher_s", "verify_s")},
-                "fixed": {
-                    run: round(times["plain"]["s_per_token"] / times[run]["s_per_token"], 3)
-                    for run in times
-                    if run.startswith("draft_")
-                },
-            }
-            print(json.dumps(line), flush=True)
-            lines.append(line)
+            lines.append(
+                {"pair": name, "batch": batch, "share": share} | measure_share(student, teacher, some, threshold, args)
+            )
+            print(json.dumps(lines[-1]), flush=True)
         lines += measure_alone(name, student, teacher, some, args)
     return lines
+
+
+def measure_share(
+    student: Any, teacher: Any, prompts: torch.Tensor, threshold: float, args: argparse.Namespace
+) -> dict:
+    """One cell of the grid: SWITCH at a threshold, against the plain loop."""
+    new, seeds, stats = args.new_tokens, iter(range(10_000)), {}
+    policy = SwitchPolicy(initial_threshold=threshold, schedule="constant")
+
+    def ours(length: int | str) -> int:
+        rollout = switchkd.roll_out(
+            student, teacher, prompts, policy=policy, max_new_tokens=new, draft_length=length, seed=next(seeds)
+        )
+        if length == "auto":
+            stats.update({**rollout.stats, "teacher_share": rollout.teacher_share})
+        return int(rollout.completion_mask.sum())
+
+    runs: dict[str, Callable[[], int]] = {
+        "plain": lambda: plain(student, teacher, prompts, threshold, new)[0],
+        "ours": lambda: ours("auto"),
+    }
+    for length in args.fixed:
+        runs[f"draft_{length}"] = lambda length=length: ours(length)
+    times = interleaved(runs, args.repeats)
+    plain_s = times["plain"]["s_per_token"]
+    return {
+        "speedup": round(plain_s / times["ours"]["s_per_token"], 3),
+        "spread": round(max(times[run]["spread"] for run in ("plain", "ours")), 3),
+        "tokens_per_s": round(1 / times["ours"]["s_per_token"], 1),
+        "teacher_share": round(stats["teacher_share"], 3),
+        "tokens_per_teacher_pass": round(new / stats["teacher_passes"], 2),
+        "parts_s": {part: round(stats[part], 4) for part in ("student_s", "teacher_s", "verify_s")},
+        "fixed": {run: round(plain_s / one["s_per_token"], 3) for run, one in times.items() if run.startswith("draft")},
+    }
 
 
 def measure_alone(name: str, student: Any, teacher: Any, prompts: torch.Tensor, args: argparse.Namespace) -> list[dict]:
@@ -191,7 +192,7 @@ def measure_alone(name: str, student: Any, teacher: Any, prompts: torch.Tensor, 
 
 
 def _trl_generation(student: Any, prompts: torch.Tensor, new: int) -> Callable[[], int] | None:
-    """TRL's on-policy generation: `unwrapped_model.generate` with its GKD generation config, as its trainer calls it."""
+    """TRL's on-policy generation: `generate` with its GKD generation config, as its trainer calls it."""
     with contextlib.suppress(ImportError):
         from trl.experimental.gkd import GKDTrainer
 
@@ -207,7 +208,7 @@ def _trl_generation(student: Any, prompts: torch.Tensor, new: int) -> Callable[[
         inputs = {"prompts": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
 
         def run() -> int:
-            ids, _, _ = GKDTrainer.generate_on_policy_outputs(student, inputs, config, 0)
+            ids = GKDTrainer.generate_on_policy_outputs(student, inputs, config)[0]
             return ids[:, prompts.shape[1] :].numel()
 
         return run
