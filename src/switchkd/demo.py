@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,29 +31,45 @@ Say = Callable[[str], None]
 class DemoSettings:
     """Sizes and lengths of the demo; the defaults take about four minutes on two CPU cores.
 
-    The student's stages share everything but the method: the same records, batch size, steps, learning rate and
-    schedule. The student sees only `student_records` answers, as in practice, where answers are what is scarce.
+    The student is small and trained close to what supervised training can reach: this is where a teacher's help
+    shows. From there SFT and SWITCH get the same records, steps, batches, learning rate and schedule. SWITCH rolls
+    text out in every second step (`on_policy_fraction` 0.5) and compares with the teacher on dataset answers in the
+    others.
     """
 
     teacher_width: int = 128
     teacher_layers: int = 3
-    student_width: int = 64
+    teacher_heads: int = 4
+    student_width: int = 16
     student_layers: int = 2
-    heads: int = 4
-    teacher_records: int = 6000
-    student_records: int = 480
+    student_heads: int = 2
+    records: int = 6000
     test_records: int = 240
     teacher_steps: int = 400
-    warm_start_steps: int = 200
-    distillation_steps: int = 100
+    warm_start_steps: int = 1500
+    distillation_steps: int = 150
     batch_size: int = 32
     teacher_learning_rate: float = 3e-3
-    warm_start_learning_rate: float = 3e-3
-    distillation_learning_rate: float = 2e-3
+    warm_start_learning_rate: float = 5e-3
+    distillation_learning_rate: float = 6e-3
     initial_threshold: float = 0.3
+    on_policy_fraction: float = 0.5
     max_prompt_length: int = 48
-    max_completion_length: int = 72
+    max_completion_length: int = 56
     evaluation_seeds: tuple[int, ...] = (10, 20, 30)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One training run of the demo."""
+
+    folder: str
+    method: str
+    steps: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int = 20
+    adam_beta2: float = 0.999
 
 
 def run_demo(
@@ -77,8 +93,8 @@ def run_demo(
     started = time.perf_counter()
     folder = RunFolder(str(output_dir), "demo")
     folder.make()
-    stages = _Stages(folder, settings, seed, say)
-    with _own_threads():
+    with _one_thread():
+        stages = _Stages(folder, settings, seed, say)
         results = stages.run()
     return _report(stages, results, time.perf_counter() - started)
 
@@ -90,21 +106,18 @@ class _Stages:
         self.folder, self.settings, self.seed, self.say = folder, settings, seed, say
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        splits = generate(seed, train=settings.teacher_records, test=settings.test_records)
+        splits = generate(seed, train=settings.records, test=settings.test_records)
         save_splits(splits, folder.path / "data")
         self.tokenizer = train_tokenizer([row["prompt"] + row["completion"] for row in splits["train"]])
         lengths = {"max_prompt_length": settings.max_prompt_length, "max_completion_length": 128}
         prepared = {name: prepare(rows, self.tokenizer, **lengths)[0] for name, rows in splits.items()}
-        self.teacher_data: Dataset = prepared["train"]
-        self.student_data: Dataset = prepared["train"].select(
-            range(min(settings.student_records, len(splits["train"])))
-        )
+        self.data: Dataset = prepared["train"]
         self.test_data: Dataset = prepared["test"]
         self.teacher_share = math.nan
         answers = [len(ids) for ids in self.test_data["completion_ids"]]
         self.long_share = sum(length > 40 for length in answers) / len(answers)
         self.say(
-            f"data: {len(self.teacher_data)} training and {len(self.test_data)} test instructions of "
+            f"data: {len(self.data)} training and {len(self.test_data)} test instructions of "
             f"{len(set(splits['train']['kind']))} kinds, {self.long_share:.0%} of the answers longer than 40 tokens; "
             f"{len(self.tokenizer)} token ids"
         )
@@ -112,19 +125,22 @@ class _Stages:
     def run(self) -> dict[str, EvaluationResult]:
         """Train and score everything; return the scores by model."""
         settings = self.settings
-        teacher = self._fresh(settings.teacher_width, settings.teacher_layers)
-        self._train("teacher", teacher, "sft", self.teacher_data, settings.teacher_steps,
-                    settings.teacher_learning_rate)  # fmt: skip
+        teacher = self._fresh(settings.teacher_width, settings.teacher_layers, settings.teacher_heads)
+        rate = settings.teacher_learning_rate
+        self._train(teacher, _Stage("teacher", "sft", settings.teacher_steps, rate, "cosine", adam_beta2=0.95))
         self.results = {"teacher": self._score("teacher", teacher)}
-        student = self._fresh(settings.student_width, settings.student_layers)
+        student = self._fresh(settings.student_width, settings.student_layers, settings.student_heads)
         self.say(f"sizes: teacher {teacher.num_parameters():,} parameters, student {student.num_parameters():,}")
-        self._train("student_warm_start", student, "sft", self.student_data, settings.warm_start_steps,
-                    settings.warm_start_learning_rate)  # fmt: skip
+        rate = settings.warm_start_learning_rate
+        self._train(
+            student, _Stage("student_warm_start", "sft", settings.warm_start_steps, rate, "constant_with_warmup")
+        )
         self.results["student before"] = self._score("student before", student)
-        for name, method, label in (("student_sft", "sft", "SFT"), ("student_switch", "switch", "SWITCH")):
+        for method, label in (("sft", "SFT"), ("switch", "SWITCH")):
             trained = copy.deepcopy(student)
-            self._train(name, trained, method, self.student_data, settings.distillation_steps,
-                        settings.distillation_learning_rate, teacher if method == "switch" else None)  # fmt: skip
+            rate = settings.distillation_learning_rate
+            stage = _Stage(f"student_{method}", method, settings.distillation_steps, rate, "linear", warmup_steps=0)
+            self._train(trained, stage, teacher if method == "switch" else None)
             self.results[f"student after {label}"] = self._score(f"student after {label}", trained)
         self.curves = self._curves(student, teacher)
         return self.results
@@ -135,7 +151,7 @@ class _Stages:
             initial_threshold=self.settings.initial_threshold, horizon=self.settings.max_completion_length
         )
 
-    def _fresh(self, width: int, layers: int) -> LlamaForCausalLM:
+    def _fresh(self, width: int, layers: int, heads: int) -> LlamaForCausalLM:
         set_seed(self.seed)
         return LlamaForCausalLM(
             LlamaConfig(
@@ -143,8 +159,8 @@ class _Stages:
                 hidden_size=width,
                 intermediate_size=2 * width,
                 num_hidden_layers=layers,
-                num_attention_heads=self.settings.heads,
-                num_key_value_heads=self.settings.heads,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
                 max_position_embeddings=256,
                 tie_word_embeddings=True,
                 initializer_range=0.06,
@@ -154,57 +170,53 @@ class _Stages:
             )
         )
 
-    def _train(
-        self,
-        name: str,
-        model: Any,
-        method: str,
-        data: Dataset,
-        steps: int,
-        learning_rate: float,
-        teacher: Any = None,
-    ) -> None:
+    def _train(self, model: Any, stage: _Stage, teacher: Any = None) -> None:
         started = time.perf_counter()
         settings = self.settings
-        rollout: dict[str, Any] = {}
-        if method == "switch":
-            rollout = {"initial_threshold": settings.initial_threshold}
+        rollout: dict[str, Any] = {"max_completion_length": 128}
+        if stage.method == "switch":
+            rollout = {
+                "initial_threshold": settings.initial_threshold,
+                "on_policy_fraction": settings.on_policy_fraction,
+                "max_completion_length": settings.max_completion_length,
+            }
         config = SwitchConfig(
-            output_dir=str(self.folder.path / name),
-            method=method,
-            max_steps=steps,
+            output_dir=str(self.folder.path / stage.folder),
+            method=stage.method,
+            max_steps=stage.steps,
             per_device_train_batch_size=settings.batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=min(20, steps // 4),
+            learning_rate=stage.learning_rate,
+            lr_scheduler_type=stage.schedule,
+            warmup_steps=min(stage.warmup_steps, stage.steps // 4),
             weight_decay=0.01,
-            adam_beta2=0.95,
+            adam_beta2=stage.adam_beta2,
             max_prompt_length=settings.max_prompt_length,
-            max_completion_length=settings.max_completion_length if method == "switch" else 128,
-            logging_steps=max(steps // 4, 1),
+            logging_steps=max(stage.steps // 5, 1),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
             seed=self.seed,
             **rollout,
         )
         trainer = SwitchTrainer(
-            model=model, teacher_model=teacher, args=config, train_dataset=data, processing_class=self.tokenizer
+            model=model, teacher_model=teacher, args=config, train_dataset=self.data, processing_class=self.tokenizer
         )
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.train()
         trainer.save_model()
-        logs = [{"stage": name, **entry} for entry in trainer.state.log_history if "loss" in entry]
+        logs = [{"stage": stage.folder, **entry} for entry in trainer.state.log_history if "loss" in entry]
         self.folder.append("metrics.jsonl", logs)
         shares = [entry["rollout/teacher_share"] for entry in logs if "rollout/teacher_share" in entry]
-        shown = f", teacher wrote {sum(shares) / len(shares):.0%}" if shares else ""
+        shown = f", teacher wrote {sum(shares) / len(shares):.0%} of the rollouts" if shares else ""
         if shares:
             self.teacher_share = sum(shares) / len(shares)
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[stage.folder] = time.perf_counter() - started
         self.say(
-            f"{name.replace('_', ' ')}: {steps} steps of {method}, loss {logs[0]['loss']:.3f} -> "
-            f"{logs[-1]['loss']:.3f}{shown}, {self.seconds[name]:.0f} s"
+            f"{stage.folder.replace('_', ' ')}: {stage.steps} steps of {stage.method}, loss {logs[0]['loss']:.3f} -> "
+            f"{logs[-1]['loss']:.3f}{shown}, {self.seconds[stage.folder]:.0f} s"
         )
 
     def _score(self, name: str, model: Any) -> EvaluationResult:
@@ -225,8 +237,8 @@ class _Stages:
 
     def _curves(self, student: Any, teacher: Any) -> dict[str, list[float]]:
         """How SWITCH runs along the text where its training begins, and one rollout to look at."""
-        rows = min(64, len(self.student_data))
-        ids, mask = pad_prompts(self.student_data["prompt_ids"][:rows], self.tokenizer.pad_token_id)
+        rows = min(64, len(self.data))
+        ids, mask = pad_prompts(self.data["prompt_ids"][:rows], self.tokenizer.pad_token_id)
         rollout = roll_out(
             student,
             teacher,
@@ -295,7 +307,7 @@ def _report(stages: _Stages, results: dict[str, EvaluationResult], seconds: floa
     )
     say(
         f"\nSWITCH gained {after.rouge_l - before.rouge_l:+.1f} over the warm start, plain SFT with as many steps "
-        f"{sft.rouge_l - before.rouge_l:+.1f}; the teacher wrote {stages.teacher_share:.0%} of the training text."
+        f"{sft.rouge_l - before.rouge_l:+.1f}; the teacher wrote {stages.teacher_share:.0%} of what was rolled out."
     )
     for claim, holds in claims.items():
         if not holds:
@@ -320,10 +332,10 @@ def _by_length(result: EvaluationResult) -> dict[str, tuple[float, float]]:
 
 
 @contextlib.contextmanager
-def _own_threads() -> Any:
-    """At most two threads: more of them only get in each other's way on models this small."""
+def _one_thread() -> Iterator[None]:
+    """One thread: on models this small a second one costs more waiting than it saves."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, 2))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
