@@ -46,8 +46,8 @@ class DemoSettings:
     records: int = 6000
     test_records: int = 240
     teacher_steps: int = 400
-    warm_start_steps: int = 1500
-    distillation_steps: int = 150
+    warm_start_steps: int = 1200
+    distillation_steps: int = 200
     batch_size: int = 32
     teacher_learning_rate: float = 3e-3
     warm_start_learning_rate: float = 5e-3
