@@ -80,8 +80,8 @@ def answer_recipe(instruction):
     liquid, spice, vessel, minutes, topping = demo_task.DISHES[dish]
     return (
         f"For {people} people take {int(people) * 2} pieces of {vegetable}, {people} cups of {liquid} and some {spice}."
-        f" Wash the {vegetable} and {demo_task.VEGETABLES[vegetable]}. Put everything into a {vessel} and wait {minutes}"
-        f" minutes. Serve the {dish} with {topping} on top."
+        f" Wash the {vegetable} and {demo_task.VEGETABLES[vegetable]}. Put everything into a {vessel}"
+        f" and wait {minutes} minutes. Serve the {dish} with {topping} on top."
     )
 
 
