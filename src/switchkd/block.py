@@ -173,14 +173,16 @@ class BlockDecoder:
 
     # ---- one round
 
-    def _draft(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens read `[A, G]` (last committed, then drafted), the drafted ones `[A, G]`, their log-probs."""
+    def _draft(self, rows: list[int], index: Tensor, length: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The last committed token and the draft `[A, 1 + G]`, its positions `[A, G]`, the log-probs of each step.
+
+        `rows` are the active pool rows, `index` the same on the device.
+        """
         pool = self.pool
-        rows = pool.active
         start = [self._start(row, pool.prompts) for row in rows]
         emitted = torch.tensor([pool.emitted[row] for row in rows], device=self.device).unsqueeze(1)
         position = emitted + torch.arange(length, device=self.device)
-        row_ids = pool.row_ids[torch.tensor(rows, device=self.device)]
+        row_ids = pool.row_ids[index]
         keys = sampling.noise_keys(self.seed, row_ids.unsqueeze(1).expand(-1, length), position, Stream.DRAFT)
         starts = torch.tensor(start, device=self.device).unsqueeze(1)
         current = torch.tensor([pool.last[row] for row in rows], device=self.device).unsqueeze(1)
@@ -191,7 +193,7 @@ class BlockDecoder:
             current = sampling.exponential_race(log_probs[-1], keys[:, step]).unsqueeze(1)
             read.append(current)
         self.stats["drafted"] += length * len(rows)
-        return torch.cat(read, dim=1), position, torch.stack(log_probs, dim=1)
+        return torch.cat(read, dim=1), position, log_probs
 
     def _round(self) -> None:
         pool = self.pool
@@ -200,7 +202,8 @@ class BlockDecoder:
         longest = max(self.limit - pool.emitted[row] for row in rows)
         length = self.draft_length.next(rows, longest)
         started = time.perf_counter()
-        tokens, position, student_log_probs = self._draft(length)
+        index = torch.tensor(rows, device=self.device)
+        tokens, position, student_log_probs = self._draft(rows, index, length)
         drafted_at = time.perf_counter()
         teacher_start = [self._start(row, pool.teacher_prompts) for row in rows]
         read = tokens[:, :-1]
@@ -213,18 +216,17 @@ class BlockDecoder:
             )
         logits = self.teacher.read(read.to(self.teacher.device), teacher_start).to(self.device)
         taught_at = time.perf_counter()
-        row_ids = pool.row_ids[torch.tensor(rows, device=self.device)]
         verified = verify(
             self.policy,
             tokens[:, 1:],
-            student_log_probs,
+            torch.stack(student_log_probs, dim=1),
             self.warping(logits),
             position,
             None if self.state is None else self.state[: len(rows)],
             self.seed,
-            row_ids,
+            pool.row_ids[index],
         )
-        count, kept, last = self._commit(rows, verified, position)
+        count, kept, last = self._commit(index, verified, position)
         finished = time.perf_counter()
         self.draft_length.observe(rows, kept, length, drafted_at - started, finished - drafted_at)
         self.stats["student_s"] += drafted_at - started
@@ -236,7 +238,8 @@ class BlockDecoder:
         """One token of the student alone in every row."""
         started = time.perf_counter()
         rows = list(self.pool.active)
-        tokens, position, _ = self._draft(1)
+        index = torch.tensor(rows, device=self.device)
+        tokens, position, _ = self._draft(rows, index, 1)
         nothing = torch.full(position.shape, math.nan, device=self.device)
         decision, _ = self.policy.decide(nothing[:, 0], position[:, 0], None)
         one = torch.ones(len(rows), dtype=torch.int64, device=self.device)
@@ -249,12 +252,12 @@ class BlockDecoder:
             threshold=decision.threshold.unsqueeze(1),
             states=[],
         )
-        count, _, last = self._commit(rows, verified, position)
+        count, _, last = self._commit(index, verified, position)
         self.stats["student_s"] += time.perf_counter() - started
         self._advance(rows, count, last)
 
     def _commit(
-        self, rows: list[int], verified: Verified, position: Tensor
+        self, index: Tensor, verified: Verified, position: Tensor
     ) -> tuple[list[int], list[int], list[tuple[int, bool]]]:
         """Write what was emitted into the record; one transfer brings back what the host must know."""
         pool, length = self.pool, position.shape[1]
@@ -264,7 +267,7 @@ class BlockDecoder:
         ended = ends.any(-1)
         count = torch.where(ended, ends.to(torch.uint8).argmax(-1) + 1, count)
         emitted = places < count.unsqueeze(1)
-        at = (torch.tensor(rows, device=self.device).unsqueeze(1).expand(-1, length)[emitted], position[emitted])
+        at = (index.unsqueeze(1).expand(-1, length)[emitted], position[emitted])
         pool.ids[at] = verified.tokens[emitted]
         pool.author[at] = verified.author[emitted]
         pool.divergence[at] = verified.divergence[emitted]
@@ -277,7 +280,7 @@ class BlockDecoder:
         if self.state is not None:
             # The state after `count` emitted tokens, row by row.
             after = torch.stack([state for state in verified.states if state is not None])
-            self.state[: len(rows)] = after[count, torch.arange(len(rows), device=self.device)]
+            self.state[: len(index)] = after[count, torch.arange(len(index), device=self.device)]
         last = verified.tokens.gather(1, count.unsqueeze(1) - 1).squeeze(1)
         counts, kept, tokens, done = torch.stack([count, verified.kept, last, ended.to(torch.int64)]).tolist()
         # Of the kept tokens those after the end were never emitted; they say nothing about acceptance.

@@ -133,7 +133,7 @@ class RowReader:
         self._lean = lean_decoder(model, min(max_length, self._last_position + 1)) if lean else None
         if self._lean is not None:
             self._last_position = min(max_length - 1, self._last_position)
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.cache = RowCache(rows, max_length)
         self.passes = 0
         self.hidden: Tensor | None = None
@@ -230,7 +230,7 @@ _LEAN: WeakSet[nn.Module] = WeakSet()
 
 def _probe(model: Any, *, lean: bool) -> str | None:
     """Compare ragged cached passes with one plain pass on a few tokens; return what is wrong with them."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = (torch.arange(1, 13, device=device).view(2, 6) * 7) % vocabulary
     try:
@@ -256,6 +256,11 @@ def _probe(model: Any, *, lean: bool) -> str | None:
     largest = float(torch.where(got == expected, 0.0, (got - expected).abs()).max())
     tolerance = (0.1 if half else 1e-3) * float(expected[expected.isfinite()].std() + 1e-6)
     return None if largest <= tolerance else f"its cached logits differ from a plain pass by {largest:.2g}"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device a model's first parameter lies on: where its inputs go."""
+    return next(model.parameters()).device
 
 
 def takes_position_ids(model: nn.Module) -> bool:

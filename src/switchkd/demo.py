@@ -18,9 +18,10 @@ from switchkd.data import pad_prompts, prepare
 from switchkd.demo_task import generate, save_splits, train_tokenizer
 from switchkd.engine import roll_out
 from switchkd.evaluation import EvaluationResult, evaluate, write_rows
-from switchkd.metrics import bucket_names, mean_and_std
+from switchkd.metrics import bucket_names, length_bucket, mean_and_std
 from switchkd.policies import SwitchPolicy
 from switchkd.report import plot_summary, position_curves, rollout_text, table
+from switchkd.rollout import Author
 from switchkd.run_folder import RunFolder
 from switchkd.trainer import SwitchTrainer
 
@@ -249,7 +250,7 @@ class _Stages:
             seed=self.seed,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        shares = (rollout.author == 2).sum(1) / rollout.completion_mask.sum(1)
+        shares = (rollout.author == Author.TEACHER).sum(1) / rollout.completion_mask.sum(1)
         example = int((shares - 0.25).abs().argmin())
         self.example = rollout.records(self.tokenizer)[example]
         return position_curves([rollout], min_rows=max(rows // 8, 1))
@@ -318,8 +319,6 @@ def _report(stages: _Stages, results: dict[str, EvaluationResult], seconds: floa
 
 def _by_length(result: EvaluationResult) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation over the decoding seeds for each length of answer."""
-    from switchkd.metrics import length_bucket
-
     scores: dict[str, dict[int, list[float]]] = {}
     for row in result.rows:
         by_seed = scores.setdefault(length_bucket(row["reference_tokens"]), {})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchkd import sampling
 from switchkd.block import BlockDecoder
-from switchkd.cache import unserved_reason
+from switchkd.cache import device_of, unserved_reason
 from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
 from switchkd.policies import Policy
@@ -99,7 +99,7 @@ def roll_out(
         raise UserError(f"{type(policy).__name__} needs a teacher, got None")
     if not policy.needs_teacher:
         teacher = None
-    device = _device_of(student)
+    device = device_of(student)
     prompt_ids, prompt_mask = _check_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student")
     rows = len(prompt_ids)
     eos = normalize_eos(eos_token_id)
@@ -259,7 +259,7 @@ def _check_prompts(
         prompt_mask = torch.ones_like(prompt_ids)
     if prompt_mask.shape != prompt_ids.shape:
         raise UserError(f"{role} prompt mask is {list(prompt_mask.shape)}, its prompts are {list(prompt_ids.shape)}")
-    device = _device_of(model)
+    device = device_of(model)
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device, torch.bool)
     if not bool(prompt_mask.any(-1).all()):
         row = int((~prompt_mask.any(-1)).nonzero()[0])
@@ -278,7 +278,3 @@ def _check_prompts(
             "shorten the prompts or max_new_tokens"
         )
     return prompt_ids, prompt_mask
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.cache import prompt_positions
+from switchkd.cache import device_of, prompt_positions
 from switchkd.data import pad_prompts
 from switchkd.engine import context_length, eval_mode, roll_out
 from switchkd.errors import UserError
@@ -213,7 +213,7 @@ def _batch_losses(
     length = labels.shape[1]
     mask = torch.arange(length) < torch.tensor([len(ids) for ids in completions]).unsqueeze(1)
     ids, attention_mask = torch.cat([prompt_ids, labels], dim=1), torch.cat([prompt_mask, mask], dim=1).to(torch.int64)
-    device = _device_of(model)
+    device = device_of(model)
     student_logits = _logits(model, ids, attention_mask, length).to(device)
     labels, mask = labels.to(device), mask.to(device)
     losses = {"cross_entropy": token_losses(student_logits, objective="cross_entropy", labels=labels)}
@@ -225,7 +225,7 @@ def _batch_losses(
 
 
 def _logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-    device = _device_of(model)
+    device = device_of(model)
     attention_mask = attention_mask.to(device)
     output = model(
         input_ids=ids.to(device),
@@ -266,7 +266,7 @@ def _sample(
 @contextlib.contextmanager
 def _seeded(model: nn.Module, seed: int, *, enabled: bool) -> Iterator[None]:
     """Seed torch's global generators, which `generate` draws from, and give them their state back afterwards."""
-    device = _device_of(model)
+    device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled):
         if enabled:
             torch.manual_seed(seed)
@@ -297,7 +297,7 @@ def _blocked_options(settings: dict[str, Any], eos: list[int], pad: int) -> Gene
 def _generate(
     model: Any, prompt_ids: Tensor, prompt_mask: Tensor, options: GenerationConfig, eos: list[int]
 ) -> list[list[int]]:
-    device = _device_of(model)
+    device = device_of(model)
     with eval_mode(model):
         whole = model.generate(
             prompt_ids.to(device), attention_mask=prompt_mask.to(device, torch.int64), generation_config=options
@@ -381,7 +381,3 @@ def _check(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the "
             f"model's context of {limit}: lower max_new_tokens, or max_prompt_length when the data are prepared"
         )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

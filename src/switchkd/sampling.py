@@ -163,8 +163,14 @@ def coupled_draw(
 def accept(drafted: Tensor, student_log_probs: Tensor, behaviour_log_probs: Tensor, accept_keys: Tensor) -> Tensor:
     """Return whether each drafted token is kept: uniform < behaviour(s) / student(s), bool `[N]`."""
     index = drafted.unsqueeze(-1)
-    log_ratio = behaviour_log_probs.gather(-1, index) - student_log_probs.gather(-1, index)
-    return uniform(accept_keys).log() < log_ratio.squeeze(-1).double()
+    return accept_at(
+        student_log_probs.gather(-1, index).squeeze(-1), behaviour_log_probs.gather(-1, index).squeeze(-1), accept_keys
+    )
+
+
+def accept_at(student_log_prob: Tensor, behaviour_log_prob: Tensor, accept_keys: Tensor) -> Tensor:
+    """Return `accept` where the drafted tokens' own log-probabilities `[N]` are at hand, bool `[N]`."""
+    return uniform(accept_keys).log() < (behaviour_log_prob - student_log_prob).double()
 
 
 def residual_draw(

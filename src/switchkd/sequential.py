@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.cache import output_layer_input, prompt_positions, takes_position_ids
+from switchkd.cache import device_of, output_layer_input, prompt_positions, takes_position_ids
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Stream
@@ -95,7 +95,7 @@ class TokenReader:
         self.model = model
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.takes_positions = takes_position_ids(model)
         self.mask = prompt_mask.to(self.device, torch.int64)
         self.next_position = self.mask.sum(-1, keepdim=True)

@@ -196,4 +196,4 @@ def _accepted(
         behaviour = policy.behaviour(student_given, teacher_log_probs.flatten(0, 1)[given])
         behaviour_at = behaviour.gather(-1, drafted.flatten()[given].unsqueeze(-1)).squeeze(-1)
     keys = sampling.noise_keys(seed, row_ids.flatten()[given], position.flatten()[given], Stream.ACCEPT)
-    return sampling.uniform(keys).log() < (behaviour_at - student_at).double()
+    return sampling.accept_at(student_at, behaviour_at, keys)
