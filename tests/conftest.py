@@ -170,7 +170,15 @@ def build_trainer(folder: Path, student: Any, teacher: Any = None, **options: An
     from switchkd.config import SwitchConfig
     from switchkd.trainer import SwitchTrainer
 
-    names = ("train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks", "optimizers")
+    names = (
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "peft_config",
+        "callbacks",
+        "optimizers",
+        "lm_dataset",
+    )
     arguments = {name: options.pop(name) for name in names if name in options}
     arguments.setdefault("train_dataset", Dataset.from_list(RAGGED_ROWS))
     arguments.setdefault("processing_class", build_tokenizer())

@@ -533,7 +533,7 @@ def test_rollout_of_one_writer(models: Path, run: Run, policy: str, author: str)
 
 
 def test_rollout_blends(models: Path, run: Run) -> None:
-    options = rollout_options(models, "--prompt", "a", "--policy", "blend", "--teacher_weight", 0.5, "--json")
+    options = rollout_options(models, "--prompt", "a", "--policy", "blend", "--mixture_weight", 0.5, "--json")
     assert run(*options)[0] == 0
 
 

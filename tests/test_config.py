@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,14 +45,63 @@ def _kept_rows(trainer):
 
 
 def _teacher_passes(trainer):
-    passes = []
-    record = trainer._record_rollout
-    trainer._record_rollout = lambda rollout, seconds: (
-        passes.append(rollout.stats["teacher_passes"]),
-        record(rollout, seconds),
-    )
     trainer.train()
-    return passes
+    return trainer.state.log_history[0]["rollout/teacher_passes"]
+
+
+def _rollout_keys(trainer):
+    trainer.train()
+    return {key: value for key, value in trainer.state.log_history[0].items() if key in ROLLOUT_KEYS}
+
+
+ROLLOUT_KEYS = {"rollout/teacher_share", "rollout/threshold_nats", "rollout/initial_threshold_nats"}
+
+
+def _text(trainer):
+    """The ids that the steps trained on."""
+    seen = []
+    get = trainer.get_batch_samples
+
+    def watched(*args):
+        batches, count = get(*args)
+        seen.extend(batch["input_ids"].tolist() for batch in batches)
+        return batches, count
+
+    trainer.get_batch_samples = watched
+    trainer.train()
+    return seen
+
+
+def _all_teacher_passes(trainer):
+    trainer.train()
+    return trainer.teacher_passes
+
+
+def _kept_dtype(trainer):
+    dtypes = []
+    loss = trainer.step_loss.loss
+    watched = lambda student, teacher, inputs, count: (  # noqa: E731
+        dtypes.append(inputs["teacher_hidden"].dtype),
+        loss(student, teacher, inputs, count),
+    )[1]
+    trainer.step_loss = types.SimpleNamespace(**vars(trainer.step_loss), loss=watched, needs_teacher_pass=lambda _: 0)
+    trainer.step_loss.reads_teacher = True
+    trainer.train()
+    return dtypes
+
+
+def _stored_rows(trainer):
+    trainer.train()
+    return [entry["rollout/stored_rows"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _teacher_text_files(trainer):
+    trainer.train()
+    return sorted(path.name for path in Path(trainer.args.output_dir).parent.rglob("*.jsonl"))
+
+
+def _evaluation_keys(trainer):
+    return sorted(trainer.evaluate())
 
 
 def _completion_lines(trainer):
@@ -83,6 +134,35 @@ EFFECTS = {
     "final_ratio": ((0.1, 0.5), _thresholds, {}),
     "horizon": ((10.0, 100.0), _thresholds, {}),
     "schedule": (("exponential", "increasing"), _thresholds, {"final_ratio": 0.01}),
+    "minimum_leg": ((1, 4), _text, MIDDLE),
+    "clock": (("position", "since_teacher"), _thresholds, {"final_ratio": 0.01}),
+    "target_teacher_share": ((0.2, 0.8), _rollout_keys, {"schedule": "constant"}),
+    "mixture_weight": ((0.0, 0.9), _text, {"method": "minillm"}),
+    "clip_range": ((0.01, 0.0), _weights, {"method": "minillm"}),
+    "teacher_top_k": ((1, 90), _text, {"method": "skd"}),
+    "divergence_multiple": ((0.1, 9.0), _text, {"method": "adaswitch", "divergence_window": 2}),
+    "divergence_window": ((1, 10), _text, {"method": "adaswitch", "divergence_multiple": 0.1}),
+    "trigger_threshold": ((0.0, 0.69), _text, {"method": "relay"}),
+    "leg_length": ((1, 12), _text, {"method": "relay", "trigger_threshold": 0.0, "leg_budget": 1}),
+    "leg_budget": ((0, 12), _text, {"method": "relay", "trigger_threshold": 0.0}),
+    "kl_budget": ((0.0, 5.0), _text, {"method": "trb"}),
+    "kl_budget_warmup": ((0.01, 1.0), _text, {"method": "trb", "kl_budget": 5.0, "max_steps": 2}),
+    "teacher_share": ((0.0, 1.0), _text, {"method": "random"}),
+    "teacher_tokens": ((0, 12), _text, {"method": "teacher_first"}),
+    "switch_position": ((0, 12), _text, {"method": "student_first"}),
+    "replay_capacity": (
+        (2, 5),
+        _stored_rows,
+        {"method": "distillm", "on_policy_fraction": 1.0, "eval_strategy": "steps", "eval_steps": 5},
+    ),
+    "teacher_text_file": ((None, "{folder}/named.jsonl"), _teacher_text_files, {"method": "seqkd"}),
+    "ce_weight": ((0.0, 1.0), _weights, {"method": "kd"}),
+    "student_token_weight": ((1.0, 0.0), _weights, MIDDLE),
+    "teacher_token_weight": ((1.0, 0.0), _weights, MIDDLE),
+    "reuse_teacher_hidden": ((True, False), _all_teacher_passes, {"draft_length": "4"}),
+    "teacher_hidden_dtype": (("float32", "bfloat16"), _kept_dtype, {}),
+    "eval_rouge_l_samples": ((0, 2), _evaluation_keys, {"method": "kd"}),
+    "head_mass": ((0.1, 0.9), _weights, {"method": "kd", "divergence": "adaptive_kl"}),
     "max_prompt_length": ((5, 50), _kept_rows, {}),
     "max_completion_length": ((4, 12), _weights, {"method": "kd"}),
     "temperature": ((1.0, 0.5), _weights, {}),
@@ -97,10 +177,15 @@ EFFECTS = {
 }
 
 
+# Options whose effect needs more than two values: the tests that show it stand in test_methods_train.py and
+# test_step.py; those of a GPU are refused without one.
+ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden"}
+
+
 def test_every_option_of_the_project_has_a_stated_effect():
     inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
     own = {option.name for option in dataclasses.fields(SwitchConfig)} - inherited
-    assert own == EFFECTS.keys()
+    assert own == EFFECTS.keys() | ELSEWHERE
 
 
 def test_every_option_has_help():
@@ -123,6 +208,10 @@ def test_option_changes_something(make_trainer, tmp_path, name):
                 build_tokenizer().save_pretrained(tmp_path / folder)
             student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
         options = shared | {name: value, "output_dir": str(tmp_path / str(place))}
+        if isinstance(value, str) and "{folder}" in value:
+            options[name] = value.format(folder=tmp_path)
+        if "eval_strategy" in options or name.startswith("eval_"):
+            options["eval_dataset"] = Dataset.from_list(RAGGED_ROWS[:4])
         torch.manual_seed(0)
         seen.append(observe(make_trainer(student, teacher, **options)))
     assert seen[0] != seen[1]
@@ -261,7 +350,7 @@ def test_a_method_without_a_teacher_does_not_load_the_one_that_is_named(make_tra
 
 
 def test_missing_or_doubled_models_are_refused(make_trainer):
-    assert "method 'switch' with reverse_kl needs a teacher" in refusal(lambda: make_trainer(build_gpt2()))
+    assert "method 'switch' needs a teacher; give teacher_model" in refusal(lambda: make_trainer(build_gpt2()))
     assert "processing_class is needed" in refusal(
         lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), processing_class=None)
     )
@@ -293,8 +382,9 @@ def test_padding_token_newer_than_the_model_does_not_reach_it(make_trainer):
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     assert tokenizer.pad_token_id == len(TINY_VOCABULARY)
-    padded = make_trainer(build_gpt2(), build_gpt2(seed=1), **MIDDLE, processing_class=tokenizer)
-    plain = make_trainer(build_gpt2(), build_gpt2(seed=1), **MIDDLE)
+    steady = {**MIDDLE, "draft_length": "4"}
+    padded = make_trainer(build_gpt2(), build_gpt2(seed=1), **steady, processing_class=tokenizer)
+    plain = make_trainer(build_gpt2(), build_gpt2(seed=1), **steady)
     assert _weights(padded) == _weights(plain)
 
 
@@ -310,10 +400,15 @@ def test_rows_without_answers_are_refused_only_where_answers_are_read(make_train
     make_trainer(build_gpt2(), build_gpt2(seed=1), train_dataset=prompts).train()
 
 
-def test_teacher_prompts_are_refused_not_ignored(make_trainer):
+def test_the_replay_store_refuses_teacher_prompts_it_would_forget(make_trainer):
     rows = Dataset.from_list([{**row, "teacher_prompt": "Hint: " + row["prompt"]} for row in RAGGED_ROWS])
-    message = refusal(lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), train_dataset=rows))
-    assert message == "the train data have a teacher_prompt, which training does not use; remove the column"
+    options = {"method": "distillm", "eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1}
+    message = refusal(lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), train_dataset=rows, **options))
+    assert "the train data have a teacher_prompt, which the store of method 'distillm' does not keep" in message
+
+
+def test_self_distillation_without_privileged_prompts_is_refused(make_trainer):
+    assert "needs a column teacher_prompt" in refusal(lambda: make_trainer(build_gpt2(), method="ssd"))
 
 
 def test_prepared_and_raw_data_train_alike(make_trainer):

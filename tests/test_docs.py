@@ -10,7 +10,7 @@ from datasets import Dataset
 from switchkd.config import SwitchConfig
 from switchkd.divergences import DIVERGENCES
 from switchkd.objective import objective_options
-from switchkd.trainer import LOGGED_MEANS
+from switchkd.training_log import LOGGED_MEANS, LOGGED_STATES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -55,7 +55,7 @@ def test_every_key_the_trainer_logs_is_explained(make_trainer):
 
 def test_nothing_is_explained_that_is_never_logged(make_trainer):
     keys = {key for key in explained(text("docs/metrics.md")) if key.startswith(("rollout/", "time/"))}
-    assert keys == set(LOGGED_MEANS)
+    assert keys == {*LOGGED_MEANS, *LOGGED_STATES}
 
 
 def test_every_divergence_and_its_options_are_explained():

@@ -30,7 +30,11 @@ def ada_switch_author(policy, tables, prefix):
     seen = []
     for token in prefix:
         divergence = float(forward_kl(tables[0][token], tables[1][token]))
-        if len(seen) >= policy.window and divergence > policy.multiple * sum(seen[-policy.window :]) / policy.window:
+        if (
+            len(seen) >= policy.divergence_window
+            and divergence
+            > policy.divergence_multiple * sum(seen[-policy.divergence_window :]) / policy.divergence_window
+        ):
             return "teacher"
         seen.append(divergence)
     return "student"
@@ -40,7 +44,7 @@ def relay_author(policy, tables, prefix):
     left, legs, author = 0, 0, ""
     for token in prefix:
         jumps = float(generalized_jsd(tables[0][token], tables[1][token])) > policy.trigger_threshold
-        if left == 0 and legs < policy.budget and jumps:
+        if left == 0 and legs < policy.leg_budget and jumps:
             left, legs = policy.leg_length, legs + 1
         author = "teacher" if left else "student"
         left = max(left - 1, 0)
@@ -58,8 +62,8 @@ def bisected_blend(student, teacher, epsilon):
     return ((1 - low) * student + low * teacher).log_softmax(-1).exp()
 
 
-SKD, ADA = SkdPolicy(2), AdaSwitchPolicy(multiple=1.2, window=1)
-RELAY, TRB = RelayPolicy(trigger_threshold=0.1, leg_length=2, budget=1), TrustRegionPolicy(epsilon=0.1)
+SKD, ADA = SkdPolicy(2), AdaSwitchPolicy(divergence_multiple=1.2, divergence_window=1)
+RELAY, TRB = RelayPolicy(trigger_threshold=0.1, leg_length=2, leg_budget=1), TrustRegionPolicy(kl_budget=0.1)
 
 
 @pytest.mark.parametrize("draft_length", LENGTHS)
@@ -70,9 +74,9 @@ def test_frequencies_of_whole_texts_match_the_enumerated_rule(name, draft_length
         "skd": (SKD, None),
         "skd_1": (SkdPolicy(1), None),
         "adaswitch": (ADA, ada_switch_author),
-        "adaswitch_window_2": (AdaSwitchPolicy(multiple=1.1, window=2), ada_switch_author),
+        "adaswitch_window_2": (AdaSwitchPolicy(divergence_multiple=1.1, divergence_window=2), ada_switch_author),
         "relay": (RELAY, relay_author),
-        "relay_many": (RelayPolicy(trigger_threshold=0.1, leg_length=1, budget=2), relay_author),
+        "relay_many": (RelayPolicy(trigger_threshold=0.1, leg_length=1, leg_budget=2), relay_author),
         "trb": (TRB, None),
     }[name]
 
@@ -82,7 +86,7 @@ def test_frequencies_of_whole_texts_match_the_enumerated_rule(name, draft_length
             return (other if author(policy, tables, prefix) == "teacher" else one).exp()
         if isinstance(policy, SkdPolicy):
             return skd_distribution(one, other, policy.teacher_top_k)
-        return bisected_blend(one, other, policy.epsilon)
+        return bisected_blend(one, other, policy.kl_budget)
 
     rollout = assert_frequencies_match(policy, tables, behaviour, draft_length, steps=4)
     assert 0.02 < rollout.teacher_share < 0.98
@@ -90,9 +94,9 @@ def test_frequencies_of_whole_texts_match_the_enumerated_rule(name, draft_length
 
 POLICIES = {
     "skd": SkdPolicy(5),
-    "adaswitch": AdaSwitchPolicy(multiple=1.3, window=3),
-    "relay": RelayPolicy(trigger_threshold=0.15, leg_length=3, budget=2),
-    "trb": TrustRegionPolicy(epsilon=0.2),
+    "adaswitch": AdaSwitchPolicy(divergence_multiple=1.3, divergence_window=3),
+    "relay": RelayPolicy(trigger_threshold=0.15, leg_length=3, leg_budget=2),
+    "trb": TrustRegionPolicy(kl_budget=0.2),
 }
 
 
@@ -115,15 +119,15 @@ def test_every_draft_length_writes_the_same_tokens_authors_and_measures(name, fa
     ("policy", "other"),
     [
         (SkdPolicy(98), StudentPolicy()),
-        (AdaSwitchPolicy(multiple=1e9), StudentPolicy()),
-        (AdaSwitchPolicy(window=100), StudentPolicy()),
-        (RelayPolicy(trigger_threshold=0.0, budget=0), StudentPolicy()),
+        (AdaSwitchPolicy(divergence_multiple=1e9), StudentPolicy()),
+        (AdaSwitchPolicy(divergence_window=100), StudentPolicy()),
+        (RelayPolicy(trigger_threshold=0.0, leg_budget=0), StudentPolicy()),
         (RelayPolicy(trigger_threshold=math.log(2.0)), StudentPolicy()),
         (RelayPolicy(trigger_threshold=0.0, leg_length=30), TeacherPolicy()),
-        (RelayPolicy(trigger_threshold=0.1, leg_length=1, budget=99), SwitchPolicy(0.1, schedule="constant")),
-        (TrustRegionPolicy(epsilon=0.0), StudentPolicy()),
-        (TrustRegionPolicy(epsilon=0.2).at_progress(1.0), StudentPolicy()),
-        (TrustRegionPolicy(epsilon=math.inf), TeacherPolicy()),
+        (RelayPolicy(trigger_threshold=0.1, leg_length=1, leg_budget=99), SwitchPolicy(0.1, schedule="constant")),
+        (TrustRegionPolicy(kl_budget=0.0), StudentPolicy()),
+        (TrustRegionPolicy(kl_budget=0.2).at_progress(1.0), StudentPolicy()),
+        (TrustRegionPolicy(kl_budget=math.inf), TeacherPolicy()),
         (BlendPolicy(0.0), StudentPolicy()),
         (BlendPolicy(1.0), TeacherPolicy()),
     ],
@@ -178,7 +182,7 @@ def test_skd_keeps_no_token_that_the_teacher_ranks_below_k(draft_length):
 def test_ada_switch_gives_the_pen_away_once_and_for_good(draft_length):
     student, teacher = make_pair("llama")
     ids, mask = make_prompts(6)
-    policy = AdaSwitchPolicy(multiple=1.3, window=4)
+    policy = AdaSwitchPolicy(divergence_multiple=1.3, divergence_window=4)
     rollout = roll_out(student, teacher, ids, mask, policy=policy, max_new_tokens=30, draft_length=draft_length)
     switched = 0
     for row in range(6):
@@ -197,7 +201,7 @@ def test_ada_switch_gives_the_pen_away_once_and_for_good(draft_length):
 
 def test_ada_switch_forgets_an_infinite_divergence_with_its_window():
     """A student that excludes an id the teacher allows: KL is inf for a while, never nan for good."""
-    policy = AdaSwitchPolicy(multiple=2.0, window=2)
+    policy = AdaSwitchPolicy(divergence_multiple=2.0, divergence_window=2)
     state, authors = policy.initial_state(1, torch.device("cpu")), []
     for position, measure in enumerate([math.inf, 0.1, 0.1, 0.1, 0.5, 0.1]):
         decision, state = policy.decide(torch.tensor([measure]), torch.tensor([position]), state)
@@ -209,7 +213,7 @@ def test_ada_switch_forgets_an_infinite_divergence_with_its_window():
 def test_relay_runs_whole_legs_within_its_budget(draft_length):
     student, teacher = make_pair("gpt2")
     ids, mask = make_prompts(6)
-    policy = RelayPolicy(trigger_threshold=0.08, leg_length=4, budget=2)
+    policy = RelayPolicy(trigger_threshold=0.08, leg_length=4, leg_budget=2)
     rollout = roll_out(student, teacher, ids, mask, policy=policy, max_new_tokens=30, draft_length=draft_length)
     for row in range(6):
         starts = (rollout.divergence[row] > rollout.threshold[row]).nonzero().squeeze(-1).tolist()
@@ -277,11 +281,11 @@ def test_excluded_ids_cost_their_mass_and_are_never_written():
 
 
 def test_the_budget_falls_to_zero_over_the_warmup_and_stays_there():
-    policy = TrustRegionPolicy(epsilon=0.4, warmup=0.5)
-    budgets = [policy.at_progress(progress).epsilon for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    policy = TrustRegionPolicy(kl_budget=0.4, kl_budget_warmup=0.5)
+    budgets = [policy.at_progress(progress).kl_budget for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert budgets == pytest.approx([0.4, 0.2, 0.0, 0.0, 0.0])
-    assert policy.epsilon == 0.4
-    assert TrustRegionPolicy(math.inf).at_progress(1.0).epsilon == 0.0
+    assert policy.kl_budget == 0.4
+    assert TrustRegionPolicy(math.inf).at_progress(1.0).kl_budget == 0.0
 
 
 def test_other_policies_are_the_same_at_every_moment_of_training():
@@ -293,15 +297,15 @@ def test_other_policies_are_the_same_at_every_moment_of_training():
     ("policy", "options", "message"),
     [
         (SkdPolicy, {"teacher_top_k": 0}, "teacher_top_k must be an integer >= 1, got 0"),
-        (AdaSwitchPolicy, {"multiple": 0}, "multiple must be > 0, got 0"),
-        (AdaSwitchPolicy, {"multiple": math.nan}, "multiple"),
-        (AdaSwitchPolicy, {"window": 0}, "window must be an integer >= 1, got 0"),
+        (AdaSwitchPolicy, {"divergence_multiple": 0}, "divergence_multiple must be > 0, got 0"),
+        (AdaSwitchPolicy, {"divergence_multiple": math.nan}, "divergence_multiple"),
+        (AdaSwitchPolicy, {"divergence_window": 0}, "divergence_window must be an integer >= 1, got 0"),
         (RelayPolicy, {"trigger_threshold": 0.8}, "trigger_threshold must lie in .0, ln 2 nats., got 0.8"),
         (RelayPolicy, {"leg_length": 0}, "leg_length must be an integer >= 1, got 0"),
-        (RelayPolicy, {"budget": -1}, "budget must be an integer >= 0, got -1"),
-        (TrustRegionPolicy, {"epsilon": -0.1}, "epsilon must be >= 0 nats, got -0.1"),
-        (TrustRegionPolicy, {"epsilon": math.nan}, "epsilon"),
-        (TrustRegionPolicy, {"warmup": 0.0}, "warmup must lie in .0, 1."),
+        (RelayPolicy, {"leg_budget": -1}, "leg_budget must be an integer >= 0, got -1"),
+        (TrustRegionPolicy, {"kl_budget": -0.1}, "kl_budget must be >= 0 nats, got -0.1"),
+        (TrustRegionPolicy, {"kl_budget": math.nan}, "kl_budget"),
+        (TrustRegionPolicy, {"kl_budget_warmup": 0.0}, "kl_budget_warmup must lie in .0, 1."),
     ],
 )
 def test_options_outside_their_range_are_refused_in_one_line(policy, options, message):

@@ -14,10 +14,20 @@ LONGEST_FILE = 420
 LAYERS = (
     ("errors", "rollout", "vocabulary"),
     ("divergences", "sampling", "lean", "cache", "heads", "metrics", "drafting"),
-    ("policies", "interventions", "kin", "objective", "chunked", "policy_gradient", "replay"),
+    (
+        "policies",
+        "interventions",
+        "kin",
+        "objective",
+        "chunked",
+        "policy_gradient",
+        "replay",
+        "predictions",
+        "step_loss",
+    ),
     ("verification", "sequential", "block", "engine", "calibration"),
     ("methods", "models", "records", "data", "evaluation"),
-    ("batches", "config", "trainer"),
+    ("batches", "plain_text", "teacher_text", "training_text", "training_log", "preparation", "config", "trainer"),
     ("options", "run_folder", "report", "student", "demo_task", "demo", "compare", "cli", "commands"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

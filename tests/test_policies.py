@@ -109,5 +109,5 @@ def test_switch_options_outside_their_range_are_refused(options, message):
 
 
 def test_blend_weight_outside_its_range_is_refused():
-    with pytest.raises(UserError, match="teacher_weight"):
+    with pytest.raises(UserError, match="mixture_weight"):
         BlendPolicy(1.2)

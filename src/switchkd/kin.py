@@ -65,8 +65,8 @@ class AdaSwitchPolicy(Policy):
     The teacher writes the tested position too. Nothing is tested before L positions have been seen.
 
     Args:
-        multiple: K > 0. The default is chosen here, not from the paper.
-        window: L >= 1, in tokens. Chosen here, too.
+        divergence_multiple: K > 0. The default is chosen here, not from the paper.
+        divergence_window: L >= 1, in tokens. Chosen here, too.
 
     Raises:
         UserError: An option outside its range.
@@ -75,18 +75,18 @@ class AdaSwitchPolicy(Policy):
         Peng et al., "AdaSwitch", arXiv 2510.07842.
     """
 
-    multiple: float = 3.0
-    window: int = 8
+    divergence_multiple: float = 3.0
+    divergence_window: int = 8
     stateful = True
 
     def __post_init__(self) -> None:
-        if not self.multiple > 0.0:
-            raise UserError(f"multiple must be > 0, got {self.multiple}")
-        check_count("window", self.window, 1)
+        if not self.divergence_multiple > 0.0:
+            raise UserError(f"divergence_multiple must be > 0, got {self.divergence_multiple}")
+        check_count("divergence_window", self.divergence_window, 1)
 
     def initial_state(self, rows: int, device: torch.device) -> Tensor:
         """Return [the last L divergences as a ring, whether the teacher took over], float32 `[rows, L + 1]`."""
-        return torch.zeros(rows, self.window + 1, device=device)
+        return torch.zeros(rows, self.divergence_window + 1, device=device)
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         return forward_kl(student_log_probs, teacher_log_probs).to(torch.float32)
@@ -96,10 +96,10 @@ class AdaSwitchPolicy(Policy):
     ) -> tuple[Decision, Tensor | None]:
         assert state is not None
         history, taken = state[:, :-1], state[:, -1] > 0
-        tested = (position >= self.window) & ~taken
-        threshold = torch.where(tested, self.multiple * history.mean(-1), math.nan)
+        tested = (position >= self.divergence_window) & ~taken
+        threshold = torch.where(tested, self.divergence_multiple * history.mean(-1), math.nan)
         taken = taken | (measure > threshold)
-        slot = (position % self.window).unsqueeze(-1)
+        slot = (position % self.divergence_window).unsqueeze(-1)
         history = history.scatter(-1, slot, measure.unsqueeze(-1))
         state = torch.cat([history, taken.to(history.dtype).unsqueeze(-1)], dim=-1)
         return Decision(teacher_where(taken), threshold), state
@@ -112,7 +112,7 @@ class RelayPolicy(Policy):
     Args:
         trigger_threshold: A leg starts where the Jensen-Shannon divergence exceeds this, nats, in [0, ln 2].
         leg_length: Tokens of a leg, the triggering position included, >= 1.
-        budget: At most this many legs in a text, >= 0; afterwards the student writes on alone.
+        leg_budget: At most this many legs in a text, >= 0; afterwards the student writes on alone.
 
     Raises:
         UserError: An option outside its range.
@@ -125,13 +125,13 @@ class RelayPolicy(Policy):
 
     trigger_threshold: float = 0.3
     leg_length: int = 8
-    budget: int = 4
+    leg_budget: int = 4
     stateful = True
 
     def __post_init__(self) -> None:
         check_range("trigger_threshold", self.trigger_threshold, 0.0, LN_2, "ln 2 nats")
         check_count("leg_length", self.leg_length, 1)
-        check_count("budget", self.budget, 0)
+        check_count("leg_budget", self.leg_budget, 0)
 
     def initial_state(self, rows: int, device: torch.device) -> Tensor:
         """Return [tokens left of the running leg, legs started], int64 `[rows, 2]`."""
@@ -145,7 +145,7 @@ class RelayPolicy(Policy):
     ) -> tuple[Decision, Tensor | None]:
         assert state is not None
         left, legs = state.unbind(-1)
-        tested = (left == 0) & (legs < self.budget)
+        tested = (left == 0) & (legs < self.leg_budget)
         threshold = torch.where(tested, self.trigger_threshold, torch.full_like(measure, math.nan))
         starts = measure > threshold
         left = torch.where(starts, self.leg_length, left)
@@ -163,8 +163,8 @@ class TrustRegionPolicy(Policy):
     as the measure and epsilon as the threshold: the teacher alone writes where the first is not above the second.
 
     Args:
-        epsilon: The budget in nats, >= 0; inf is the teacher alone. The default is chosen here.
-        warmup: epsilon falls linearly to 0 over this share of the training, in (0, 1], and stays there. Chosen here.
+        kl_budget: epsilon, the budget in nats, >= 0; inf is the teacher alone. The default is chosen here.
+        kl_budget_warmup: epsilon falls linearly to 0 over this share of the training, in (0, 1]. Chosen here.
 
     Raises:
         UserError: An option outside its range.
@@ -173,20 +173,22 @@ class TrustRegionPolicy(Policy):
         Plyusov et al., "Trust-Region Behavior Blending for On-Policy Distillation", arXiv 2605.31159.
     """
 
-    epsilon: float = 0.1
-    warmup: float = 0.5
+    kl_budget: float = 0.1
+    kl_budget_warmup: float = 0.5
     blends = True
 
     def __post_init__(self) -> None:
-        if not self.epsilon >= 0.0:
-            raise UserError(f"epsilon must be >= 0 nats, got {self.epsilon}")
-        if not 0.0 < self.warmup <= 1.0:
-            raise UserError(f"warmup must lie in (0, 1], a share of the training, got {self.warmup}")
+        if not self.kl_budget >= 0.0:
+            raise UserError(f"kl_budget must be >= 0 nats, got {self.kl_budget}")
+        if not 0.0 < self.kl_budget_warmup <= 1.0:
+            raise UserError(
+                f"kl_budget_warmup must lie in (0, 1], a share of the training, got {self.kl_budget_warmup}"
+            )
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy with the budget of a moment of training."""
-        left = 1.0 - progress / self.warmup
-        return replace(self, epsilon=self.epsilon * left if left > 0.0 else 0.0)
+        left = 1.0 - progress / self.kl_budget_warmup
+        return replace(self, kl_budget=self.kl_budget * left if left > 0.0 else 0.0)
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         return forward_kl(student_log_probs, teacher_log_probs).to(torch.float32)
@@ -195,10 +197,10 @@ class TrustRegionPolicy(Policy):
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Decision, Tensor | None]:
         author = everywhere(Author.TEACHER, measure).author
-        return Decision(author, torch.full_like(measure, self.epsilon)), None
+        return Decision(author, torch.full_like(measure, self.kl_budget)), None
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        weight = largest_weight_within(student_log_probs, teacher_log_probs, self.epsilon)
+        weight = largest_weight_within(student_log_probs, teacher_log_probs, self.kl_budget)
         blended = _geometric_blend(student_log_probs, teacher_log_probs, weight)
         # At the ends the formula is 0 * -inf for excluded ids; there it is simply one of the two.
         blended = torch.where((weight == 0.0).unsqueeze(-1), student_log_probs, blended)

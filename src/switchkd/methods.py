@@ -1,13 +1,24 @@
 """The methods as values: exact name -> who writes the training text, how often, and what is learned from it."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from switchkd.errors import UserError
+from switchkd.interventions import (
+    RandomPolicy,
+    StudentConfidencePolicy,
+    StudentEntropyPolicy,
+    StudentFirstPolicy,
+    TeacherFirstPolicy,
+)
+from switchkd.kin import AdaSwitchPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
 from switchkd.objective import CROSS_ENTROPY
-from switchkd.policies import Policy, StudentPolicy, SwitchPolicy
+from switchkd.policies import BlendPolicy, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy
+
+SCHEDULED = ("initial_threshold", "final_ratio", "horizon", "schedule", "minimum_leg", "clock")
 
 
 @dataclass(frozen=True)
@@ -18,11 +29,17 @@ class Method:
         name: The exact name used on the command line and in configs.
         summary: One line: who writes, what is learned.
         objective: `cross_entropy` or the name of a divergence.
+        source: Paper.
         objective_options: Keyword options of that divergence.
         policy: Makes the rollout policy; None where the text is the dataset's.
         policy_options: Names of the config fields passed to `policy`.
+        policy_defaults: Arguments of `policy` that differ from its own defaults.
         on_policy_fraction: Share of optimizer steps whose text is rolled out, in [0, 1]; the others use the dataset.
-        source: Paper.
+        adaptive_fraction: That share is only the start; it grows each time the evaluation loss gets worse.
+        replay: Rolled-out rows are stored, and a growing part of the rolled-out steps takes stored ones.
+        policy_gradient: The objective is MiniLLM's: the divergence weighted by importance, plus the policy gradient.
+        teacher_text: Dataset answers are replaced once, before training, by the policy's rollouts.
+        own_teacher: The teacher is the student as it was before training, with another prompt.
     """
 
     name: str
@@ -32,7 +49,33 @@ class Method:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     policy: Callable[..., Policy] | None = None
     policy_options: tuple[str, ...] = ()
+    policy_defaults: Mapping[str, Any] = field(default_factory=dict)
     on_policy_fraction: float = 0.0
+    adaptive_fraction: bool = False
+    replay: bool = False
+    policy_gradient: bool = False
+    teacher_text: bool = False
+    own_teacher: bool = False
+
+    @property
+    def may_roll_out(self) -> bool:
+        """Whether steps of this method can train on rolled-out text."""
+        return self.policy is not None and not self.teacher_text
+
+    def default_options(self) -> dict[str, Any]:
+        """Return the policy's options with the values that hold where the config has None."""
+        if self.policy is None:
+            return {}
+        own = inspect.signature(self.policy).parameters
+        return {name: self.policy_defaults.get(name, own[name].default) for name in self.policy_options}
+
+    def make_policy(self, **options: Any) -> Policy | None:
+        """Return the policy, None where the text is the dataset's.
+
+        Raises:
+            UserError: A value outside its range.
+        """
+        return None if self.policy is None else self.policy(**{**self.policy_defaults, **options})
 
 
 METHODS: dict[str, Method] = {
@@ -51,6 +94,22 @@ METHODS: dict[str, Method] = {
             source="Hinton et al., arXiv 1503.02531",
         ),
         Method(
+            name="seqkd",
+            summary="answers the teacher wrote once before training, cross-entropy",
+            objective=CROSS_ENTROPY,
+            policy=TeacherPolicy,
+            teacher_text=True,
+            source="Kim and Rush, arXiv 1606.07947",
+        ),
+        Method(
+            name="imitkd",
+            summary="student-written text, forward KL",
+            objective="forward_kl",
+            policy=StudentPolicy,
+            on_policy_fraction=1.0,
+            source="Lin et al., arXiv 2009.07253",
+        ),
+        Method(
             name="gkd",
             summary="student-written text in half of the steps, dataset answers in the others; JSD",
             objective="generalized_jsd",
@@ -60,13 +119,134 @@ METHODS: dict[str, Method] = {
             source="Agarwal et al., arXiv 2306.13649",
         ),
         Method(
+            name="opd",
+            summary="student-written text, reverse KL",
+            objective="reverse_kl",
+            policy=StudentPolicy,
+            on_policy_fraction=1.0,
+            source="Thinking Machines Lab, On-Policy Distillation, 2025",
+        ),
+        Method(
+            name="minillm",
+            summary="text sampled from 0.8 student + 0.2 teacher, reverse KL of whole texts by policy gradient",
+            objective="reverse_kl",
+            policy=BlendPolicy,
+            policy_options=("mixture_weight",),
+            on_policy_fraction=1.0,
+            policy_gradient=True,
+            source="Gu et al., arXiv 2306.08543",
+        ),
+        Method(
+            name="distillm",
+            summary="dataset answers, then more and more student-written text through a replay store; skewed KL",
+            objective="skewed_reverse_kl",
+            policy=StudentPolicy,
+            on_policy_fraction=0.0,
+            adaptive_fraction=True,
+            replay=True,
+            source="Ko et al., arXiv 2402.03898",
+        ),
+        Method(
             name="switch",
             summary="the student writes, the teacher takes over where the two differ too much; reverse KL",
             objective="reverse_kl",
             policy=SwitchPolicy,
-            policy_options=("initial_threshold", "final_ratio", "horizon", "schedule"),
+            policy_options=SCHEDULED,
             on_policy_fraction=1.0,
             source="Koo et al., arXiv 2410.19503",
+        ),
+        Method(
+            name="skd",
+            summary="student-written text; the teacher replaces drafted tokens outside its top K; forward KL",
+            objective="forward_kl",
+            policy=SkdPolicy,
+            policy_options=("teacher_top_k",),
+            on_policy_fraction=1.0,
+            source="Xu et al., arXiv 2410.11325",
+        ),
+        Method(
+            name="adaswitch",
+            summary="student up to one position far harder than those before, teacher after it; forward KL",
+            objective="forward_kl",
+            policy=AdaSwitchPolicy,
+            policy_options=("divergence_multiple", "divergence_window"),
+            on_policy_fraction=1.0,
+            source="Peng et al., arXiv 2510.07842",
+        ),
+        Method(
+            name="ssd",
+            summary="switch at a constant threshold; the teacher is the student before training, with a richer prompt",
+            objective="generalized_jsd",
+            objective_options={"teacher_weight": 0.5},
+            policy=SwitchPolicy,
+            policy_options=("initial_threshold", "minimum_leg"),
+            policy_defaults={"schedule": "constant"},
+            on_policy_fraction=1.0,
+            own_teacher=True,
+            source="Speculative self-distillation, 2026",
+        ),
+        Method(
+            name="relay",
+            summary="student-written text with a few short legs of the teacher; reverse KL",
+            objective="reverse_kl",
+            policy=RelayPolicy,
+            policy_options=("trigger_threshold", "leg_length", "leg_budget"),
+            on_policy_fraction=1.0,
+            source="Xu et al., arXiv 2607.26057",
+        ),
+        Method(
+            name="trb",
+            summary="text sampled from a blend within a KL budget that falls to zero; reverse KL",
+            objective="reverse_kl",
+            policy=TrustRegionPolicy,
+            policy_options=("kl_budget", "kl_budget_warmup"),
+            on_policy_fraction=1.0,
+            source="Plyusov et al., arXiv 2605.31159",
+        ),
+        Method(
+            name="random",
+            summary="control: the teacher writes random positions; reverse KL",
+            objective="reverse_kl",
+            policy=RandomPolicy,
+            policy_options=("teacher_share",),
+            on_policy_fraction=1.0,
+            source="control of switch",
+        ),
+        Method(
+            name="teacher_first",
+            summary="control: the teacher writes the first tokens, the student the rest; reverse KL",
+            objective="reverse_kl",
+            policy=TeacherFirstPolicy,
+            policy_options=("teacher_tokens",),
+            on_policy_fraction=1.0,
+            source="control of switch",
+        ),
+        Method(
+            name="student_first",
+            summary="control: the student writes the first tokens, the teacher the rest; reverse KL",
+            objective="reverse_kl",
+            policy=StudentFirstPolicy,
+            policy_options=("switch_position",),
+            on_policy_fraction=1.0,
+            source="control of switch",
+        ),
+        Method(
+            name="student_entropy",
+            summary="control: the teacher writes where the student's entropy is high; reverse KL",
+            objective="reverse_kl",
+            policy=StudentEntropyPolicy,
+            policy_options=SCHEDULED,
+            on_policy_fraction=1.0,
+            source="control of switch",
+        ),
+        Method(
+            name="student_confidence",
+            summary="control: the teacher writes where the student's likeliest token is unlikely; reverse KL",
+            objective="reverse_kl",
+            policy=StudentConfidencePolicy,
+            policy_options=SCHEDULED,
+            on_policy_fraction=1.0,
+            source="control of switch",
         ),
     )
 }

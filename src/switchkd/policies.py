@@ -125,17 +125,17 @@ class BlendPolicy(Policy):
     """Every token is drawn from w teacher + (1 - w) student.
 
     Args:
-        teacher_weight: w in [0, 1]; 0.2 in MiniLLM.
+        mixture_weight: w in [0, 1]; 0.2 in MiniLLM.
 
     Reference:
         Gu et al., "MiniLLM", arXiv 2306.08543, teacher-mixed sampling, eq. 5.
     """
 
-    teacher_weight: float = 0.2
+    mixture_weight: float = 0.2
     blends = True
 
     def __post_init__(self) -> None:
-        check_range("teacher_weight", self.teacher_weight, 0.0, 1.0)
+        check_range("mixture_weight", self.mixture_weight, 0.0, 1.0)
 
     def decide(
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
@@ -143,7 +143,7 @@ class BlendPolicy(Policy):
         return everywhere(Author.TEACHER, measure), None
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        weights = torch.tensor([1.0 - self.teacher_weight, self.teacher_weight], device=student_log_probs.device)
+        weights = torch.tensor([1.0 - self.mixture_weight, self.mixture_weight], device=student_log_probs.device)
         return torch.logaddexp(student_log_probs + weights[0].log(), teacher_log_probs + weights[1].log())
 
 

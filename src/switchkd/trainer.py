@@ -1,8 +1,9 @@
 """`SwitchTrainer`: transformers' Trainer whose training text is written by a policy."""
 
-import json
+import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,28 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from switchkd import objective, sampling
-from switchkd.batches import check_readable, collate, model_inputs, prompts_of
-from switchkd.cache import prompt_positions
-from switchkd.config import SwitchConfig, refuse_idle_options, resolve_fraction, resolve_objective, resolve_policy
-from switchkd.data import pad_prompts, prepare
-from switchkd.engine import roll_out
+from switchkd.batches import collate, regrouped, rollout_batches
+from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
 from switchkd.errors import UserError
+from switchkd.evaluation import evaluate
+from switchkd.heads import output_head
 from switchkd.methods import get_method
-from switchkd.models import disable_dropout, load_model, load_tokenizer, with_adapter
+from switchkd.models import disable_dropout, load_tokenizer, with_adapter
+from switchkd.preparation import (
+    load_models,
+    make_plain_text,
+    make_step_loss,
+    make_text_source,
+    prepare_data,
+    sampling_options,
+)
 from switchkd.rollout import Author, Rollout
-from switchkd.vocabulary import check_tokenizers, model_vocabulary_size, require_eos
+from switchkd.teacher_text import with_teacher_text
+from switchkd.training_log import Listener, RunningMeans, append_completions
+from switchkd.vocabulary import model_vocabulary_size, require_eos
 
 # Row ids of different optimizer steps and ranks must never meet: each step owns this many.
 ROWS_PER_STEP = 1 << 24
-
-
-#: Means over all tokens, rows or steps and all processes since the last log, each explained in docs/metrics.md.
-LOGGED_MEANS = (
-    "rollout/teacher_share",
-    "rollout/divergence_nats",
-    "rollout/threshold_nats",
-    "rollout/completion_tokens",
-    "rollout/tokens_per_s",
-    "time/rollout_s",
-    "time/train_s",
-)
 
 
 class SwitchTrainer(Trainer):
@@ -45,18 +42,20 @@ class SwitchTrainer(Trainer):
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
     the supervised tokens are counted *afterwards*, over the window and all ranks, and every micro-batch's loss is
-    divided by that count.
+    divided by that count. The teacher's states of the rollout serve the loss: it is not asked twice.
 
     Args:
         model: The student: a model, a local folder or a hub id.
-        teacher_model: The teacher, likewise; may be None for a method that needs none.
+        teacher_model: The teacher, likewise; may be None for a method that needs none, and for `ssd`, which then
+            copies the student.
         args: A `SwitchConfig`.
-        train_dataset: Rows of `prompt`, `prompt` + `completion`, `messages` or `instruction`/`input`/`output`, or a
-            dataset that `switchkd.data.prepare` made.
+        train_dataset: Rows of `prompt`, `prompt` + `completion`, `messages` or `instruction`/`input`/`output`, with
+            `teacher_prompt` where the teacher sees another prompt; or a dataset that `switchkd.data.prepare` made.
         eval_dataset: Likewise, with answers.
         processing_class: The student's tokenizer; loaded with the student if None and the student is a name.
         peft_config: A `peft` config: only an adapter of the student is trained.
         callbacks: `transformers.TrainerCallback` objects.
+        lm_dataset: Rows with a column `text`, for `lm_weight`.
         kwargs: Passed on to `transformers.Trainer`, e.g. `optimizers`.
 
     Raises:
@@ -75,20 +74,24 @@ class SwitchTrainer(Trainer):
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        lm_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or SwitchConfig()
         self.method = get_method(args.method)
-        self.objective, self.objective_options = resolve_objective(self.method, args)
         self.policy = resolve_policy(self.method, args)
-        self.on_policy_fraction = resolve_fraction(self.method, args)
-        refuse_idle_options(args, self.policy if self.on_policy_fraction > 0 else None)
+        refuse_idle_options(self.method, args)
+        self.text = make_text_source(self.method, args)
+        self.step_loss = make_step_loss(self.method, args)
+        self.may_roll_out = rolls_out(self.method, args)
         tokenizer = processing_class
         if tokenizer is None:
             if not isinstance(model, str):
                 raise UserError("processing_class is needed when the student is given as an object")
             tokenizer = load_tokenizer(model)
-        student, teacher = self._load_models(model, teacher_model, tokenizer, args)
+        student, teacher = load_models(
+            model, teacher_model, tokenizer, args, method=self.method, needs_teacher=self.needs_teacher
+        )
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
@@ -101,17 +104,18 @@ class SwitchTrainer(Trainer):
         readable = min(model_vocabulary_size(reader) for reader in (student, teacher) if reader is not None)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None and pad < readable else 0
-        self.prepare_reports: dict[str, Any] = {}
         readers = {"student": student, "teacher": teacher}
-        if train_dataset is not None:
-            train_dataset = self._prepare_data("train", train_dataset, tokenizer, args, readers)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_data(name, data, tokenizer, args, readers, evaluation=True)
-                for name, data in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_data("eval", eval_dataset, tokenizer, args, readers, evaluation=True)
+        train_dataset, eval_dataset, self.prepare_reports = prepare_data(
+            train_dataset, eval_dataset, tokenizer, args, readers, method=self.method
+        )
+        self.plain_text = make_plain_text(lm_dataset, tokenizer, args)
+        if self.text.adaptive is not None:
+            if eval_dataset is None or isinstance(eval_dataset, dict) or args.eval_strategy == "no":
+                raise UserError(
+                    f"method {self.method.name!r} watches the evaluation loss: give one evaluation data set and "
+                    "eval_strategy steps or epoch"
+                )
+            args.eval_on_start = True
 
         super().__init__(
             model=student,
@@ -124,78 +128,35 @@ class SwitchTrainer(Trainer):
             **kwargs,
         )
         self._refuse_unsupported_launch()
-        self.teacher_model = self._freeze_teacher(teacher) if teacher is not None else None
-        self.add_callback(_StepClock(self))
-        self._since_log = {name: [0.0, 0.0] for name in LOGGED_MEANS}
+        self.teacher_model = None if teacher is None else self._frozen(teacher)
+        if self._is_sharded:
+            self.step_loss = replace(self.step_loss, full_logits=True)
+        else:
+            output_head(self.model)  # measured here, so that a warning comes before the first step
+        self.add_callback(Listener(self))
+        self.teacher_passes = 0
+        self._means = RunningMeans()
         self._unlogged_rollout: Rollout | None = None
         self._training_since = time.perf_counter()
         self._eval_totals = [0.0, 0.0, 0.0]
 
     @property
+    def on_policy_fraction(self) -> float:
+        """The share of steps on rolled-out text that holds now, in [0, 1]."""
+        return self.text.on_policy_fraction
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the objective or the rollout reads the teacher."""
-        rolls_with_teacher = self.policy is not None and self.policy.needs_teacher and self.on_policy_fraction > 0
-        return self.objective != objective.CROSS_ENTROPY or rolls_with_teacher
+        writes = self.may_roll_out or self.method.teacher_text
+        return self.step_loss.reads_teacher or (writes and self.policy is not None and self.policy.needs_teacher)
+
+    @property
+    def _is_sharded(self) -> bool:
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return bool(self.is_fsdp_enabled or zero3)
 
     # ---- set-up
-
-    def _load_models(
-        self, model: nn.Module | str, teacher_model: nn.Module | str | None, tokenizer: Any, args: SwitchConfig
-    ) -> tuple[nn.Module, nn.Module | None]:
-        if not self.needs_teacher:
-            teacher_model = None
-        elif teacher_model is None:
-            raise UserError(f"method {args.method!r} with {self.objective} needs a teacher; give teacher_model")
-        elif teacher_model is model and not isinstance(model, str):
-            raise UserError("model and teacher_model are one object, which cannot both learn and stand still; copy it")
-        if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
-            why = "no teacher is used" if teacher_model is None else "the teacher is given as an object"
-            raise UserError(
-                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it"
-            )
-        if isinstance(teacher_model, str):
-            check_tokenizers(tokenizer, load_tokenizer(teacher_model, role="teacher tokenizer"))
-        # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
-        student: nn.Module = (
-            load_model(model, {"dtype": "float32", **_as_dict(args.model_init_kwargs)}, role="student")
-            if isinstance(model, str)
-            else model
-        )
-        teacher: nn.Module | None = (
-            load_model(teacher_model, _as_dict(args.teacher_model_init_kwargs), role="teacher")
-            if isinstance(teacher_model, str)
-            else teacher_model
-        )
-        return student, teacher
-
-    def _prepare_data(
-        self,
-        name: str,
-        data: Dataset,
-        tokenizer: Any,
-        args: SwitchConfig,
-        readers: dict[str, nn.Module | None],
-        *,
-        evaluation: bool = False,
-    ) -> Dataset:
-        if "prompt_ids" not in data.column_names:
-            data, self.prepare_reports[name] = prepare(
-                data,
-                tokenizer,
-                max_prompt_length=args.max_prompt_length,
-                max_completion_length=args.max_completion_length,
-            )
-        if "teacher_prompt_ids" in data.column_names:
-            raise UserError(f"the {name} data have a teacher_prompt, which training does not use; remove the column")
-        answers = evaluation or self.on_policy_fraction < 1
-        if answers:
-            empty = next((row for row, ids in enumerate(data["completion_ids"]) if not ids), None)
-            if empty is not None:
-                reader = "evaluation" if evaluation else f"method {args.method!r}"
-                raise UserError(f"{reader} reads dataset answers, but row {empty} of the {name} data has none")
-        rolls_out = not evaluation and self.on_policy_fraction > 0
-        check_readable(data, readers, answers=answers, new_tokens=args.max_completion_length if rolls_out else 0)
-        return data
 
     def _refuse_unsupported_launch(self) -> None:
         if self.args.n_gpu > 1:
@@ -203,18 +164,69 @@ class SwitchTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would split every rollout; start with `accelerate launch` or "
                 "set CUDA_VISIBLE_DEVICES to one"
             )
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if self.policy is not None and self.on_policy_fraction > 0 and (self.is_fsdp_enabled or zero3):
+        if (self.may_roll_out or self.method.teacher_text) and self._is_sharded:
             raise UserError(
                 "rollouts under FSDP or DeepSpeed ZeRO-3 would hang, because ranks finish after different numbers of "
                 "passes; use DDP or ZeRO-1/2"
             )
 
-    def _freeze_teacher(self, teacher: nn.Module) -> nn.Module:
+    def _frozen(self, teacher: nn.Module) -> nn.Module:
         teacher.requires_grad_(False)
-        return teacher.to(self.args.device).eval() if not hasattr(teacher, "hf_device_map") else teacher.eval()
+        if hasattr(teacher, "hf_device_map"):
+            return teacher.eval()
+        return teacher.to("cpu" if self.args.offload_teacher else self.args.device).eval()
+
+    @contextlib.contextmanager
+    def _teacher_at_hand(self, asked: bool = True) -> Iterator[Any]:
+        """The teacher on the training device, and back in main memory afterwards where that was asked for."""
+        if self.teacher_model is None or not self.args.offload_teacher or not asked:
+            yield self.teacher_model
+            return
+        try:
+            yield self.teacher_model.to(self.args.device)
+        finally:
+            self.teacher_model.to("cpu")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `transformers.Trainer` does; what a method needs beforehand is made first."""
+        if self.method.teacher_text:
+            self._write_teacher_text()
+        if self.args.target_teacher_share is not None and self.args.initial_threshold is None:
+            self._calibrate()
+        return super().train(*args, **kwargs)
+
+    def _sampling(self) -> dict[str, Any]:
+        return {**sampling_options(self.args), "eos_token_id": self.eos_token_id}
+
+    def _write_teacher_text(self) -> None:
+        path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")
+        data: Any = vars(self)["train_dataset"]
+        assert self.policy is not None
+        with self._teacher_at_hand() as teacher, self.accelerator.main_process_first():
+            self.train_dataset = with_teacher_text(
+                data,
+                self.accelerator.unwrap_model(self.model),
+                teacher,
+                path,
+                policy=self.policy,
+                tokenizer=self.processing_class,
+                pad_token_id=self.pad_token_id,
+                **self._sampling(),
+            )
+
+    def _calibrate(self) -> None:
+        """Begin at the threshold that gives the wanted share before the first step."""
+        with self._teacher_at_hand() as teacher, self.accelerator.autocast():
+            student = self.accelerator.unwrap_model(self.model)
+            self.text.calibrate_on(
+                student, teacher, self.train_dataset, pad_token_id=self.pad_token_id, **self._sampling()
+            )
 
     # ---- writing the training text
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -223,63 +235,80 @@ class SwitchTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        if self._rolls_out_at(self.state.global_step):
-            batches = self._roll_out_window(batches)
+        source = self.text.of_step(self.state.global_step, self._progress)
+        sizes = [len(batch["input_ids"]) for batch in batches]
+        if source == "dataset":
+            batches = regrouped(batches, self.pad_token_id)
+        elif source == "replay":
+            rank, step = self.args.process_index, self.state.global_step
+            batches = rollout_batches(self.text.stored(sum(sizes), step, rank, self.pad_token_id), sizes)
+        else:
+            batches = self._roll_out_window(batches, sizes)
+        if self.plain_text is not None:
+            self._add_plain_text(batches)
         count = torch.stack([batch["completion_mask"].sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.reshape(1)).sum()
         self._training_since = time.perf_counter()
         return batches, count
 
-    def _rolls_out_at(self, step: int) -> bool:
-        if self.policy is None or self.on_policy_fraction == 0:
-            return False
-        # The same answer on every rank and after a resume: a function of the seed and the step only.
-        key = sampling.noise_keys(self.args.seed, torch.tensor([step]), torch.tensor([0]), sampling.Stream.POLICY)
-        return float(sampling.uniform(key)) < self.on_policy_fraction
-
-    def _roll_out_window(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        assert self.policy is not None
-        device = self.args.device
-        sizes = [len(batch["input_ids"]) for batch in batches]
-        prompts = [prompt for batch in batches for prompt in prompts_of(batch)]
-        prompt_ids, prompt_mask = pad_prompts(prompts, self.pad_token_id)
+    def _roll_out_window(self, batches: list[dict[str, Tensor]], sizes: list[int]) -> list[dict[str, Tensor]]:
+        args = self.args
         started = time.perf_counter()
         # Rollouts see the bare model: no gradient synchronisation, and autocast where training has it.
-        with self.accelerator.autocast():
-            rollout = roll_out(
+        with self._teacher_at_hand() as teacher, self.accelerator.autocast():
+            rollout, policy, taught = self.text.write(
                 self.accelerator.unwrap_model(self.model),
-                self.teacher_model,
-                prompt_ids.to(device),
-                prompt_mask.to(device),
-                policy=self.policy,
-                max_new_tokens=self.args.max_completion_length,
-                seed=self.args.seed,
-                temperature=self.args.temperature,
-                top_k=self.args.top_k,
-                top_p=self.args.top_p,
-                draft_length="auto" if self.args.draft_length == "auto" else int(self.args.draft_length),
-                eos_token_id=self.eos_token_id,
+                teacher,
+                batches,
+                progress=self._progress,
                 pad_token_id=self.pad_token_id,
                 row_ids=self._row_ids(sizes),
+                return_teacher_hidden=self._keeps_teacher_hidden(),
+                **self._sampling(),
             )
-        self._record_rollout(rollout, time.perf_counter() - started)
-        parts = torch.arange(len(rollout), device=device).split(sizes)
-        return [
-            model_inputs(
-                rollout.prompt_ids[rows],
-                rollout.prompt_mask[rows],
-                rollout.completion_ids[rows],
-                rollout.completion_mask[rows],
-            )
-            for rows in parts
-        ]
+        self._means.add_rollout(rollout, policy, time.perf_counter() - started)
+        self.teacher_passes += rollout.stats["teacher_passes"]
+        self._unlogged_rollout = rollout
+        self._observe_share(rollout)
+        if rollout.teacher_hidden is not None:
+            dtype = args.teacher_hidden_dtype and getattr(torch, args.teacher_hidden_dtype)
+            place = "cpu" if args.offload_teacher_hidden else None
+            rollout.teacher_hidden = rollout.teacher_hidden.to(device=place, dtype=dtype)
+        batches = rollout_batches(rollout, sizes, taught)
+        rollout.teacher_hidden = None  # the micro-batches have it; what is kept for the log must not hold it
+        return batches
+
+    def _keeps_teacher_hidden(self) -> bool:
+        """Whether the loss can read the states that the rollout's teacher passes made."""
+        if not self.args.reuse_teacher_hidden or not self.step_loss.reads_teacher:
+            return False
+        asked = self.policy is not None and self.policy.needs_teacher
+        return asked and output_head(self.teacher_model) is not None
+
+    def _observe_share(self, rollout: Rollout) -> None:
+        if self.text.controller is None:
+            return
+        written = torch.stack([(rollout.author == Author.TEACHER).sum(), rollout.completion_mask.sum()]).double()
+        if self.args.world_size > 1:
+            written = self.accelerator.reduce(written, "sum")
+        self.text.observe_share(float(written[0] / written[1]))
 
     def _row_ids(self, sizes: list[int]) -> Tensor:
         """The place of every row in the global batch: one process with big batches and many with small ones agree."""
         world, rank, per_device = self.args.world_size, self.args.process_index, self.args.train_batch_size
         ids = [(batch * world + rank) * per_device + row for batch, size in enumerate(sizes) for row in range(size)]
         return torch.tensor(ids, dtype=torch.int64) + self.state.global_step * ROWS_PER_STEP
+
+    def _add_plain_text(self, batches: list[dict[str, Tensor]]) -> None:
+        assert self.plain_text is not None
+        world, rank, rows = self.args.world_size, self.args.process_index, self.args.train_batch_size
+        first = self.state.global_step * self.args.gradient_accumulation_steps * world
+        for place, batch in enumerate(batches):
+            ids = self.plain_text.rows((first + place * world + rank) * rows, rows, self.args.seed)
+            # Every block is full: the tokens of the whole step are known without asking the other ranks.
+            tokens = rows * (ids.shape[1] - 1) * len(batches) * world
+            batch |= {"lm_input_ids": ids, "lm_tokens": torch.tensor(tokens)}
 
     # ---- learning from it
 
@@ -291,37 +320,13 @@ class SwitchTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Return this micro-batch's part of the optimizer step's mean loss per supervised token, nats."""
-        outputs, losses = self._token_losses(model, inputs)
-        loss = objective.reduce_losses(losses, inputs["completion_mask"], num_items_in_batch)
+        with self._teacher_at_hand(self.step_loss.reads_teacher) as teacher:
+            self.teacher_passes += self.step_loss.needs_teacher_pass(inputs)
+            loss = self.step_loss.loss(model, teacher, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
             # DDP averages gradients over ranks; the count is global, so the sum is what is wanted.
             loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def _token_losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Tensor]:
-        completion_length = inputs["completion_mask"].shape[1]
-        forward = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "position_ids": prompt_positions(inputs["attention_mask"]),
-            "use_cache": False,
-            "logits_to_keep": completion_length + 1,
-        }
-        outputs = model(**forward)
-        teacher_logits = None
-        if self.objective != objective.CROSS_ENTROPY:
-            assert self.teacher_model is not None
-            with torch.no_grad():
-                teacher_logits = objective.completion_logits(self.teacher_model(**forward).logits, completion_length)
-        losses = objective.token_losses(
-            objective.completion_logits(outputs.logits, completion_length),
-            objective=self.objective,
-            options=self.objective_options,
-            teacher_logits=teacher_logits,
-            labels=inputs["input_ids"][:, -completion_length:],
-            loss_temperature=self.args.loss_temperature,
-        )
-        return outputs, losses
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     # ---- evaluation on reference text
 
@@ -330,84 +335,80 @@ class SwitchTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add one batch of reference text to the evaluation totals; the loss is weighted by tokens afterwards."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, losses = self._token_losses(model, inputs)
-            mask = inputs["completion_mask"]
-            length = mask.shape[1]
-            cross_entropy = objective.token_losses(
-                objective.completion_logits(outputs.logits, length),
-                objective=objective.CROSS_ENTROPY,
-                labels=inputs["input_ids"][:, -length:],
-            )
-            per_row = torch.stack([torch.where(mask, value, 0.0).sum(-1) for value in (losses, cross_entropy, mask)], 1)
+        mask = inputs["completion_mask"]
+        with torch.no_grad(), self.compute_loss_context_manager(), self._teacher_at_hand() as teacher:
+            self.teacher_passes += self.step_loss.needs_teacher_pass(inputs)
+            student, taught = self.step_loss.predictions(model, teacher, inputs)
+            losses = self.step_loss.compare(student, taught, inputs)
+            reads_teacher = self.step_loss.reads_teacher
+            cross_entropy = self.step_loss.cross_entropy(student, inputs) if reads_teacher else losses
+            values = (losses.token_losses, cross_entropy.token_losses, mask)
+            per_row = torch.stack([torch.where(mask, value, 0.0).sum(-1) for value in values], 1)
         # Rows that fill up the last batch of a distributed run are counted once.
         added = self.accelerator.gather_for_metrics(per_row).sum(0).tolist()
         self._eval_totals = [total + more for total, more in zip(self._eval_totals, added, strict=True)]
-        return objective.reduce_losses(losses, mask).detach(), None, None
+        return losses.loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Return the Trainer's output with the loss averaged over tokens, not over batches."""
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
         self._eval_totals = [0.0, 0.0, 0.0]
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, cross_entropy, tokens = self._eval_totals
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1.0)
         output.metrics[f"{metric_key_prefix}_cross_entropy"] = cross_entropy / max(tokens, 1.0)
+        if self.args.eval_rouge_l_samples:
+            data = dataloader.dataset
+            scores = evaluate(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
+                seeds=(self.args.seed,),
+                max_new_tokens=self.args.max_completion_length,
+                batch_size=self.args.per_device_eval_batch_size,
+                progress=False,
+            )
+            output.metrics[f"{metric_key_prefix}_rouge_l"] = scores.rouge_l
         return output
 
-    # ---- logging
+    # ---- checkpoints and logging
 
-    def _record_rollout(self, rollout: Rollout, seconds: float) -> None:
-        tokens = float(rollout.completion_mask.sum())
-        self._unlogged_rollout = rollout
-        self._count("rollout/teacher_share", float((rollout.author == Author.TEACHER).sum()), tokens)
-        for name, values in (("divergence_nats", rollout.divergence), ("threshold_nats", rollout.threshold)):
-            self._count(f"rollout/{name}", float(values.nansum()), float((~values.isnan()).sum()))
-        self._count("rollout/completion_tokens", tokens, len(rollout))
-        self._count("rollout/tokens_per_s", tokens, seconds)
-        self._count("time/rollout_s", seconds, 1)
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"text_source_{self.args.process_index}.pt"
 
-    def _count(self, name: str, total: float, count: float) -> None:
-        self._since_log[name][0] += total
-        self._since_log[name][1] += count
+    def save_text_source(self, folder: str) -> None:
+        """Write what decides about later steps' text into a checkpoint."""
+        torch.save(self.text.state_dict(), self._state_file(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = self._state_file(resume_from_checkpoint)
+        if path.exists():
+            self.text.load_state_dict(torch.load(path, weights_only=True))
 
     def finish_step(self) -> None:
         """Stop the clock of the training part of an optimizer step."""
-        self._count("time/train_s", time.perf_counter() - self._training_since, 1)
+        self._means.add("time/train_s", time.perf_counter() - self._training_since, 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means of what happened since the last log; see docs/metrics.md."""
         if "loss" in logs:
-            sums = list(self._since_log.values())
-            if self.args.world_size > 1:
-                sums = self.accelerator.reduce(torch.tensor(sums, device=self.args.device), "sum").tolist()
-            logs |= {name: total / count for name, (total, count) in zip(LOGGED_MEANS, sums, strict=True) if count}
-            self._since_log = {name: [0.0, 0.0] for name in LOGGED_MEANS}
+            logs |= self._means.take(self._reduced if self.args.world_size > 1 else None)
+            if self.text.controller is not None:
+                logs["rollout/initial_threshold_nats"] = self.text.controller.threshold
+            if self.text.adaptive is not None:
+                logs["rollout/on_policy_fraction"] = self.text.on_policy_fraction
+            if self.text.store is not None:
+                logs["rollout/stored_rows"] = len(self.text.store)
             if self.args.log_completions:
                 self._append_completions()
         super().log(logs, start_time)
 
+    def _reduced(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums.float().to(self.args.device), "sum").cpu()
+
     def _append_completions(self) -> None:
         if self._unlogged_rollout is None or not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / "completions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         records = self._unlogged_rollout.records(self.processing_class)[: self.args.num_completions_to_log]
         self._unlogged_rollout = None
-        with path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps({"step": self.state.global_step, **record}, ensure_ascii=False) + "\n")
-
-
-def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    assert not isinstance(value, str)  # SwitchConfig has read the JSON
-    return value or {}
-
-
-class _StepClock(TrainerCallback):
-    """Tells the trainer that the optimizer has stepped: what follows is logging, evaluation and saving."""
-
-    def __init__(self, trainer: SwitchTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.finish_step()
+        append_completions(Path(self.args.output_dir), self.state.global_step, records)

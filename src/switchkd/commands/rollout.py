@@ -18,7 +18,7 @@ POLICY_OPTIONS: dict[str, tuple[str, ...]] = {
     "switch": ("initial_threshold", "final_ratio", "horizon", "schedule"),
     "student": (),
     "teacher": (),
-    "blend": ("teacher_weight",),
+    "blend": ("mixture_weight",),
 }
 
 
@@ -62,7 +62,7 @@ def parser() -> OptionParser:
     )
     policy.add_argument("--schedule", help="switch: exponential (default), linear, constant or increasing")
     policy.add_argument(
-        "--teacher_weight", type=float, metavar="W", help="blend: the teacher's weight, in [0, 1] (default: 0.2)"
+        "--mixture_weight", type=float, metavar="W", help="blend: the teacher's weight, in [0, 1] (default: 0.2)"
     )
     sampling = result.add_argument_group("sampling")
     sampling.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="length limit, tokens")

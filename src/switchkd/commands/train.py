@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from switchkd.cli import Console, quiet_libraries
 from switchkd.commands.progress import RunCallback
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, json_object, parser, read_options
-from switchkd.config import SwitchConfig
+from switchkd.config import SwitchConfig, resolve_policy_options
 from switchkd.data import load_records
 from switchkd.errors import UserError
 from switchkd.models import load_tokenizer
@@ -103,6 +103,7 @@ def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> Swi
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=peft_config,
+            lm_dataset=load_records(args.lm_dataset_name) if args.lm_dataset_name is not None else None,
         )
     except UserError:
         raise
@@ -184,9 +185,9 @@ def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     """Every option with the value that holds, the method's own included; `--config` reads it again."""
     config = trainer.args
     values = config.to_dict()
-    values |= {"divergence": trainer.objective, "on_policy_fraction": trainer.on_policy_fraction}
-    values |= trainer.objective_options
-    values |= {name: getattr(trainer.policy, name) for name in trainer.method.policy_options}
+    values |= {"divergence": trainer.step_loss.objective, "on_policy_fraction": trainer.text.fraction}
+    values |= trainer.step_loss.options
+    values |= resolve_policy_options(trainer.method, config)
     own = {name: values[name] for name in SwitchConfig.__annotations__ if name in values}
     return {**dataclasses.asdict(args), **own, **values}
 

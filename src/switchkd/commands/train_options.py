@@ -76,6 +76,9 @@ class RunArguments:
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split for the evaluation loss; a file has one split only."}
     )
+    lm_dataset_name: str | None = field(
+        default=None, metadata={"help": "Plain text for lm_weight, a column text: file, folder or hub id."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take the first so many training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for the evaluation loss."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter of the student instead of it."})

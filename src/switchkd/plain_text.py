@@ -1,0 +1,58 @@
+"""Plain text for an auxiliary language-model loss: packed into blocks of one length, without padding."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from switchkd.errors import UserError
+
+
+class PlainText:
+    """Blocks of plain text, drawn by step: every block is full, so that every step supervises as many tokens.
+
+    Args:
+        data: Rows with a column `text`.
+        tokenizer: A Hugging Face tokenizer with an end of sequence, which stands between the texts.
+        block_length: Tokens of a block, >= 2.
+
+    Raises:
+        UserError: No column `text`, or less text than one block.
+    """
+
+    def __init__(self, data: Dataset, tokenizer: Any, block_length: int) -> None:
+        if "text" not in data.column_names:
+            raise UserError(f"the plain text needs a column text, found {', '.join(data.column_names)}")
+        stream: list[int] = []
+        for ids in _encoded(data["text"], tokenizer):
+            stream += [*ids, tokenizer.eos_token_id]
+        blocks = len(stream) // block_length
+        if blocks == 0:
+            raise UserError(
+                f"the plain text has {len(stream)} tokens, less than one block of {block_length} (max_prompt_length + "
+                "max_completion_length); give more text"
+            )
+        self.blocks = torch.tensor(stream[: blocks * block_length]).view(blocks, block_length)
+
+    def rows(self, place: int, count: int, seed: int) -> Tensor:
+        """Return blocks `[count, block_length]`: those from a place on, in passes over the text shuffled by the seed.
+
+        Args:
+            place: How many blocks all ranks have drawn before.
+            count: How many to return.
+            seed: Seed of the order.
+        """
+        total = len(self.blocks)
+        turns = range(place // total, (place + count - 1) // total + 1)
+        orders = [
+            torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn)) for turn in turns
+        ]
+        first = place % total
+        return self.blocks[torch.cat(orders)[first : first + count]]
+
+
+def _encoded(texts: Any, tokenizer: Any, rows: int = 1000) -> Iterator[list[int]]:
+    for first in range(0, len(texts), rows):
+        yield from tokenizer(list(texts[first : first + rows]), add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,238 @@
+"""What a trainer needs before its first step: models, data that both can read, and what the configuration means."""
+
+import copy
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from switchkd.batches import check_readable
+from switchkd.config import (
+    SwitchConfig,
+    resolve_fraction,
+    resolve_objective,
+    resolve_policy,
+    resolve_policy_options,
+    rolls_out,
+)
+from switchkd.data import prepare
+from switchkd.errors import UserError
+from switchkd.methods import Method
+from switchkd.models import load_model, load_tokenizer
+from switchkd.plain_text import PlainText
+from switchkd.rollout import Author
+from switchkd.step_loss import StepLoss
+from switchkd.training_text import TextSource
+from switchkd.vocabulary import check_tokenizers
+
+# Where `draft_length="auto"` would follow the clock and `full_determinism` forbids it.
+STEADY_DRAFT_LENGTH = 4
+
+
+def load_models(
+    model: nn.Module | str,
+    teacher_model: nn.Module | str | None,
+    tokenizer: Any,
+    args: SwitchConfig,
+    *,
+    method: Method,
+    needs_teacher: bool,
+) -> tuple[nn.Module, nn.Module | None]:
+    """Return student and teacher, loaded where they are names; None for a teacher that nothing asks.
+
+    Raises:
+        UserError: A teacher is missing, is the student itself, or has another tokenizer.
+    """
+    own = method.own_teacher and teacher_model is None
+    if not needs_teacher:
+        teacher_model = None
+    elif teacher_model is None and not own:
+        raise UserError(f"method {args.method!r} needs a teacher; give teacher_model")
+    elif teacher_model is model and not isinstance(model, str):
+        raise UserError("model and teacher_model are one object, which cannot both learn and stand still; copy it")
+    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
+        why = "the teacher is given as an object"
+        if teacher_model is None:
+            why = "the teacher is a copy of the student" if own else "no teacher is used"
+        raise UserError(f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it")
+    if isinstance(teacher_model, str):
+        check_tokenizers(tokenizer, load_tokenizer(teacher_model, role="teacher tokenizer"))
+    # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
+    student: nn.Module = (
+        load_model(model, {"dtype": "float32", **_as_dict(args.model_init_kwargs)}, role="student")
+        if isinstance(model, str)
+        else model
+    )
+    if own:
+        return student, copy.deepcopy(student)
+    teacher: nn.Module | None = (
+        load_model(teacher_model, _as_dict(args.teacher_model_init_kwargs), role="teacher")
+        if isinstance(teacher_model, str)
+        else teacher_model
+    )
+    return student, teacher
+
+
+def prepare_data(
+    train: Dataset | None,
+    evaluation: Any,
+    tokenizer: Any,
+    args: SwitchConfig,
+    readers: dict[str, nn.Module | None],
+    *,
+    method: Method,
+) -> tuple[Dataset | None, Any, dict[str, Any]]:
+    """Return training and evaluation data with token ids, checked, and the reports of what was prepared here.
+
+    Args:
+        train: Raw or prepared data, or None.
+        evaluation: Likewise, or several by name.
+        tokenizer: The student's.
+        args: The configuration.
+        readers: Role, named in errors, to model.
+        method: The method.
+
+    Raises:
+        UserError: Columns or answers are missing, or a text exceeds a context.
+    """
+    reports: dict[str, Any] = {}
+
+    def prepared(name: str, data: Dataset) -> Dataset:
+        trains = name == "train"
+        replaced = method.teacher_text or resolve_fraction(method, args) == 1
+        data, report = _prepare_set(
+            name,
+            data,
+            tokenizer,
+            args,
+            readers,
+            method=method,
+            answers=not (trains and replaced),
+            continued=trains and (rolls_out(method, args) or method.teacher_text),
+        )
+        if report is not None:
+            reports[name] = report
+        return data
+
+    if train is not None:
+        train = prepared("train", train)
+    if isinstance(evaluation, dict):
+        evaluation = {name: prepared(name, data) for name, data in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = prepared("eval", evaluation)
+    return train, evaluation, reports
+
+
+def _prepare_set(
+    name: str,
+    data: Dataset,
+    tokenizer: Any,
+    args: SwitchConfig,
+    readers: dict[str, nn.Module | None],
+    *,
+    method: Method,
+    answers: bool,
+    continued: bool,
+) -> tuple[Dataset, Any]:
+    """Return data with token ids, checked against everything that will read it, and the report of its preparation.
+
+    Args:
+        name: train, eval or the name of an evaluation set, for messages.
+        data: Raw or prepared.
+        tokenizer: The student's.
+        args: The configuration.
+        readers: Role, named in errors, to model.
+        method: The method.
+        answers: Whether the data set's own answers are read.
+        continued: Whether its prompts are continued.
+
+    Raises:
+        UserError: Columns or answers are missing, or a text exceeds a context.
+    """
+    report = None
+    if "prompt_ids" not in data.column_names:
+        lengths = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
+        data, report = prepare(data, tokenizer, **lengths)
+    own_prompts = "teacher_prompt_ids" in data.column_names
+    if readers["teacher"] is None:
+        data = data.remove_columns("teacher_prompt_ids") if own_prompts else data
+    elif own_prompts and method.replay:
+        raise UserError(
+            f"the {name} data have a teacher_prompt, which the store of method {method.name!r} does not keep; remove "
+            "the column"
+        )
+    elif method.own_teacher and not own_prompts:
+        raise UserError(
+            f"method {method.name!r} needs a column teacher_prompt in the {name} data: what the teacher sees instead "
+            "of the prompt"
+        )
+    if answers:
+        empty = next((row for row, ids in enumerate(data["completion_ids"]) if not ids), None)
+        if empty is not None:
+            reader = f"method {method.name!r}" if name == "train" else "evaluation"
+            raise UserError(f"{reader} reads dataset answers, but row {empty} of the {name} data has none")
+    check_readable(data, readers, answers=answers, new_tokens=args.max_completion_length if continued else 0)
+    return data, report
+
+
+def make_text_source(method: Method, args: SwitchConfig) -> TextSource:
+    """Return where the text of each step comes from, as the configuration says."""
+    capacity = 1000 if args.replay_capacity is None else args.replay_capacity
+    return TextSource(
+        resolve_policy(method, args) if method.may_roll_out else None,
+        fraction=resolve_fraction(method, args),
+        seed=args.seed,
+        adaptive=method.adaptive_fraction,
+        replay_capacity=capacity if method.replay else None,
+        target_teacher_share=args.target_teacher_share,
+    )
+
+
+def make_step_loss(method: Method, args: SwitchConfig) -> StepLoss:
+    """Return what is learned from a micro-batch, as the configuration says."""
+    objective, options = resolve_objective(method, args)
+    minillm = None
+    if method.policy_gradient:
+        clip_range = 0.2 if args.clip_range is None else args.clip_range
+        minillm = (resolve_policy_options(method, args)["mixture_weight"], clip_range)
+    return StepLoss(
+        objective,
+        options,
+        loss_temperature=args.loss_temperature,
+        author_weights={
+            int(Author.STUDENT): args.student_token_weight,
+            int(Author.TEACHER): args.teacher_token_weight,
+        },
+        ce_weight=args.ce_weight,
+        lm_weight=args.lm_weight,
+        minillm=minillm,
+    )
+
+
+def make_plain_text(data: Dataset | None, tokenizer: Any, args: SwitchConfig) -> PlainText | None:
+    """Return the plain text of `lm_weight` in blocks as long as a prompt and its completion may be, or None.
+
+    Raises:
+        UserError: One of the two is missing.
+    """
+    if (data is not None) != (args.lm_weight > 0):
+        raise UserError(f"lm_weight={args.lm_weight} and a data set of plain text need each other; give both or none")
+    return None if data is None else PlainText(data, tokenizer, args.max_prompt_length + args.max_completion_length)
+
+
+def sampling_options(args: SwitchConfig) -> dict[str, Any]:
+    """Return the options of `roll_out` that the configuration sets."""
+    auto: int | str = STEADY_DRAFT_LENGTH if args.full_determinism else "auto"
+    return {
+        "max_new_tokens": args.max_completion_length,
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "draft_length": auto if args.draft_length == "auto" else int(args.draft_length),
+    }
+
+
+def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    assert not isinstance(value, str)  # SwitchConfig has read the JSON
+    return value or {}

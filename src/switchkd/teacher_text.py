@@ -1,0 +1,130 @@
+"""Answers that the teacher writes once, before training: sequence-level distillation."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from switchkd.data import pad_prompts
+from switchkd.engine import roll_out
+from switchkd.errors import UserError
+from switchkd.policies import Policy
+
+#: Rows that are decoded at once, and rows that are written down together.
+ACTIVE_ROWS = 32
+ROWS_PER_PART = 128
+
+
+def with_teacher_text(
+    data: Dataset,
+    student: nn.Module,
+    teacher: nn.Module,
+    path: Path,
+    *,
+    policy: Policy,
+    tokenizer: Any = None,
+    pad_token_id: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    **rollout_options: Any,
+) -> Dataset:
+    """Return prepared data whose answers the policy wrote, one for each prompt.
+
+    The answers stand in a JSONL file, with a description of what made them beside it. A file that is already there is
+    taken up where it ends, if teacher, prompts and options are the same; it is itself a data set for `switchkd train`.
+    The file says nothing about the student, whose drafts the teacher only corrects: the distribution is the teacher's.
+
+    Args:
+        data: Made by `switchkd.data.prepare`.
+        student: Drafts.
+        teacher: Decides.
+        path: The JSONL file.
+        policy: `TeacherPolicy()`.
+        tokenizer: Adds the texts to the file.
+        pad_token_id: Pads prompts.
+        say: Prints a line for people.
+        rollout_options: Passed on to `roll_out`; part of the description.
+
+    Raises:
+        UserError: The file was made by another teacher, from other prompts, or with other options.
+    """
+    description = {
+        "teacher": _fingerprint(teacher),
+        "prompts": hashlib.sha256(
+            json.dumps([list(data[name]) for name in _prompt_columns(data)]).encode()
+        ).hexdigest(),
+        "rows": len(data),
+        **{name: value for name, value in rollout_options.items() if name != "draft_length"},
+    }
+    completions = _taken_up(path, description)
+    if completions:
+        say(f"teacher text: {len(completions)} of {len(data)} answers are in {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        while len(completions) < len(data):
+            first = len(completions)
+            rows = data.select(range(first, min(first + ROWS_PER_PART, len(data))))
+            ids, mask = pad_prompts(rows["prompt_ids"], pad_token_id)
+            prompts: dict[str, Any] = {"prompt_ids": ids, "prompt_mask": mask}
+            if "teacher_prompt_ids" in data.column_names:
+                ids, mask = pad_prompts(rows["teacher_prompt_ids"], pad_token_id)
+                prompts |= {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
+            rollout = roll_out(
+                student,
+                teacher,
+                **prompts,
+                policy=policy,
+                pad_token_id=pad_token_id,
+                row_ids=torch.arange(first, first + len(rows)),
+                max_active_rows=ACTIVE_ROWS,
+                **rollout_options,
+            )
+            for record in rollout.records(tokenizer):
+                kept = ("prompt", "completion", "prompt_ids", "completion_ids")
+                line = {name: record[name] for name in kept if name in record}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                completions.append(record["completion_ids"])
+            file.flush()
+    if tokenizer is not None:
+        say(f"teacher text: {len(completions)} answers, {sum(map(len, completions))} tokens, in {path}")
+    return data.remove_columns("completion_ids").add_column("completion_ids", completions)
+
+
+def _prompt_columns(data: Dataset) -> list[str]:
+    return [name for name in ("prompt_ids", "teacher_prompt_ids") if name in data.column_names]
+
+
+def _taken_up(path: Path, description: dict[str, Any]) -> list[list[int]]:
+    """The answers that a file has already; a line that was cut off is dropped from it."""
+    if not path.exists():
+        return []
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        raise UserError(f"teacher_text_file {path} has no {beside.name} beside it that says who wrote it; remove it")
+    found = json.loads(beside.read_text(encoding="utf-8"))
+    for name, value in json.loads(json.dumps(description)).items():
+        if found.get(name) != value:
+            raise UserError(
+                f"teacher_text_file {path} was made with {name} {found.get(name)}, this run has {value}; remove the "
+                "file or name another"
+            )
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # Everything after the last line break is a line that was being written.
+    whole = lines[:-1]
+    if lines[-1]:
+        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    return [json.loads(line)["completion_ids"] for line in whole]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of shapes and of some values of every parameter: the same for the same weights, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()

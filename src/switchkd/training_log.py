@@ -1,0 +1,95 @@
+"""What the trainer logs besides the Trainer's own keys: means since the last log, over all processes."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from switchkd.policies import Policy
+from switchkd.rollout import Author, Rollout
+
+#: Means over all tokens, rows or steps and all processes since the last log, each explained in docs/metrics.md.
+LOGGED_MEANS = (
+    "rollout/teacher_share",
+    "rollout/divergence_nats",
+    "rollout/threshold_nats",
+    "rollout/completion_tokens",
+    "rollout/tokens_per_s",
+    "rollout/teacher_passes",
+    "time/rollout_s",
+    "time/train_s",
+)
+#: Values that hold at the moment of the log, where the method has them.
+LOGGED_STATES = ("rollout/initial_threshold_nats", "rollout/on_policy_fraction", "rollout/stored_rows")
+
+
+class RunningMeans:
+    """Sums and counts since the last log."""
+
+    def __init__(self) -> None:
+        self._sums = {name: [0.0, 0.0] for name in LOGGED_MEANS}
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add to the sum and to the count of a key."""
+        self._sums[name][0] += total
+        self._sums[name][1] += count
+
+    def add_rollout(self, rollout: Rollout, policy: Policy, seconds: float) -> None:
+        """Add what a rollout shows."""
+        tokens = float(rollout.completion_mask.sum())
+        self.add("rollout/teacher_share", float((rollout.author == Author.TEACHER).sum()), tokens)
+        if policy.unit == "nats":
+            for name, values in (("divergence_nats", rollout.divergence), ("threshold_nats", rollout.threshold)):
+                finite = values[values.isfinite()]
+                self.add(f"rollout/{name}", float(finite.sum()), float(finite.numel()))
+        self.add("rollout/completion_tokens", tokens, len(rollout))
+        self.add("rollout/tokens_per_s", tokens, seconds)
+        self.add("rollout/teacher_passes", rollout.stats["teacher_passes"], 1)
+        self.add("time/rollout_s", seconds, 1)
+
+    def take(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Return the means and begin anew.
+
+        Args:
+            reduce: Sums a tensor over all processes; None where there is one.
+        """
+        sums = torch.tensor(list(self._sums.values()), dtype=torch.float64)
+        if reduce is not None:
+            sums = reduce(sums)
+        self._sums = {name: [0.0, 0.0] for name in LOGGED_MEANS}
+        pairs = zip(LOGGED_MEANS, sums.tolist(), strict=True)
+        return {name: total / count for name, (total, count) in pairs if count}
+
+
+def append_completions(folder: Path, step: int, records: Iterable[dict[str, Any]]) -> None:
+    """Append rollouts, one JSON object each, to `completions.jsonl` of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+
+
+class Listener(TrainerCallback):
+    """Tells a `SwitchTrainer` what the Trainer's loop has done."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.began_at = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began_at = state.global_step
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.finish_step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        # A resumed run evaluates where it begins; the run it continues has drawn its conclusions already.
+        if metrics and "eval_loss" in metrics and (self.began_at == 0 or state.global_step > self.began_at):
+            self.trainer.text.observe_loss(metrics["eval_loss"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.save_text_source(f"{args.output_dir}/checkpoint-{state.global_step}")

@@ -1,0 +1,189 @@
+"""Where the text of an optimizer step comes from: the data set, a fresh rollout, or one of the past."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from switchkd import sampling
+from switchkd.batches import prompts_of
+from switchkd.calibration import ShareController, calibrate
+from switchkd.data import pad_prompts
+from switchkd.engine import roll_out
+from switchkd.errors import UserError
+from switchkd.policies import Policy, SwitchPolicy
+from switchkd.replay import AdaptiveFraction, ReplayStore
+from switchkd.rollout import Rollout
+
+Source = Literal["dataset", "fresh", "replay"]
+Prompts = tuple[Tensor, Tensor]
+
+#: On so many prompts the first threshold is calibrated.
+CALIBRATION_PROMPTS = 64
+
+
+class TextSource:
+    """Decides for every step where its text comes from and under which policy it is written; part of a checkpoint.
+
+    Args:
+        policy: The policy training begins with; None rolls nothing out.
+        fraction: Share of steps on rolled-out text, in [0, 1]; with `adaptive` the share at the start.
+        seed: Seed of the decisions: they are functions of it and the step, the same on all ranks and after a resume.
+        adaptive: Let the share grow as DistiLLM does.
+        replay_capacity: Keep so many rows of past rollouts for reuse; None keeps none and reuses none.
+        target_teacher_share: Keep the teacher's share here by moving the policy's threshold; None leaves it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        *,
+        fraction: float,
+        seed: int,
+        adaptive: bool = False,
+        replay_capacity: int | None = None,
+        target_teacher_share: float | None = None,
+    ) -> None:
+        self.policy = policy
+        self.fraction = fraction
+        self.seed = seed
+        self.adaptive = AdaptiveFraction(fraction) if adaptive else None
+        self.store = None if replay_capacity is None else ReplayStore(replay_capacity)
+        self.controller: ShareController | None = None
+        if target_teacher_share is not None:
+            if not isinstance(policy, SwitchPolicy):
+                raise UserError("target_teacher_share needs a policy with a threshold, such as switch")
+            largest = type(policy).largest_threshold[0]
+            self.controller = ShareController(target_teacher_share, policy.initial_threshold, largest=largest)
+
+    @property
+    def on_policy_fraction(self) -> float:
+        """The share of steps on rolled-out text that holds now, in [0, 1]."""
+        return self.fraction if self.adaptive is None else self.adaptive.value
+
+    def of_step(self, step: int, progress: float) -> Source:
+        """Return where a step's text comes from.
+
+        Args:
+            step: The optimizer step, counted from 0.
+            progress: Share of the training that is done, in [0, 1].
+        """
+        if self.policy is None or self.on_policy_fraction == 0:
+            return "dataset"
+        key = sampling.noise_keys(self.seed, torch.tensor([step]), torch.tensor([0]), sampling.Stream.POLICY)
+        drawn = float(sampling.uniform(key))
+        if self.adaptive is not None and self.store is not None:
+            return self.adaptive.source(drawn, progress, self.store)
+        return "fresh" if drawn < self.on_policy_fraction else "dataset"
+
+    def policy_at(self, progress: float) -> Policy:
+        """Return the policy of a moment of training.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+        """
+        assert self.policy is not None
+        policy = self.policy
+        if self.controller is not None and isinstance(policy, SwitchPolicy):
+            policy = replace(policy, initial_threshold=self.controller.threshold)
+        return policy.at_progress(progress)
+
+    def write(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        batches: Sequence[dict[str, Tensor]],
+        *,
+        progress: float,
+        pad_token_id: int,
+        **rollout_options: Any,
+    ) -> tuple[Rollout, Policy, Prompts | None]:
+        """Return a rollout of every prompt of some micro-batches, its policy, and the teacher's own prompts if any.
+
+        Args:
+            student: As `roll_out` takes it.
+            teacher: Likewise.
+            batches: Made by `switchkd.batches.collate`.
+            progress: Share of the training that is done, in [0, 1].
+            pad_token_id: Pads prompts and completions.
+            rollout_options: Passed on to `roll_out`: max_new_tokens, seed, row_ids, return_teacher_hidden, ...
+        """
+        prompt_ids, prompt_mask = pad_prompts(prompts_of(batches), pad_token_id)
+        taught = None
+        if "teacher_input_ids" in batches[0]:
+            taught = pad_prompts(prompts_of(batches, "teacher_"), pad_token_id)
+        policy = self.policy_at(progress)
+        rollout = roll_out(
+            student,
+            teacher,
+            prompt_ids,
+            prompt_mask,
+            policy=policy,
+            pad_token_id=pad_token_id,
+            teacher_prompt_ids=taught and taught[0],
+            teacher_prompt_mask=taught and taught[1],
+            **rollout_options,
+        )
+        if self.store is not None:
+            self.store.add(rollout)
+        return rollout, policy, taught
+
+    def calibrate_on(
+        self, student: nn.Module, teacher: nn.Module, data: Dataset, *, pad_token_id: int, **rollout_options: Any
+    ) -> float:
+        """Begin at the threshold that gives the wanted share on the first prompts of the data, and return it, nats.
+
+        Args:
+            student: As `roll_out` takes it.
+            teacher: Likewise.
+            data: Made by `switchkd.data.prepare`.
+            pad_token_id: Pads prompts and completions.
+            rollout_options: Passed on to `roll_out`.
+        """
+        assert isinstance(self.policy, SwitchPolicy) and self.controller is not None
+        rows = data[: min(CALIBRATION_PROMPTS, len(data))]
+        for column in ("prompt_ids", "teacher_prompt_ids"):
+            if column in rows:
+                ids, mask = pad_prompts(rows[column], pad_token_id)
+                rollout_options |= {column: ids, column.replace("_ids", "_mask"): mask}
+        found = calibrate(
+            student,
+            teacher,
+            policy=self.policy,
+            target_teacher_share=self.controller.target_teacher_share,
+            pad_token_id=pad_token_id,
+            **rollout_options,
+        )
+        self.controller.threshold = found.initial_threshold
+        return found.initial_threshold
+
+    def observe_share(self, teacher_share: float) -> None:
+        """Take note of the teacher's share of a fresh rollout, over all ranks; nan where nothing was written."""
+        if self.controller is not None:
+            self.controller.observe(teacher_share)
+
+    def observe_loss(self, evaluation_loss: float) -> None:
+        """Take note of an evaluation, nats per token."""
+        if self.adaptive is not None:
+            self.adaptive.observe(evaluation_loss)
+
+    def stored(self, rows: int, step: int, rank: int, pad_token_id: int) -> Rollout:
+        """Return rows of past rollouts, drawn by seed, step and rank."""
+        assert self.store is not None
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 4099 + rank)
+        return self.store.sample(rows, generator, pad_token_id=pad_token_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep."""
+        parts = {"adaptive": self.adaptive, "store": self.store, "controller": self.controller}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        parts = {"adaptive": self.adaptive, "store": self.store, "controller": self.controller}
+        for name, part in parts.items():
+            if part is not None and name in state:
+                part.load_state_dict(state[name])
