@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 LAYERS = (
     ("errors", "rollout", "vocabulary"),
-    ("divergences", "sampling", "lean", "cache", "heads", "metrics", "drafting"),
+    ("divergences", "sampling", "lean", "cache", "heads", "metrics", "drafting", "significance"),
     (
         "policies",
         "interventions",
@@ -28,7 +28,7 @@ LAYERS = (
     ("verification", "sequential", "block", "engine", "calibration"),
     ("methods", "models", "records", "data", "evaluation"),
     ("batches", "plain_text", "teacher_text", "training_text", "training_log", "preparation", "config", "trainer"),
-    ("options", "run_folder", "report", "student", "demo_task", "demo", "compare", "cli", "commands"),
+    ("options", "run_folder", "report", "student", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The package's own names, and `python -m`: not part of any layer.

@@ -26,6 +26,7 @@ COMMANDS = {
     "rollout": "write completions with the teacher in the loop and show who wrote what",
     "evaluate": "score a model's own answers: ROUGE-L over several decoding seeds",
     "calibrate": "find the threshold that gives a wanted teacher share on your prompts",
+    "compare": "train and score methods side by side, several seeds each, and say which differences are real",
 }
 
 HELP = """usage: switchkd COMMAND [options]

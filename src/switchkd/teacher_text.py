@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch import nn
 
 from switchkd.data import pad_prompts
@@ -18,6 +19,8 @@ from switchkd.policies import Policy
 #: Rows that are decoded at once, and rows that are written down together.
 ACTIVE_ROWS = 32
 ROWS_PER_PART = 128
+# One seed's sample of the teacher is as good as another's, and drafts change nothing.
+NOT_DESCRIBED = ("draft_length", "seed")
 
 
 def with_teacher_text(
@@ -35,7 +38,8 @@ def with_teacher_text(
     """Return prepared data whose answers the policy wrote, one for each prompt.
 
     The answers stand in a JSONL file, with a description of what made them beside it. A file that is already there is
-    taken up where it ends, if teacher, prompts and options are the same; it is itself a data set for `switchkd train`.
+    taken up where it ends, if teacher, prompts and options are the same (the seed may differ: one sample is as good as
+    another); it is itself a data set for `switchkd train`.
     The file says nothing about the student, whose drafts the teacher only corrects: the distribution is the teacher's.
 
     Args:
@@ -58,12 +62,32 @@ def with_teacher_text(
             json.dumps([list(data[name]) for name in _prompt_columns(data)]).encode()
         ).hexdigest(),
         "rows": len(data),
-        **{name: value for name, value in rollout_options.items() if name != "draft_length"},
+        **{name: value for name, value in rollout_options.items() if name not in NOT_DESCRIBED},
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several runs may share a file: one writes, the others wait and take it up.
+    with FileLock(f"{path}.lock"):
+        completions = _write(
+            data, student, teacher, path, description, policy, tokenizer, pad_token_id, say, rollout_options
+        )
+    return data.remove_columns("completion_ids").add_column("completion_ids", completions)
+
+
+def _write(
+    data: Dataset,
+    student: nn.Module,
+    teacher: nn.Module,
+    path: Path,
+    description: dict[str, Any],
+    policy: Policy,
+    tokenizer: Any,
+    pad_token_id: int,
+    say: Callable[[str], None],
+    rollout_options: dict[str, Any],
+) -> list[list[int]]:
     completions = _taken_up(path, description)
     if completions:
         say(f"teacher text: {len(completions)} of {len(data)} answers are in {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         while len(completions) < len(data):
@@ -92,7 +116,7 @@ def with_teacher_text(
             file.flush()
     if tokenizer is not None:
         say(f"teacher text: {len(completions)} answers, {sum(map(len, completions))} tokens, in {path}")
-    return data.remove_columns("completion_ids").add_column("completion_ids", completions)
+    return completions
 
 
 def _prompt_columns(data: Dataset) -> list[str]:

@@ -247,6 +247,7 @@ def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "teacher_share": sum(shares) / len(shares) if shares else None,
+        "teacher_passes": trainer.teacher_passes,
         "tokens_per_s": sum(speeds) / len(speeds) if speeds else None,
         "seconds": seconds,
         "data": {name: dataclasses.asdict(report) for name, report in trainer.prepare_reports.items()},

@@ -1,0 +1,244 @@
+"""What a comparison found: table, sentences, CSV and picture."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switchkd.errors import UserError
+from switchkd.metrics import bucket_names, length_bucket, mean_and_std
+from switchkd.report import BLUE, GREY, ORANGE, table
+from switchkd.significance import Difference, Scores, in_words, paired_bootstrap
+
+Result = Mapping[str, Any]
+#: Buckets of answer length with fewer prompts are not compared: their intervals say nothing.
+FEWEST_PROMPTS = 20
+
+
+class Comparison:
+    """The results of all finished runs, by student and run.
+
+    Args:
+        results: The contents of the `result.json` of every finished run.
+        rows: `(student, run, seed)` -> the rows that its evaluation scored.
+    """
+
+    def __init__(self, results: Sequence[Result], rows: Mapping[tuple[str, str, int], Sequence[Result]]) -> None:
+        self.results = list(results)
+        self.students = list(dict.fromkeys(result["student"] for result in results))
+        self.labels = list(dict.fromkeys(result["run"] for result in results))
+        self._scores = {key: _by_prompt(scored) for key, scored in rows.items()}
+
+    def of(self, student: str, label: str) -> list[Result]:
+        """Return the results of one run of one student, in the order of the training seeds."""
+        chosen = [result for result in self.results if (result["student"], result["run"]) == (student, label)]
+        return sorted(chosen, key=lambda result: result["seed"])
+
+    def difference(self, student: str, first: str, second: str, bucket: str | None = None) -> Difference | None:
+        """Return how far one run is ahead of another on the training seeds that both have, or None if there are none.
+
+        Args:
+            student: Name of the student.
+            first: Name of a run.
+            second: Name of another.
+            bucket: Answers of this length only; None where fewer than 20 prompts have it.
+        """
+        seeds = sorted(
+            {result["seed"] for result in self.of(student, first)}
+            & {result["seed"] for result in self.of(student, second)}
+        )
+        pairs = [tuple(self._scores[student, label, seed] for label in (first, second)) for seed in seeds]
+        if not pairs:
+            return None
+        prompts = [index for index in pairs[0][0] if bucket is None or pairs[0][0][index][1] == bucket]
+        if not prompts or (bucket is not None and len(prompts) < FEWEST_PROMPTS):
+            return None
+
+        def stacked(side: int) -> Scores:
+            return np.array([[pair[side][index][0] for index in prompts] for pair in pairs])
+
+        return paired_bootstrap(stacked(0), stacked(1))
+
+    def buckets(self) -> list[str]:
+        """Return the lengths of answer that occur, shortest first."""
+        found = {name for result in self.results for name in result["evaluate"]["by_length"]}
+        return [name for name in bucket_names() if name in found]
+
+
+def _by_prompt(rows: Sequence[Result]) -> dict[int, tuple[float, str]]:
+    """Prompt -> its score, mean over decoding seeds, and the bucket of its answer's length."""
+    scores: dict[int, list[float]] = {}
+    lengths: dict[int, str] = {}
+    for row in rows:
+        scores.setdefault(row["index"], []).append(row["rouge_l"])
+        lengths[row["index"]] = length_bucket(row["reference_tokens"])
+    return {index: (sum(values) / len(values), lengths[index]) for index, values in scores.items()}
+
+
+def tables(comparison: Comparison) -> str:
+    """Return one table per student: means over training seeds, with standard deviations where there are several."""
+    parts = []
+    for student in comparison.students:
+        rows = [
+            _table_row(comparison, label, found)
+            for label in comparison.labels
+            if (found := comparison.of(student, label))
+        ]
+        headers = ("run", "seeds", "ROUGE-L", "exact", *comparison.buckets(), "teacher's tokens", "passes", "seconds")
+        title = f"{student}\n" if student else ""
+        parts.append(title + table(rows, headers))
+    return "\n\n".join(parts)
+
+
+def _table_row(comparison: Comparison, label: str, found: Sequence[Result]) -> list[Any]:
+    mean, deviation = mean_and_std([result["evaluate"]["rouge_l"] for result in found])
+    row: list[Any] = [label, len(found), f"{mean:.1f} +- {deviation:.1f}" if len(found) > 1 else f"{mean:.1f}"]
+    row.append(f"{_mean(found, 'evaluate', 'exact_match'):.0f}%")
+    for bucket in comparison.buckets():
+        values = [result["evaluate"]["by_length"].get(bucket, {}).get("rouge_l") for result in found]
+        known = [value for value in values if value is not None]
+        row.append(f"{sum(known) / len(known):.1f}" if known else None)
+    shares = [result["train"].get("teacher_share") for result in found]
+    known = [share for share in shares if share is not None]
+    row.append(f"{sum(known) / len(known):.0%}" if known else None)
+    passes = [result["train"].get("teacher_passes") for result in found]
+    row.append(round(sum(passes) / len(passes)) if all(value is not None for value in passes) else None)
+    row.append(f"{_mean(found, 'train', 'seconds'):.0f}")
+    return row
+
+
+def _mean(found: Sequence[Result], part: str, name: str) -> float:
+    return sum(result[part][name] for result in found) / len(found)
+
+
+def sentences(comparison: Comparison, baseline: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the answers in words: every run against the baseline and the pairs asked for, then lengths and sizes.
+
+    Args:
+        comparison: The results.
+        baseline: Name of a run.
+        pairs: More pairs of runs.
+    """
+    lines = []
+    asked = [(label, baseline) for label in comparison.labels if label != baseline]
+    asked += [pair for pair in pairs if pair not in asked]
+    for student in comparison.students:
+        lines += [f"{student}:"] if student else []
+        for first, second in asked:
+            found = comparison.difference(student, first, second)
+            if found is not None:
+                lines.append("  " + in_words(first, second, found))
+    lines += _by_length(comparison, [*pairs] or asked)
+    return lines
+
+
+def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list[str]:
+    """Does the difference grow with the length of the answer, and with the student?"""
+    buckets = comparison.buckets()
+    lines = []
+    for first, second in asked:
+        rows = []
+        for student in comparison.students:
+            found = [comparison.difference(student, first, second, bucket) for bucket in (None, *buckets)]
+            if found[0] is not None:
+                rows.append([student or "all", *(_cell(difference) for difference in found)])
+        if rows:
+            headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets))
+            lines += ["", f"{first} minus {second}, points of ROUGE-L with 95% intervals:", table(rows, headers)]
+    return lines
+
+
+def _cell(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    if difference.seeds == 1:
+        return f"{difference.mean:+.1f}"
+    return (
+        f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){'*' if difference.is_real else ''}"
+    )
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """Write one line per run."""
+    buckets = comparison.buckets()
+    names = ["student", "run", "seed", "method", "rouge_l", "rouge_l_decoding_std", "exact_match", "completion_tokens"]
+    names += [f"rouge_l_{bucket.replace(' ', '_')}" for bucket in buckets]
+    names += ["teacher_share", "teacher_passes", "train_seconds", "steps"]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for result in comparison.results:
+            scored, trained = result["evaluate"], result["train"]
+            by_length = [scored["by_length"].get(bucket, {}).get("rouge_l") for bucket in buckets]
+            values = [result["student"], result["run"], result["seed"], trained["method"], scored["rouge_l"]]
+            values += [scored["rouge_l_std"], scored["exact_match"], scored["completion_tokens"], *by_length]
+            values += [
+                trained.get("teacher_share"),
+                trained.get("teacher_passes"),
+                trained["seconds"],
+                trained["steps"],
+            ]
+            writer.writerow(["" if value is None else value for value in values])
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that an evaluation wrote."""
+    with (folder / "evaluate" / "rows.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def plot(comparison: Comparison, baseline: str, path: Path) -> None:
+    """Draw every run of every student: a dot per training seed, the mean, and its 95% interval against the baseline.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, also on a machine with a display
+    from matplotlib import pyplot as plt
+
+    count, height = len(comparison.students), 1.6 + 0.34 * len(comparison.labels)
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+    with plt.rc_context(style):
+        figure, grid = plt.subplots(
+            1, count, figsize=(2.2 + 4.6 * count, height), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, student in zip(grid[0], comparison.students, strict=True):
+            _draw(axes, comparison, student, baseline)
+        grid[0][0].set_yticks(range(len(comparison.labels)), comparison.labels)
+        grid[0][0].invert_yaxis()
+        try:
+            figure.savefig(path, dpi=110)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write the picture {path}: {error}") from error
+        finally:
+            plt.close(figure)
+
+
+def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> None:
+    reference = [result["evaluate"]["rouge_l"] for result in comparison.of(student, baseline)]
+    if reference:
+        level = sum(reference) / len(reference)
+        axes.axvline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    for place, label in enumerate(comparison.labels):
+        scores = [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
+        if not scores:
+            continue
+        mean = sum(scores) / len(scores)
+        found = comparison.difference(student, label, baseline) if reference and label != baseline else None
+        real = found is not None and found.is_real
+        colour = ORANGE if real else BLUE
+        if found is not None and found.seeds > 1:
+            axes.plot([mean - found.mean + found.low, mean - found.mean + found.high], [place, place], color=colour,
+                      linewidth=2.4, solid_capstyle="round", zorder=2)  # fmt: skip
+        axes.plot(scores, [place] * len(scores), "o", color=colour, alpha=0.35, markersize=5, zorder=1)
+        axes.plot([mean], [place], "D", color=colour, markersize=6, markeredgecolor="white", zorder=3)
+    axes.grid(axis="y", color="#EEEEEE")
+    axes.set_axisbelow(True)
+    axes.set_title(student or "ROUGE-L by run", loc="left")
+    axes.set_xlabel(f"ROUGE-L; line: {baseline}; orange: differs from it beyond chance")
+    axes.tick_params(axis="y", length=0)
