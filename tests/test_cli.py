@@ -525,6 +525,37 @@ def test_rollout_writes_its_folder_only_when_asked(models: Path, tmp_path: Path,
     }
 
 
+def test_the_command_line_knows_every_policy_and_all_of_its_options() -> None:
+    from switchkd.commands.policy_options import FLAGS, POLICIES
+    from switchkd.config import SwitchConfig
+    from switchkd.methods import METHODS
+
+    own = {name: method for name, method in METHODS.items() if method.policy_options and name not in ("ssd", "minillm")}
+    assert {*own, "student", "teacher", "blend"} == set(POLICIES)
+    for name, method in own.items():
+        # What is annealed over a training has no meaning in one rollout.
+        assert set(POLICIES[name]) == set(method.policy_options) - {"kl_budget_warmup"}
+    for name, (kind, _, _) in FLAGS.items():
+        assert str(SwitchConfig.__annotations__[name]) == f"{kind.__name__} | None"
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("skd", ("--teacher_top_k", 1)),
+        ("adaswitch", ("--divergence_window", 2, "--divergence_multiple", 0.1)),
+        ("relay", ("--trigger_threshold", 0.0, "--leg_length", 2)),
+        ("trb", ("--kl_budget", 5)),
+        ("teacher_first", ("--teacher_tokens", 3)),
+        ("student_entropy", ("--initial_threshold", 0.5)),
+    ],
+)
+def test_rollouts_of_the_kin(models: Path, run: Run, policy: str, options: tuple[Any, ...]) -> None:
+    code, out, err = run(*rollout_options(models, "--prompt", "a", "--policy", policy, "--json"), *options)
+    assert code == 0, err
+    assert 0 < json.loads(out)["teacher_share"] <= 1
+
+
 @pytest.mark.parametrize(("policy", "author"), [("student", "student"), ("teacher", "teacher")])
 def test_rollout_of_one_writer(models: Path, run: Run, policy: str, author: str) -> None:
     options = rollout_options(models, "--prompt", "a", "--policy", policy, "--json")
@@ -801,7 +832,7 @@ def test_a_bug_keeps_its_traceback(models: Path, monkeypatch: pytest.MonkeyPatch
     def broken(*args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(rollout, "_policy", broken)
+    monkeypatch.setattr(rollout, "make_policy", broken)
     with pytest.raises(ZeroDivisionError):
         main([str(option) for option in rollout_options(models, "--prompt", "a")])
 
@@ -815,9 +846,11 @@ def test_our_warnings_are_one_line_and_those_of_others_wait_for_verbose(
     wide = models.parent / "wide"
     build_gpt2(seed=2, vocab_size=len(TINY_VOCABULARY) + 6).save_pretrained(wide)
     build_tokenizer().save_pretrained(wide)
-    policy = rollout._policy
+    policy = rollout.make_policy
     monkeypatch.setattr(
-        rollout, "_policy", lambda options: warnings.warn_explicit("noise", UserWarning, "x.py", 1) or policy(options)
+        rollout,
+        "make_policy",
+        lambda options: warnings.warn_explicit("noise", UserWarning, "x.py", 1) or policy(options),
     )
     options = rollout_options(models, "--prompt", "a", "--teacher_model_name_or_path", wide)
     code, _, err = run(*options)

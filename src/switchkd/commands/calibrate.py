@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli import Console, quiet_libraries
+from switchkd.commands.policy_options import POLICIES, add_policy_options
 from switchkd.errors import UserError
 from switchkd.options import OptionParser
 from switchkd.report import table
@@ -12,7 +13,7 @@ from switchkd.run_folder import RunFolder
 if TYPE_CHECKING:
     from switchkd.calibration import Calibration
 
-POLICY_OPTIONS = ("initial_threshold", "final_ratio", "horizon", "schedule", "minimum_leg", "clock")
+POLICY_OPTIONS = POLICIES["switch"]
 
 
 def parser() -> OptionParser:
@@ -39,16 +40,7 @@ def parser() -> OptionParser:
     share.add_argument("--tolerance", type=float, default=0.02, metavar="S", help="how near is near enough")
     share.add_argument("--max_rounds", type=int, default=8, metavar="N", help="at most this many rollouts")
     policy = result.add_argument_group("who writes")
-    policy.add_argument(
-        "--initial_threshold", type=float, metavar="NATS", help="where the search begins (default: 0.3)"
-    )
-    policy.add_argument("--final_ratio", type=float, metavar="R", help="last over first threshold (default: 0.1)")
-    policy.add_argument(
-        "--horizon", type=float, metavar="N", help="where that ratio is reached (default: max_completion_length)"
-    )
-    policy.add_argument("--schedule", help="exponential (default), linear, constant or increasing")
-    policy.add_argument("--minimum_leg", type=int, metavar="N", help="a writer keeps the pen this long (default: 1)")
-    policy.add_argument("--clock", help="position (default) or since_teacher")
+    add_policy_options(policy, ("switch",))
     sampling = result.add_argument_group("sampling")
     sampling.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
     sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli import Console, quiet_libraries
+from switchkd.commands.policy_options import POLICIES, add_policy_options, check_policy_options, make_policy
 from switchkd.errors import UserError
 from switchkd.options import OptionParser, wants_color
 from switchkd.report import rollout_text
@@ -12,14 +13,6 @@ from switchkd.run_folder import RunFolder
 if TYPE_CHECKING:
     from switchkd.policies import Policy
     from switchkd.rollout import Rollout
-
-# Which options each policy takes; those left out keep the policy's own default.
-POLICY_OPTIONS: dict[str, tuple[str, ...]] = {
-    "switch": ("initial_threshold", "final_ratio", "horizon", "schedule"),
-    "student": (),
-    "teacher": (),
-    "blend": ("mixture_weight",),
-}
 
 
 def parser() -> OptionParser:
@@ -44,26 +37,8 @@ def parser() -> OptionParser:
     prompts.add_argument("--num_prompts", type=int, default=4, metavar="N", help="how many prompts of the data set")
     prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions of every prompt")
     policy = result.add_argument_group("who writes")
-    policy.add_argument("--policy", default="switch", help=", ".join(POLICY_OPTIONS))
-    policy.add_argument(
-        "--initial_threshold",
-        type=float,
-        metavar="NATS",
-        help="switch: at position 0, in [0, ln 2] nats (default: 0.3)",
-    )
-    policy.add_argument(
-        "--final_ratio", type=float, metavar="R", help="switch: last over first threshold (default: 0.1)"
-    )
-    policy.add_argument(
-        "--horizon",
-        type=float,
-        metavar="N",
-        help="switch: where that ratio is reached, tokens (default: max_new_tokens)",
-    )
-    policy.add_argument("--schedule", help="switch: exponential (default), linear, constant or increasing")
-    policy.add_argument(
-        "--mixture_weight", type=float, metavar="W", help="blend: the teacher's weight, in [0, 1] (default: 0.2)"
-    )
+    policy.add_argument("--policy", default="switch", metavar="NAME", help=", ".join(POLICIES))
+    add_policy_options(policy)
     sampling = result.add_argument_group("sampling")
     sampling.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="length limit, tokens")
     sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
@@ -91,7 +66,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.data import pad_prompts
 
     quiet_libraries(options.verbose)
-    policy = _policy(options)
+    policy = make_policy(options)
     student, teacher, tokenizer = _models(options, policy)
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
     rollouts, records = [], []
@@ -117,7 +92,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    choices = {"policy": list(POLICY_OPTIONS), "template": ["none", "alpaca", "chat"]}
+    choices = {"policy": list(POLICIES), "template": ["none", "alpaca", "chat"]}
     choices |= {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
     for name, valid in choices.items():
         if getattr(options, name) not in valid:
@@ -135,21 +110,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
     if options.draft_length != "auto" and not options.draft_length.isdecimal():
         raise UserError(f'draft_length must be "auto" or an integer >= 1, got {options.draft_length!r}')
-    for policy, names in POLICY_OPTIONS.items():
-        for name in names:
-            if policy != options.policy and getattr(options, name) is not None:
-                raise UserError(f"{name} does nothing with policy {options.policy!r}; it belongs to {policy!r}")
-
-
-def _policy(options: argparse.Namespace) -> "Policy":
-    from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
-
-    classes = {"switch": SwitchPolicy, "student": StudentPolicy, "teacher": TeacherPolicy, "blend": BlendPolicy}
-    given = {name: getattr(options, name) for name in POLICY_OPTIONS[options.policy]}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.policy == "switch":
-        given.setdefault("horizon", options.max_new_tokens)
-    return classes[options.policy](**given)
+    check_policy_options(options)
 
 
 def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any]:
