@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 LAYERS = (
     ("errors", "rollout", "vocabulary"),
-    ("divergences", "sampling", "lean", "cache", "heads", "metrics", "drafting"),
+    ("divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting"),
     ("policies", "interventions", "kin", "objective", "chunked", "policy_gradient", "replay"),
     ("verification", "sequential", "block", "engine", "calibration"),
     ("methods", "models", "records", "data", "evaluation"),

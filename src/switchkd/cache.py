@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from switchkd.lean import GROWTH, SlotCache, lean_decoder
+from switchkd.lean import lean_decoder
+from switchkd.slots import GROWTH, SlotCache
 
 SERVED_ATTENTION = ("eager", "sdpa")
 # These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
