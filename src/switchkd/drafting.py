@@ -52,6 +52,9 @@ class DraftLength:
             speed = emitted / (length * student + self._teacher.seconds(count * length))
             if speed > best_speed * (1.0 + 1e-3):
                 best_length, best_speed = length, speed
+            elif speed < 0.9 * best_speed:
+                # Each further token adds less text at the same cost: past its maximum the speed only falls.
+                break
         return best_length
 
     def observe(

@@ -4,6 +4,7 @@ Randomness is a function of (seed, row id, position, stream, token id) and of no
 the same noise alone or in a batch, on any device, for any draft length.
 """
 
+import functools
 import math
 from enum import IntEnum
 
@@ -15,6 +16,8 @@ _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MIX_32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _GOLDEN_32 = 0x9E3779B1 - (1 << 32)
+# Noise is made for so many ids at a time on CPU: what is worked on in place stays in the cache.
+_CHUNK = 1 << 17
 
 
 class Stream(IntEnum):
@@ -107,19 +110,70 @@ def exponential_race(log_probs: Tensor, keys: Tensor) -> Tensor:
 def log_exponential(keys: Tensor, size: int) -> Tensor:
     """Return ln E for standard exponentials E, float32 `[N, size]`, a function of (key, id) only.
 
-    In-place throughout: at V = 50,257 fresh temporaries would cost more than the arithmetic.
+    In place and a few rows at a time: at V = 50,257 temporaries that leave the cache would cost more than the
+    arithmetic.
     """
-    ids = torch.arange(size, dtype=torch.int32, device=keys.device).mul_(_GOLDEN_32)
-    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
-    hashed = torch.bitwise_xor(ids.unsqueeze(0), low.unsqueeze(1))
+    noise = torch.empty(len(keys), size, dtype=torch.float32, device=keys.device)
+    some = len(keys) if keys.device.type != "cpu" else max(_CHUNK // size, 1)
+    for first in range(0, len(keys), max(some, 1)):
+        _log_exponential(keys[first : first + some], noise[first : first + some])
+    return noise
+
+
+def _log_exponential(keys: Tensor, out: Tensor) -> None:
+    hashed = out.view(torch.int32)
+    low, high = keys.to(torch.int32).unsqueeze(1), (keys >> 32).to(torch.int32).unsqueeze(1)
+    torch.bitwise_xor(_hashed_ids(out.shape[1], keys.device), low, out=hashed)
     scratch = torch.empty_like(hashed)
     _mix_32(hashed, scratch)
-    hashed.add_(high.unsqueeze(1))
+    hashed.add_(high)
     _mix_32(hashed, scratch)
     # Unsigned 32 bits as a fraction u in (0, 1): E = -ln(1 - u) resolves the small E that win races down to 2^-33.
-    fraction = hashed.view(torch.uint32).to(torch.float32)
-    fraction.add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
-    return fraction.neg_().log1p_().neg_().log_()
+    out.copy_(hashed.view(torch.uint32))
+    out.add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    out.neg_().log1p_().neg_().log_()
+
+
+@functools.lru_cache(maxsize=8)
+def _hashed_ids(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(size, dtype=torch.int32, device=device).mul_(_GOLDEN_32).unsqueeze(0)
+
+
+class NoiseTable:
+    """The noise of every row and position of a rollout: keys are hashed once for all of them, not once a round.
+
+    Args:
+        seed: Any integer.
+        row_ids: int64 `[B]`.
+        positions: How many completion positions C a row has.
+    """
+
+    def __init__(self, seed: int, row_ids: Tensor, positions: int) -> None:
+        self._seed, self.positions = seed, positions
+        self._row_ids = row_ids.unsqueeze(1)
+        self._all_positions = torch.arange(positions, device=row_ids.device).unsqueeze(0)
+        self._keys: dict[Stream, Tensor] = {}
+        self._log_uniform: Tensor | None = None
+
+    def index(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the places of rows (0 .. B-1) and positions in the table, int64.
+
+        Drafts may run past the last position; they get its noise and are never kept.
+        """
+        return rows * self.positions + positions.clamp(max=self.positions - 1)
+
+    def keys(self, stream: Stream, index: Tensor) -> Tensor:
+        """Return `noise_keys` of places of the table, in the shape of `index`."""
+        if stream not in self._keys:
+            self._keys[stream] = noise_keys(self._seed, self._row_ids, self._all_positions, stream).view(-1)
+        return self._keys[stream][index]
+
+    def log_accept(self, index: Tensor) -> Tensor:
+        """Return ln u of the uniform number that decides whether a draft is kept, float64, shaped as `index`."""
+        if self._log_uniform is None:
+            self._log_uniform = uniform(noise_keys(self._seed, self._row_ids, self._all_positions, Stream.ACCEPT)).log()
+        return self._log_uniform.view(-1)[index]
 
 
 def coupled_draw(
