@@ -132,12 +132,15 @@ class BlockDecoder:
 
     def run(self) -> Rollout:
         """Write every row and return the rollout."""
-        while self.pool.active or self.pool.waiting:
-            self._admit()
-            if self.teacher is None:
-                self._student_round()
-            else:
-                self._round()
+        # Without version counters and views to track every call is cheaper. A model's own forward may keep tensors
+        # that training reads later, so it never runs so.
+        with torch.inference_mode(self.student.lean and (self.teacher is None or self.teacher.lean)):
+            while self.pool.active or self.pool.waiting:
+                self._admit()
+                if self.teacher is None:
+                    self._student_round()
+                else:
+                    self._round()
         return self._record()
 
     # ---- rows come and go

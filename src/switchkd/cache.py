@@ -142,6 +142,11 @@ class RowReader:
         self._dtype = model.get_input_embeddings().weight.dtype
         self._keep_hidden = keep_hidden
 
+    @property
+    def lean(self) -> bool:
+        """Whether the model is read through its weights rather than through its own forward."""
+        return self._lean is not None
+
     def read(
         self,
         tokens: Tensor,
