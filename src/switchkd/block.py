@@ -7,7 +7,7 @@ written the same tokens.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from switchkd.cache import RowReader
 from switchkd.drafting import DraftLength
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
-from switchkd.sampling import NoiseTable, Stream
+from switchkd.sampling import NoiseTable, Stream, Warping
 from switchkd.verification import Verified, verify
 
 # Noise for a whole draft is made at once if it is at most so many numbers; else step by step, to bound memory.
@@ -42,6 +42,20 @@ class _Pool:
     waiting: list[int] = field(default_factory=list)
 
 
+class _Kept:
+    """Memory that every round uses again: at V = 50,257 fresh pages would cost as much as what is written to them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, device=device)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of that shape; what an earlier one held is lost."""
+        size = math.prod(shape)
+        if self._memory.numel() < size or self._memory.dtype != dtype:
+            self._memory = torch.empty(size, dtype=dtype, device=self._memory.device)
+        return self._memory[:size].view(*shape)
+
+
 @dataclass
 class _Draft:
     """What the student wrote in one round."""
@@ -50,7 +64,7 @@ class _Draft:
     tokens: Tensor  # [A, 1 + G]: the last committed token, then the draft
     position: Tensor  # [A, G], completion positions
     places: Tensor  # [A, G], places in the table of noise, and in the record
-    log_probs: list[Tensor]  # G times [A, V]
+    log_probs: Tensor  # [A * G, V]
 
 
 class BlockDecoder:
@@ -62,7 +76,7 @@ class BlockDecoder:
         prompts: Left-padded `(ids, mask)` `[B, P]` for the student.
         teacher_prompts: Likewise for the teacher.
         policy: Who writes.
-        warping: Logits `[..., V']` to log-probabilities `[..., V]`.
+        warping: How logits become the log-probabilities that are sampled from and compared.
         max_new_tokens: Length limit of a completion.
         seed: Seed of the counter-based randomness.
         row_ids: int64 `[B]`.
@@ -81,7 +95,7 @@ class BlockDecoder:
         prompts: tuple[Tensor, Tensor],
         teacher_prompts: tuple[Tensor, Tensor] | None,
         policy: Policy,
-        warping: Callable[[Tensor], Tensor],
+        warping: Warping,
         max_new_tokens: int,
         seed: int,
         row_ids: Tensor,
@@ -117,6 +131,7 @@ class BlockDecoder:
         self.width = width
         self.state = policy.initial_state(width, self.device)
         self.keep_hidden = return_teacher_hidden
+        self._student_rows, self._teacher_rows = _Kept(self.device), _Kept(self.device)
         # What each round wrote, and how many tokens of it were emitted in each of its rows.
         self._notes: list[tuple[Tensor, Verified]] = []
         self._counts: list[int] = []
@@ -134,7 +149,8 @@ class BlockDecoder:
         """Write every row and return the rollout."""
         # Without version counters and views to track every call is cheaper. A model's own forward may keep tensors
         # that training reads later, so it never runs so.
-        with torch.inference_mode(self.student.lean and (self.teacher is None or self.teacher.lean)):
+        lean = self.student.lean and (self.teacher is None or self.teacher.lean)
+        with torch.inference_mode() if lean else torch.no_grad():
             while self.pool.active or self.pool.waiting:
                 self._admit()
                 if self.teacher is None:
@@ -198,20 +214,23 @@ class BlockDecoder:
         position = done + self._places[:length]
         places = self.noise.index(index, position)
         keys = self.noise.keys(Stream.DRAFT, places)
+        size = self.warping.vocabulary_size
         noise: Tensor | None = None
-        read, log_probs = [current], []
+        if keys.numel() * size <= MOST_NOISE:
+            noise = sampling.log_exponential(keys.flatten(), size).view(len(rows), length, size)
+        log_probs = self._student_rows.take((len(rows), length, size), self.student.log_dtype)
+        read = [current]
         for step in range(length):
             at = starts + step if step else starts
             logits = self.student.read(current, [one + step for one in start], positions=at, logits="last")
-            log_probs.append(self.warping(logits[:, -1]))
-            size = log_probs[-1].shape[-1]
-            if step == 0 and keys.numel() * size <= MOST_NOISE:
-                noise = sampling.log_exponential(keys.flatten(), size).view(len(rows), length, size)
-            now = sampling.log_exponential(keys[:, step], size) if noise is None else noise[:, step]
-            current = (log_probs[-1] - now).argmax(-1, keepdim=True)
+            now = self.warping.into(log_probs[:, step], logits[:, -1])
+            if noise is None:
+                current = sampling.exponential_race(now, keys[:, step]).unsqueeze(1)
+            else:
+                current = (now - noise[:, step]).argmax(-1, keepdim=True)
             read.append(current)
         self.stats["drafted"] += length * len(rows)
-        return _Draft(rows, torch.cat(read, dim=1), position, places, log_probs)
+        return _Draft(rows, torch.cat(read, dim=1), position, places, log_probs.view(-1, size))
 
     def _round(self) -> None:
         pool = self.pool
@@ -236,8 +255,10 @@ class BlockDecoder:
         verified = verify(
             self.policy,
             draft.tokens[:, 1:],
-            torch.stack(draft.log_probs, dim=1),
-            self.warping(logits),
+            draft.log_probs,
+            self.warping.into(
+                self._teacher_rows.take(draft.log_probs.shape, self.teacher.log_dtype), logits.flatten(0, 1)
+            ),
             draft.position,
             None if self.state is None else self.state[: len(rows)],
             self.noise,

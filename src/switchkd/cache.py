@@ -143,6 +143,11 @@ class RowReader:
         self._keep_hidden = keep_hidden
 
     @property
+    def log_dtype(self) -> torch.dtype:
+        """What log-probabilities are computed in: at least float32."""
+        return torch.promote_types(self._dtype, torch.float32)
+
+    @property
     def lean(self) -> bool:
         """Whether the model is read through its weights rather than through its own forward."""
         return self._lean is not None

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from switchkd.sampling import rows_at_once
+
 LN_2 = math.log(2.0)
 # How many of the teacher's likeliest ids are tried first for the head of the adaptive KL.
 HEAD_GUESS = 64
-# Without gradients so many numbers are worked on at a time on CPU.
-_CHUNK = 1 << 17
 
 
 def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -189,12 +189,13 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _jsd_value(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tensor:
-    """The generalised JSD without a graph, some rows at a time: temporaries stay in the cache, and few are made."""
+    """The generalised JSD without a graph, some rows at a time."""
     size = student.shape[-1]
-    rows = student.reshape(-1, size), teacher.reshape(-1, size)
-    some = max(_CHUNK // max(size, 1), 1) if student.device.type == "cpu" else max(len(rows[0]), 1)
-    parts = [_jsd_rows(*pair, teacher_weight) for pair in zip(rows[0].split(some), rows[1].split(some), strict=True)]
-    return torch.cat(parts).view(student.shape[:-1]) if len(parts) != 1 else parts[0].view(student.shape[:-1])
+    students, teachers = student.reshape(-1, size), teacher.reshape(-1, size)
+    some = rows_at_once(students)
+    pairs = zip(students.split(some), teachers.split(some), strict=True)
+    parts = [_jsd_rows(*pair, teacher_weight) for pair in pairs]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(student.shape[:-1])
 
 
 def _jsd_rows(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tensor:

@@ -6,8 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 
 LONGEST_DRAFT = 16
-# Each new outcome weighs this much against the running rate.
-KEEP_WEIGHT = 0.08
+# Outcomes (a drafted token stood or did not) are forgotten over about so many; a row's own outcomes are weighed against
+# the common rate as if that had been seen so often in it.
+KEPT_OUTCOMES = 200
+ROW_OUTCOMES = 50
+PRIOR_OUTCOMES = 10
 # Times of so many passes over equally many tokens are kept, of so many different token counts.
 KEPT_TIMES = 5
 KEPT_COUNTS = 8
@@ -29,11 +32,16 @@ class DraftLength:
 
     def __init__(self, fixed: int | None = None, *, keep_rate: float = 0.7) -> None:
         self.fixed = fixed
-        self.keep_rate = keep_rate
-        self._row_rates: dict[int, float] = {}
+        self._common = (keep_rate * PRIOR_OUTCOMES, float(PRIOR_OUTCOMES))  # stood, of how many
+        self._rows: dict[int, tuple[float, float]] = {}
         self._student = PassTime()
         self._teacher = PassTime()
         self._rounds = 0
+
+    @property
+    def keep_rate(self) -> float:
+        """The running acceptance over all rows, in [0, 1]."""
+        return self._common[0] / self._common[1]
 
     def next(self, rows: Sequence[int], longest: int) -> int:
         """Return the length of the next draft.
@@ -51,7 +59,9 @@ class DraftLength:
         count = len(rows)
         student = self._student.line().at(count)
         teacher = self._teacher.line()
-        rates = [self._row_rates.get(row, self.keep_rate) for row in rows]
+        common = self.keep_rate
+        own = (self._rows.get(row, (0.0, 0.0)) for row in rows)
+        rates = [(stood + PRIOR_OUTCOMES * common) / (tried + PRIOR_OUTCOMES) for stood, tried in own]
         emitted, powers = 0.0, [1.0] * count
         best_length, best_speed = 1, 0.0
         for length in range(1, min(LONGEST_DRAFT, longest) + 1):
@@ -81,21 +91,25 @@ class DraftLength:
             return
         self._student.observe(len(rows), student_s / length)
         self._teacher.observe(len(rows) * length, teacher_s)
-        for row, count in zip(rows, kept, strict=True):
-            rate = self._row_rates.get(row, self.keep_rate)
-            for outcome in [1.0] * count + [0.0] * (count < length):
-                rate += KEEP_WEIGHT * (outcome - rate)
-                self.keep_rate += KEEP_WEIGHT / max(len(rows), 1) * (outcome - self.keep_rate)
-            self._row_rates[row] = rate
+        tried = [min(count + 1, length) for count in kept]
+        self._common = _remembered(self._common, sum(kept), sum(tried), KEPT_OUTCOMES)
+        for row, stood, of in zip(rows, kept, tried, strict=True):
+            self._rows[row] = _remembered(self._rows.get(row, (0.0, 0.0)), stood, of, ROW_OUTCOMES)
 
     def forget(self, row: int) -> None:
         """Drop what is known of a finished row."""
-        self._row_rates.pop(row, None)
+        self._rows.pop(row, None)
 
     def restart(self) -> "DraftLength":
         """Return the chooser for another rollout of the same models: times and the common rate stay, rows go."""
-        self._row_rates.clear()
+        self._rows.clear()
         return self
+
+
+def _remembered(before: tuple[float, float], stood: int, tried: int, memory: int) -> tuple[float, float]:
+    """Add outcomes to decayed counts."""
+    keep = (1.0 - 1.0 / memory) ** tried
+    return keep * before[0] + stood, keep * before[1] + tried
 
 
 class Line:

@@ -20,23 +20,9 @@ from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
+from switchkd.sampling import Warping
 from switchkd.sequential import decode_sequentially
 from switchkd.vocabulary import model_vocabulary_size, normalize_eos, shared_vocabulary_size
-
-
-@dataclass(frozen=True)
-class Warping:
-    """How logits become the distribution that is sampled and compared."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    vocabulary_size: int
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return sampling.warp(
-            logits[..., : self.vocabulary_size], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-        )
 
 
 @torch.no_grad()

@@ -90,8 +90,8 @@ class Verified:
 def verify(
     policy: Policy,
     drafted: Tensor,
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
     position: Tensor,
     state: Tensor | None,
     noise: NoiseTable,
@@ -102,15 +102,14 @@ def verify(
     Args:
         policy: Who writes.
         drafted: The student's draft, int64 `[A, G]`.
-        student_log_probs: `[A, G, V]`.
-        teacher_log_probs: `[A, G, V]`.
+        student_rows: Log-probabilities `[A * G, V]`.
+        teacher_rows: Likewise.
         position: Completion position of each drafted token, int64 `[A, G]`.
         state: The policy's state `[A, ...]` or None.
         noise: The rollout's noise.
         index: The place of each drafted token in it, int64 `[A, G]`.
     """
     rows, length = drafted.shape
-    student_rows, teacher_rows = student_log_probs.flatten(0, 1), teacher_log_probs.flatten(0, 1)
     flat = drafted.flatten()
     measure = policy.measure(student_rows, teacher_rows, flat).view(rows, length)
     drawn = sampling.uniform(noise.keys(Stream.POLICY, index)) if policy.random else None
@@ -133,17 +132,12 @@ def verify(
         if not len(hit):
             break
         at = hit * length + first[hit]
-        student_at = student_rows[at]
-        behaviour = policy.behaviour(student_at, teacher_rows[at])
-        keys = noise.keys(Stream.RESIDUAL, index.view(-1)[at])
-        if policy.redraws:
-            replacement = sampling.exponential_race(behaviour, keys)
-            stands_after_all = replacement == flat[at]
-        else:
-            # Where the two agree to rounding nothing is left to draw from: the draft stands and the walk goes on.
-            replacement, stands_after_all = sampling.residual_draw(student_at, behaviour, keys)
-            replacement = torch.where(stands_after_all, flat[at], replacement)
-        tokens.view(-1)[at] = replacement
+        replaced = [
+            _replacement(policy, student_rows[part], teacher_rows[part], flat[part], noise, index.view(-1)[part])
+            for part in at.split(sampling.rows_at_once(student_rows))
+        ]
+        tokens.view(-1)[at] = torch.cat([token for token, _ in replaced])
+        stands_after_all = torch.cat([stood for _, stood in replaced])
         if not bool(stands_after_all.any()):
             break
         stands.view(-1)[at[stands_after_all]] = True
@@ -169,6 +163,20 @@ def _decided(
         states.append(state)
     author = torch.stack([decision.author for decision in decisions], dim=1)
     return author, torch.stack([decision.threshold for decision in decisions], dim=1), states
+
+
+def _replacement(
+    policy: Policy, student_rows: Tensor, teacher_rows: Tensor, drafted: Tensor, noise: NoiseTable, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens `[N]` at positions where the draft was not accepted, and where it stands after all."""
+    behaviour = policy.behaviour(student_rows, teacher_rows)
+    keys = noise.keys(Stream.RESIDUAL, index)
+    if policy.redraws:
+        tokens = sampling.exponential_race(behaviour, keys)
+        return tokens, tokens == drafted
+    # Where the two agree to rounding nothing is left to draw from: the draft stands and the walk goes on.
+    tokens, empty = sampling.residual_draw(student_rows, behaviour, keys)
+    return torch.where(empty, drafted, tokens), empty
 
 
 def _accepted(student_rows: Tensor, behaviour_at: Tensor, flat: Tensor, log_uniform: Tensor) -> Tensor:
