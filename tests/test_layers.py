@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 LAYERS = (
     ("errors", "rollout", "vocabulary"),
-    ("divergences", "sampling", "lean", "cache", "heads", "metrics", "drafting", "significance"),
+    ("divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting", "significance"),
     (
         "policies",
         "interventions",

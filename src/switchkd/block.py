@@ -7,7 +7,7 @@ written the same tokens.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,15 @@ from switchkd import sampling
 from switchkd.cache import RowReader
 from switchkd.drafting import DraftLength
 from switchkd.policies import Policy
-from switchkd.rollout import Rollout
-from switchkd.sampling import Stream
+from switchkd.rollout import Author, Rollout
+from switchkd.sampling import NoiseTable, Stream, Warping
 from switchkd.verification import Verified, verify
+
+# Noise for a whole draft is made at once if it is at most so many numbers; else step by step, to bound memory.
+MOST_NOISE = 1 << 20
+# Tokens that a student alone writes before the host looks at them.
+ROUND_ALONE = 16
+ROUND_ALONE_WITH_END = 4
 
 
 @dataclass
@@ -29,16 +35,36 @@ class _Pool:
 
     prompts: list[list[int]]
     teacher_prompts: list[list[int]] | None
-    row_ids: Tensor
-    ids: Tensor  # [B, C]
-    author: Tensor
-    divergence: Tensor
-    threshold: Tensor
     emitted: list[int]
     last: list[int]  # the last committed token of each row: the next pass reads it first
-    hidden: Tensor | None = None
+    hidden: Tensor | None = None  # [B * C, H]
     active: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
+
+
+class _Kept:
+    """Memory that every round uses again: at V = 50,257 fresh pages would cost as much as what is written to them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, device=device)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of that shape; what an earlier one held is lost."""
+        size = math.prod(shape)
+        if self._memory.numel() < size or self._memory.dtype != dtype:
+            self._memory = torch.empty(size, dtype=dtype, device=self._memory.device)
+        return self._memory[:size].view(*shape)
+
+
+@dataclass
+class _Draft:
+    """What the student wrote in one round."""
+
+    rows: list[int]  # pool rows, A
+    tokens: Tensor  # [A, 1 + G]: the last committed token, then the draft
+    position: Tensor  # [A, G], completion positions
+    places: Tensor  # [A, G], places in the table of noise, and in the record
+    log_probs: Tensor  # [A * G, V]
 
 
 class BlockDecoder:
@@ -50,7 +76,7 @@ class BlockDecoder:
         prompts: Left-padded `(ids, mask)` `[B, P]` for the student.
         teacher_prompts: Likewise for the teacher.
         policy: Who writes.
-        warping: Logits `[..., V']` to log-probabilities `[..., V]`.
+        warping: How logits become the log-probabilities that are sampled from and compared.
         max_new_tokens: Length limit of a completion.
         seed: Seed of the counter-based randomness.
         row_ids: int64 `[B]`.
@@ -69,7 +95,7 @@ class BlockDecoder:
         prompts: tuple[Tensor, Tensor],
         teacher_prompts: tuple[Tensor, Tensor] | None,
         policy: Policy,
-        warping: Callable[[Tensor], Tensor],
+        warping: Warping,
         max_new_tokens: int,
         seed: int,
         row_ids: Tensor,
@@ -79,11 +105,13 @@ class BlockDecoder:
         max_active_rows: int | None = None,
         return_teacher_hidden: bool = False,
     ) -> None:
-        self.policy, self.warping, self.seed = policy, warping, seed
+        self.policy, self.warping = policy, warping
         self.limit, self.pad, self.draft_length = max_new_tokens, pad_token_id, draft_length
         self.prompts = prompts
         self.device = row_ids.device
-        self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
+        self.eos = frozenset(eos)
+        self.noise = NoiseTable(seed, row_ids, max_new_tokens)
+        self._places = torch.arange(max_new_tokens, device=self.device)
         rows = len(row_ids)
         width = min(max_active_rows or rows, rows)
         longest = prompts[0].shape[1] + max_new_tokens
@@ -93,15 +121,9 @@ class BlockDecoder:
             self.teacher = RowReader(
                 teacher, width, teacher_prompts[0].shape[1] + max_new_tokens, keep_hidden=return_teacher_hidden
             )
-        shape = (rows, max_new_tokens)
         self.pool = _Pool(
             prompts=_unpadded(*prompts),
             teacher_prompts=_unpadded(*teacher_prompts) if self.teacher and teacher_prompts else None,
-            row_ids=row_ids,
-            ids=torch.full(shape, pad_token_id, dtype=torch.int64, device=self.device),
-            author=torch.zeros(shape, dtype=torch.uint8, device=self.device),
-            divergence=torch.full(shape, math.nan, device=self.device),
-            threshold=torch.full(shape, math.nan, device=self.device),
             emitted=[0] * rows,
             last=[0] * rows,
             waiting=list(range(rows)),
@@ -109,6 +131,10 @@ class BlockDecoder:
         self.width = width
         self.state = policy.initial_state(width, self.device)
         self.keep_hidden = return_teacher_hidden
+        self._student_rows, self._teacher_rows = _Kept(self.device), _Kept(self.device)
+        # What each round wrote, and how many tokens of it were emitted in each of its rows.
+        self._notes: list[tuple[Tensor, Verified]] = []
+        self._counts: list[int] = []
         self.stats: dict[str, Any] = {
             "drafted": 0,
             "kept": 0,
@@ -121,12 +147,16 @@ class BlockDecoder:
 
     def run(self) -> Rollout:
         """Write every row and return the rollout."""
-        while self.pool.active or self.pool.waiting:
-            self._admit()
-            if self.teacher is None:
-                self._student_round()
-            else:
-                self._round()
+        # Without version counters and views to track every call is cheaper. A model's own forward may keep tensors
+        # that training reads later, so it never runs so.
+        lean = self.student.lean and (self.teacher is None or self.teacher.lean)
+        with torch.inference_mode() if lean else torch.no_grad():
+            while self.pool.active or self.pool.waiting:
+                self._admit()
+                if self.teacher is None:
+                    self._student_round()
+                else:
+                    self._round()
         return self._record()
 
     # ---- rows come and go
@@ -173,27 +203,34 @@ class BlockDecoder:
 
     # ---- one round
 
-    def _draft(self, rows: list[int], index: Tensor, length: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The last committed token and the draft `[A, 1 + G]`, its positions `[A, G]`, the log-probs of each step.
-
-        `rows` are the active pool rows, `index` the same on the device.
-        """
-        pool = self.pool
+    def _draft(self, length: int) -> _Draft:
+        """Let the student write `length` tokens in every active row."""
+        pool, rows = self.pool, list(self.pool.active)
         start = [self._start(row, pool.prompts) for row in rows]
-        emitted = torch.tensor([pool.emitted[row] for row in rows], device=self.device).unsqueeze(1)
-        position = emitted + torch.arange(length, device=self.device)
-        row_ids = pool.row_ids[index]
-        keys = sampling.noise_keys(self.seed, row_ids.unsqueeze(1).expand(-1, length), position, Stream.DRAFT)
-        starts = torch.tensor(start, device=self.device).unsqueeze(1)
-        current = torch.tensor([pool.last[row] for row in rows], device=self.device).unsqueeze(1)
-        read, log_probs = [current], []
+        emitted, last = [pool.emitted[row] for row in rows], [pool.last[row] for row in rows]
+        index, done, starts, current = (
+            torch.tensor([rows, emitted, start, last], device=self.device).unsqueeze(-1).unbind(0)
+        )
+        position = done + self._places[:length]
+        places = self.noise.index(index, position)
+        keys = self.noise.keys(Stream.DRAFT, places)
+        size = self.warping.vocabulary_size
+        noise: Tensor | None = None
+        if keys.numel() * size <= MOST_NOISE:
+            noise = sampling.log_exponential(keys.flatten(), size).view(len(rows), length, size)
+        log_probs = self._student_rows.take((len(rows), length, size), self.student.log_dtype)
+        read = [current]
         for step in range(length):
-            logits = self.student.read(current, [one + step for one in start], positions=starts + step, logits="last")
-            log_probs.append(self.warping(logits[:, -1]))
-            current = sampling.exponential_race(log_probs[-1], keys[:, step]).unsqueeze(1)
+            at = starts + step if step else starts
+            logits = self.student.read(current, [one + step for one in start], positions=at, logits="last")
+            now = self.warping.into(log_probs[:, step], logits[:, -1])
+            if noise is None:
+                current = sampling.exponential_race(now, keys[:, step]).unsqueeze(1)
+            else:
+                current = (now - noise[:, step]).argmax(-1, keepdim=True)
             read.append(current)
         self.stats["drafted"] += length * len(rows)
-        return torch.cat(read, dim=1), position, log_probs
+        return _Draft(rows, torch.cat(read, dim=1), position, places, log_probs.view(-1, size))
 
     def _round(self) -> None:
         pool = self.pool
@@ -202,11 +239,10 @@ class BlockDecoder:
         longest = max(self.limit - pool.emitted[row] for row in rows)
         length = self.draft_length.next(rows, longest)
         started = time.perf_counter()
-        index = torch.tensor(rows, device=self.device)
-        tokens, position, student_log_probs = self._draft(rows, index, length)
+        draft = self._draft(length)
         drafted_at = time.perf_counter()
         teacher_start = [self._start(row, pool.teacher_prompts) for row in rows]
-        read = tokens[:, :-1]
+        read = draft.tokens[:, :-1]
         fresh = [place for place, row in enumerate(rows) if pool.emitted[row] == 0]
         if fresh:
             # The first token read is the prompt's last, and the teacher's prompt may be another.
@@ -218,100 +254,111 @@ class BlockDecoder:
         taught_at = time.perf_counter()
         verified = verify(
             self.policy,
-            tokens[:, 1:],
-            torch.stack(student_log_probs, dim=1),
-            self.warping(logits),
-            position,
+            draft.tokens[:, 1:],
+            draft.log_probs,
+            self.warping.into(
+                self._teacher_rows.take(draft.log_probs.shape, self.teacher.log_dtype), logits.flatten(0, 1)
+            ),
+            draft.position,
             None if self.state is None else self.state[: len(rows)],
-            self.seed,
-            pool.row_ids[index],
+            self.noise,
+            draft.places,
         )
-        count, kept, last = self._commit(index, verified, position)
-        finished = time.perf_counter()
-        self.draft_length.observe(rows, kept, length, drafted_at - started, finished - drafted_at)
+        kept, finished = self._commit(draft, verified)
+        ended_at = time.perf_counter()
+        self.draft_length.observe(rows, kept, length, drafted_at - started, ended_at - drafted_at)
         self.stats["student_s"] += drafted_at - started
         self.stats["teacher_s"] += taught_at - drafted_at
-        self.stats["verify_s"] += finished - taught_at
-        self._advance(rows, count, last)
-
-    def _student_round(self) -> None:
-        """One token of the student alone in every row."""
-        started = time.perf_counter()
-        rows = list(self.pool.active)
-        index = torch.tensor(rows, device=self.device)
-        tokens, position, _ = self._draft(rows, index, 1)
-        nothing = torch.full(position.shape, math.nan, device=self.device)
-        decision, _ = self.policy.decide(nothing[:, 0], position[:, 0], None)
-        one = torch.ones(len(rows), dtype=torch.int64, device=self.device)
-        verified = Verified(
-            tokens=tokens[:, 1:],
-            kept=one,
-            count=one,
-            author=decision.author.unsqueeze(1),
-            divergence=nothing,
-            threshold=decision.threshold.unsqueeze(1),
-            states=[],
-        )
-        count, _, last = self._commit(index, verified, position)
-        self.stats["student_s"] += time.perf_counter() - started
-        self._advance(rows, count, last)
-
-    def _commit(
-        self, index: Tensor, verified: Verified, position: Tensor
-    ) -> tuple[list[int], list[int], list[tuple[int, bool]]]:
-        """Write what was emitted into the record; one transfer brings back what the host must know."""
-        pool, length = self.pool, position.shape[1]
-        places = torch.arange(length, device=self.device)
-        count = torch.minimum(verified.count, self.limit - position[:, 0])
-        ends = torch.isin(verified.tokens, self.eos) & (places < count.unsqueeze(1))
-        ended = ends.any(-1)
-        count = torch.where(ended, ends.to(torch.uint8).argmax(-1) + 1, count)
-        emitted = places < count.unsqueeze(1)
-        at = (index.unsqueeze(1).expand(-1, length)[emitted], position[emitted])
-        pool.ids[at] = verified.tokens[emitted]
-        pool.author[at] = verified.author[emitted]
-        pool.divergence[at] = verified.divergence[emitted]
-        pool.threshold[at] = verified.threshold[emitted]
-        if self.keep_hidden and self.teacher is not None and self.teacher.hidden is not None:
-            hidden = self.teacher.hidden
-            if pool.hidden is None:
-                pool.hidden = hidden.new_zeros((*pool.ids.shape, hidden.shape[-1])).to(self.device)
-            pool.hidden[at] = hidden.to(self.device)[emitted]
-        if self.state is not None:
-            # The state after `count` emitted tokens, row by row.
-            after = torch.stack([state for state in verified.states if state is not None])
-            self.state[: len(index)] = after[count, torch.arange(len(index), device=self.device)]
-        last = verified.tokens.gather(1, count.unsqueeze(1) - 1).squeeze(1)
-        counts, kept, tokens, done = torch.stack([count, verified.kept, last, ended.to(torch.int64)]).tolist()
-        # Of the kept tokens those after the end were never emitted; they say nothing about acceptance.
-        self.stats["kept"] += sum(min(pair) for pair in zip(kept, counts, strict=True))
-        self.stats["rounds"] += 1
-        return counts, kept, list(zip(tokens, (bool(value) for value in done), strict=True))
-
-    def _advance(self, rows: list[int], count: list[int], last: list[tuple[int, bool]]) -> None:
-        pool = self.pool
-        finished = []
-        for place, row in enumerate(rows):
-            pool.emitted[row] += count[place]
-            pool.last[row], ended = last[place]
-            if ended or pool.emitted[row] >= self.limit:
-                finished.append(place)
+        self.stats["verify_s"] += ended_at - taught_at
         for place in reversed(finished):
             self._release(place)
 
-    def _record(self) -> Rollout:
+    def _student_round(self) -> None:
+        """Some tokens of the student alone in every row; the host hears of them once."""
+        started = time.perf_counter()
         pool = self.pool
+        # A row that ends inside the round reads on for nothing: rounds are short where rows can end.
+        room = min(self.limit - pool.emitted[row] for row in pool.active)
+        length = min(room, ROUND_ALONE if not self.eos else ROUND_ALONE_WITH_END)
+        draft = self._draft(length)
+        nothing = torch.full(draft.position.shape, math.nan, device=self.device)
+        decision, _ = self.policy.decide(nothing.flatten(), draft.position.flatten(), None)
+        verified = Verified(
+            tokens=draft.tokens[:, 1:],
+            kept=torch.full((len(draft.rows),), length, device=self.device),
+            author=decision.author.view(nothing.shape),
+            divergence=nothing,
+            threshold=decision.threshold.view(nothing.shape),
+            states=[],
+        )
+        _, finished = self._commit(draft, verified)
+        self.stats["student_s"] += time.perf_counter() - started
+        for place in reversed(finished):
+            self._release(place)
+
+    def _commit(self, draft: _Draft, verified: Verified) -> tuple[list[int], list[int]]:
+        """Note what was emitted; one transfer brings back what the host must know.
+
+        Returns:
+            How many drafted tokens stood in each row, and the places of the rows that are finished.
+        """
+        pool, length = self.pool, draft.position.shape[1]
+        counts, kept, finished = [], [], []
+        host = torch.cat([verified.tokens, verified.kept.unsqueeze(1)], dim=1).tolist()
+        for place, (row, (*tokens, stood)) in enumerate(zip(draft.rows, host, strict=True)):
+            count = min(stood + 1, length, self.limit - pool.emitted[row])
+            end = next((step for step in range(count) if tokens[step] in self.eos), None)
+            if end is not None:
+                count = end + 1
+            pool.emitted[row] += count
+            pool.last[row] = tokens[count - 1]
+            if end is not None or pool.emitted[row] >= self.limit:
+                finished.append(place)
+            counts.append(count)
+            kept.append(stood)
+            # Of the kept tokens those after the end were never emitted; they say nothing about acceptance.
+            self.stats["kept"] += min(stood, count)
+        self.stats["rounds"] += 1
+        self._notes.append((draft.places, verified))
+        self._counts += counts
+        hidden = self.teacher.hidden if self.keep_hidden and self.teacher is not None else None
+        if hidden is not None:
+            if pool.hidden is None:
+                pool.hidden = hidden.new_zeros((len(pool.emitted) * self.limit, hidden.shape[-1])).to(self.device)
+            emitted = self._places[:length] < torch.tensor(counts, device=self.device).unsqueeze(1)
+            pool.hidden[draft.places[emitted]] = hidden.to(self.device)[emitted]
+        if self.state is not None:
+            # The state after `count` emitted tokens, row by row.
+            after = torch.stack([state for state in verified.states if state is not None])
+            self.state[: len(counts)] = after[counts, torch.arange(len(counts), device=self.device)]
+        return kept, finished
+
+    def _record(self) -> Rollout:
+        """Put together what the rounds noted, all at once: a few calls instead of a few for every round."""
+        pool, rows = self.pool, len(self.pool.emitted)
         longest = max(pool.emitted)
         mask = torch.arange(longest, device=self.device) < torch.tensor(pool.emitted, device=self.device).unsqueeze(1)
+        lengths = torch.cat([places.new_full(places.shape[:1], places.shape[1]) for places, _ in self._notes])
+        counts = torch.tensor(self._counts, device=self.device)
+        step = torch.cat([self._places[: places.shape[1]].repeat(len(places)) for places, _ in self._notes])
+        emitted = step < counts.repeat_interleave(lengths)
+        at = torch.cat([places.flatten() for places, _ in self._notes])[emitted]
+
+        def column(name: str, fill: float, dtype: torch.dtype) -> Tensor:
+            values = torch.cat([getattr(verified, name).flatten() for _, verified in self._notes])[emitted]
+            filled = torch.full((rows * self.limit,), fill, dtype=dtype, device=self.device)
+            filled[at] = values.to(dtype)
+            return filled.view(rows, self.limit)[:, :longest].clone()
+
         return Rollout(
             prompt_ids=self.prompts[0],
             prompt_mask=self.prompts[1],
-            completion_ids=pool.ids[:, :longest].clone(),
+            completion_ids=column("tokens", self.pad, torch.int64),
             completion_mask=mask,
-            author=pool.author[:, :longest].clone(),
-            divergence=pool.divergence[:, :longest].clone(),
-            threshold=pool.threshold[:, :longest].clone(),
-            teacher_hidden=None if pool.hidden is None else pool.hidden[:, :longest].clone(),
+            author=column("author", int(Author.NONE), torch.uint8),
+            divergence=column("divergence", math.nan, torch.float32),
+            threshold=column("threshold", math.nan, torch.float32),
+            teacher_hidden=None if pool.hidden is None else pool.hidden.view(rows, self.limit, -1)[:, :longest].clone(),
             stats={
                 "student_passes": self.student.passes,
                 "teacher_passes": self.teacher.passes if self.teacher is not None else 0,

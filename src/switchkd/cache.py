@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from switchkd.lean import lean_decoder
+from switchkd.slots import GROWTH, SlotCache
 
-# Slots are added in steps of this many, so that short completions never pay for the length limit.
-GROWTH = 64
 SERVED_ATTENTION = ("eager", "sdpa")
 # These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
 UNSERVED_ROPE = ("dynamic", "longrope")
@@ -42,7 +41,7 @@ class RowCache(Cache):
         self._start: Sequence[int] = ()
         self._count = 0
         self._used = 0
-        self._aligned = True
+        self.aligned = True
         self._plans: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, first: int, start: Sequence[int], count: int) -> int:
@@ -53,7 +52,7 @@ class RowCache(Cache):
         """
         self._first, self._start, self._count = first, start, count
         self._used = max(start) + count
-        self._aligned = min(start) == max(start)
+        self.aligned = min(start) == max(start)
         self._plans = {}
         if self._used > self.slots:
             self.slots = max(min(-(-self._used // GROWTH) * GROWTH + GROWTH, self.max_length), self._used)
@@ -74,7 +73,7 @@ class RowCache(Cache):
         first, last = self._first, self._first + len(key_states)
         seen = []
         for buffer, states in ((self._keys[layer_idx], key_states), (self._values[layer_idx], value_states)):
-            if self._aligned:
+            if self.aligned:
                 buffer[first:last, :, self._start[0] : self._used] = states
             else:
                 buffer.view(-1, buffer.shape[-1]).index_copy_(
@@ -131,14 +130,27 @@ class RowReader:
         self._last_position = (limit or 2**62) - 1
         # Drafts may run a little past the end; positions are clamped to the tables.
         self._lean = lean_decoder(model, min(max_length, self._last_position + 1)) if lean else None
+        self.device = device_of(model)
+        self.cache: RowCache | SlotCache
         if self._lean is not None:
             self._last_position = min(max_length - 1, self._last_position)
-        self.device = device_of(model)
-        self.cache = RowCache(rows, max_length)
+            self.cache = self._lean.cache(rows, max_length)
+        else:
+            self.cache = RowCache(rows, max_length)
         self.passes = 0
         self.hidden: Tensor | None = None
         self._dtype = model.get_input_embeddings().weight.dtype
         self._keep_hidden = keep_hidden
+
+    @property
+    def log_dtype(self) -> torch.dtype:
+        """What log-probabilities are computed in: at least float32."""
+        return torch.promote_types(self._dtype, torch.float32)
+
+    @property
+    def lean(self) -> bool:
+        """Whether the model is read through its weights rather than through its own forward."""
+        return self._lean is not None
 
     def read(
         self,
@@ -162,23 +174,33 @@ class RowReader:
             `[A, n, V]` or `[A, 1, V]`.
         """
         count = tokens.shape[1]
-        used = self.cache.begin(first, start, count)
         if positions is None:
             positions = torch.tensor(start, device=self.device).unsqueeze(1)
         if count > 1:
             positions = positions + torch.arange(count, device=self.device)
-        queries = positions[:1] if self.cache._aligned else positions
+        self.passes += 1
+        if self._lean is not None:
+            assert isinstance(self.cache, SlotCache)
+            result, states = self._lean(
+                tokens,
+                start,
+                positions,
+                self.cache,
+                first=first,
+                last_position=self._last_position,
+                last_only=logits == "last",
+            )
+            if self._keep_hidden:
+                self.hidden = states
+            return result
+        assert isinstance(self.cache, RowCache)
+        used = self.cache.begin(first, start, count)
+        queries = positions[:1] if self.cache.aligned else positions
         visible = torch.arange(used, device=self.device) <= queries[:, None, :, None]
         # Additive, because eager attention adds what it is given and sdpa takes it as well.
         mask = torch.zeros(visible.shape, dtype=self._dtype, device=self.device).masked_fill_(~visible, -torch.inf)
         # Drafts may run past the end of the context; what is written there is never kept.
         positions = positions.clamp(max=self._last_position)
-        self.passes += 1
-        if self._lean is not None:
-            result, states = self._lean(tokens, positions, self.cache, mask, last_only=logits == "last")
-            if self._keep_hidden:
-                self.hidden = states
-            return result
         with output_layer_input(self.model, enabled=self._keep_hidden) as hidden:
             output = self.model(
                 input_ids=tokens,

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from switchkd.sampling import rows_at_once
 
 LN_2 = math.log(2.0)
 # How many of the teacher's likeliest ids are tried first for the head of the adaptive KL.
@@ -66,9 +69,11 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, tea
     """
     _check_open_interval("teacher_weight", teacher_weight)
     student, teacher = _promote(student_log_probs, teacher_log_probs)
+    largest = -teacher_weight * math.log(teacher_weight) - (1 - teacher_weight) * math.log1p(-teacher_weight)
+    if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
+        return _jsd_value(student, teacher, teacher_weight).clamp_(0.0, largest)
     mixture = _mix(teacher, student, teacher_weight)
     value = teacher_weight * _kl(teacher, mixture) + (1 - teacher_weight) * _kl(student, mixture)
-    largest = -teacher_weight * math.log(teacher_weight) - (1 - teacher_weight) * math.log1p(-teacher_weight)
     # Rounding may leave the exact range by an ulp; only the value is brought back, the gradient is not cut.
     return value + (value.detach().clamp(0.0, largest) - value.detach())
 
@@ -181,6 +186,28 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
     """KL(first, second); an id with no mass under `first` adds exactly zero, -inf or not."""
     difference = torch.where(first == -math.inf, 0.0, first - second)
     return (first.exp() * difference).sum(-1)
+
+
+def _jsd_value(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tensor:
+    """The generalised JSD without a graph, some rows at a time."""
+    size = student.shape[-1]
+    students, teachers = student.reshape(-1, size), teacher.reshape(-1, size)
+    some = rows_at_once(students)
+    pairs = zip(students.split(some), teachers.split(some), strict=True)
+    parts = [_jsd_rows(*pair, teacher_weight) for pair in pairs]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(student.shape[:-1])
+
+
+def _jsd_rows(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tensor:
+    # With d = ln teacher - ln student: ln m - ln student = softplus(d + ln(w / (1-w))) + ln(1-w), and that minus d is
+    # ln m - ln teacher. Beyond |d| = 30 the mixture is one of the two to all digits; ids that both exclude add 0.
+    difference = torch.nan_to_num(teacher - student, nan=0.0, posinf=30.0, neginf=-30.0).clamp_(-30.0, 30.0)
+    shift = math.log(teacher_weight) - math.log1p(-teacher_weight)
+    above = functional.softplus(difference + shift if shift else difference, threshold=40.0)
+    above.add_(math.log1p(-teacher_weight))
+    difference.sub_(above).mul_(teacher.exp())
+    difference.addcmul_(above, student.exp(), value=-(1 - teacher_weight) / teacher_weight)
+    return difference.sum(-1).mul_(teacher_weight)
 
 
 def _head_share(student: Tensor, teacher: Tensor, head_mass: float) -> Tensor:

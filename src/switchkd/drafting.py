@@ -1,11 +1,21 @@
 """How many tokens to draft before the teacher checks them: the most text for the least time, as measured."""
 
+import itertools
+import statistics
+from collections import deque
 from collections.abc import Sequence
 
 LONGEST_DRAFT = 16
-# Each new time or outcome weighs this much against the running value.
-TIME_WEIGHT = 0.2
-KEEP_WEIGHT = 0.08
+# Outcomes (a drafted token stood or did not) are forgotten over about so many; a row's own outcomes are weighed against
+# the common rate as if that had been seen so often in it.
+KEPT_OUTCOMES = 200
+ROW_OUTCOMES = 50
+PRIOR_OUTCOMES = 10
+# Times of so many passes over equally many tokens are kept, of so many different token counts.
+KEPT_TIMES = 5
+KEPT_COUNTS = 8
+# A token count that was not read for so many rounds is forgotten, and with it what made its length look bad.
+MEMORY = 256
 
 
 class DraftLength:
@@ -22,11 +32,16 @@ class DraftLength:
 
     def __init__(self, fixed: int | None = None, *, keep_rate: float = 0.7) -> None:
         self.fixed = fixed
-        self.keep_rate = keep_rate
-        self._row_rates: dict[int, float] = {}
-        self._student = _LinearTime()
-        self._teacher = _LinearTime()
+        self._common = (keep_rate * PRIOR_OUTCOMES, float(PRIOR_OUTCOMES))  # stood, of how many
+        self._rows: dict[int, tuple[float, float]] = {}
+        self._student = PassTime()
+        self._teacher = PassTime()
         self._rounds = 0
+
+    @property
+    def keep_rate(self) -> float:
+        """The running acceptance over all rows, in [0, 1]."""
+        return self._common[0] / self._common[1]
 
     def next(self, rows: Sequence[int], longest: int) -> int:
         """Return the length of the next draft.
@@ -42,16 +57,22 @@ class DraftLength:
             # Three different lengths, the shortest last, are what it takes to tell a pass's fixed cost from its slope.
             return max(min((2, 4, 1)[self._rounds - 1], longest), 1)
         count = len(rows)
-        student = self._student.seconds(count)
-        rates = [self._row_rates.get(row, self.keep_rate) for row in rows]
+        student = self._student.line().at(count)
+        teacher = self._teacher.line()
+        common = self.keep_rate
+        own = (self._rows.get(row, (0.0, 0.0)) for row in rows)
+        rates = [(stood + PRIOR_OUTCOMES * common) / (tried + PRIOR_OUTCOMES) for stood, tried in own]
         emitted, powers = 0.0, [1.0] * count
         best_length, best_speed = 1, 0.0
         for length in range(1, min(LONGEST_DRAFT, longest) + 1):
             emitted += sum(powers)
             powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
-            speed = emitted / (length * student + self._teacher.seconds(count * length))
+            speed = emitted / (length * student + teacher.at(count * length))
             if speed > best_speed * (1.0 + 1e-3):
                 best_length, best_speed = length, speed
+            elif speed < 0.9 * best_speed:
+                # Each further token adds less text at the same cost: past its maximum the speed only falls.
+                break
         return best_length
 
     def observe(
@@ -70,42 +91,79 @@ class DraftLength:
             return
         self._student.observe(len(rows), student_s / length)
         self._teacher.observe(len(rows) * length, teacher_s)
-        for row, count in zip(rows, kept, strict=True):
-            rate = self._row_rates.get(row, self.keep_rate)
-            for outcome in [1.0] * count + [0.0] * (count < length):
-                rate += KEEP_WEIGHT * (outcome - rate)
-                self.keep_rate += KEEP_WEIGHT / max(len(rows), 1) * (outcome - self.keep_rate)
-            self._row_rates[row] = rate
+        tried = [min(count + 1, length) for count in kept]
+        self._common = _remembered(self._common, sum(kept), sum(tried), KEPT_OUTCOMES)
+        for row, stood, of in zip(rows, kept, tried, strict=True):
+            self._rows[row] = _remembered(self._rows.get(row, (0.0, 0.0)), stood, of, ROW_OUTCOMES)
 
     def forget(self, row: int) -> None:
         """Drop what is known of a finished row."""
-        self._row_rates.pop(row, None)
+        self._rows.pop(row, None)
+
+    def restart(self) -> "DraftLength":
+        """Return the chooser for another rollout of the same models: times and the common rate stay, rows go."""
+        self._rows.clear()
+        return self
 
 
-class _LinearTime:
-    """Seconds of a pass as fixed + slope * tokens, both at least 0, by weighted least squares that forgets."""
+def _remembered(before: tuple[float, float], stood: int, tried: int, memory: int) -> tuple[float, float]:
+    """Add outcomes to decayed counts."""
+    keep = (1.0 - 1.0 / memory) ** tried
+    return keep * before[0] + stood, keep * before[1] + tried
+
+
+class Line:
+    """Seconds of a pass: fixed + slope * tokens."""
+
+    def __init__(self, fixed: float, slope: float) -> None:
+        self.fixed, self.slope = fixed, slope
+
+    def at(self, tokens: int) -> float:
+        """Return the seconds of a pass over so many tokens, > 0."""
+        return max(self.fixed + self.slope * tokens, 1e-9)
+
+
+class PassTime:
+    """Measured seconds of passes over different numbers of tokens, and the line through their medians.
+
+    Medians all the way (of repeated passes, of slopes between two token counts, of offsets): a pass that another
+    process interrupted must not turn the choice over.
+    """
 
     def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._times: dict[int, deque[float]] = {}
+        self._seen: dict[int, int] = {}
+        self._passes = 0
+        self._line: Line | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
-        keep = 1.0 - TIME_WEIGHT * 0.25
-        if self._weight > 3.0:
-            # A single pass that was interrupted by another process must not turn the estimate over.
-            seconds = min(seconds, 3.0 * self.seconds(tokens) + 1e-6)
-        self._weight = keep * self._weight + 1.0
-        self._x = keep * self._x + tokens
-        self._y = keep * self._y + seconds
-        self._xx = keep * self._xx + tokens * tokens
-        self._xy = keep * self._xy + tokens * seconds
+        """Learn the seconds of one pass over so many tokens."""
+        self._passes += 1
+        # The latest count comes last.
+        times = self._times.pop(tokens, None) or deque(maxlen=KEPT_TIMES)
+        times.append(seconds)
+        self._times[tokens] = times
+        self._seen[tokens] = self._passes
+        oldest = next(iter(self._times))
+        if len(self._times) > KEPT_COUNTS or self._passes - self._seen[oldest] > MEMORY:
+            del self._times[oldest], self._seen[oldest]
+        self._line = None
 
-    def seconds(self, tokens: int) -> float:
-        if self._weight == 0.0:
-            return 1.0
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        variance = self._xx / self._weight - mean_x * mean_x
-        slope = 0.0
-        if variance > 1e-9:
-            slope = max((self._xy / self._weight - mean_x * mean_y) / variance, 0.0)
-        slope = min(slope, mean_y / mean_x)
-        return max(mean_y + slope * (tokens - mean_x), 1e-9)
+    def line(self) -> Line:
+        """Return the line, slope and fixed cost both at least 0; where one count was seen its cost is all fixed."""
+        if self._line is None:
+            self._line = self._fitted()
+        return self._line
+
+    def _fitted(self) -> Line:
+        points = [(tokens, statistics.median(times)) for tokens, times in self._times.items()]
+        if not points:
+            return Line(1.0, 0.0)
+        slopes = [
+            (second[1] - first[1]) / (second[0] - first[0]) for first, second in itertools.combinations(points, 2)
+        ]
+        # Twice as many tokens take at most twice as long, and not less time.
+        latest = points[-1]
+        slope = min(max(statistics.median(slopes), 0.0), latest[1] / latest[0]) if slopes else 0.0
+        offset = statistics.median(seconds - slope * tokens for tokens, seconds in points)
+        return Line(max(offset, 0.0), slope)

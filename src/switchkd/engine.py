@@ -4,9 +4,11 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +20,9 @@ from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
+from switchkd.sampling import Warping
 from switchkd.sequential import decode_sequentially
 from switchkd.vocabulary import model_vocabulary_size, normalize_eos, shared_vocabulary_size
-
-
-@dataclass(frozen=True)
-class Warping:
-    """How logits become the distribution that is sampled and compared."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    vocabulary_size: int
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return sampling.warp(
-            logits[..., : self.vocabulary_size], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-        )
 
 
 @torch.no_grad()
@@ -78,7 +66,8 @@ def roll_out(
         top_k: Likewise; 0 keeps every id.
         top_p: Likewise, in (0, 1].
         draft_length: Tokens the student drafts before the teacher checks them: a number, or "auto" to choose it round
-            by round from measured times. 1 is the sequential reference. In float32 the result is the same for all.
+            by round from measured times, which are remembered for the pair of models. 1 is the sequential reference.
+            In float32 the result is the same for all.
         eos_token_id: An id, several, or None to run to the length limit.
         pad_token_id: Fills completions after their end; the first EOS id, else 0, if None.
         row_ids: Identity of each row for the randomness, int64 `[B]`; 0 .. B-1 if None.
@@ -140,7 +129,7 @@ def roll_out(
     started = time.perf_counter()
     with eval_mode(student, teacher):
         if draft_length != 1 and _served(job):
-            chooser = DraftLength(None if draft_length == "auto" else draft_length)
+            chooser = _chooser(student, teacher) if draft_length == "auto" else DraftLength(draft_length)
             result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()
         else:
             parts = [decode_sequentially(**vars(part)) for part in job.split(max_active_rows)]
@@ -149,6 +138,20 @@ def roll_out(
     result.stats["seconds"] = seconds
     result.stats["tokens_per_s"] = int(result.completion_mask.sum()) / max(seconds, 1e-9)
     return result
+
+
+# What was learnt of a pair's speed and agreement; rollouts are many, and each would learn it anew.
+_CHOOSERS: WeakKeyDictionary[nn.Module, tuple[Callable[[], nn.Module | None], DraftLength]] = WeakKeyDictionary()
+
+
+def _chooser(student: nn.Module, teacher: nn.Module | None) -> DraftLength:
+    """Return the chooser of draft lengths of these two models."""
+    known = _CHOOSERS.get(student)
+    if known is None or known[0]() is not teacher:
+        known = ((lambda: None) if teacher is None else weakref.ref(teacher), DraftLength())
+        if teacher is not None:
+            _CHOOSERS[student] = known
+    return known[1].restart()
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,60 @@
 """The forward of well-known decoders without what a general forward does around it.
 
 A decoding pass over a few tokens costs transformers more time in Python, mask preparation and casts than in arithmetic.
-For GPT-2, OPT and LLaMA-like models the same modules' weights are read here in the same order with fewer calls. The
-model is not changed, and `switchkd.cache` compares the result with the model's own logits before it is used.
+For GPT-2, OPT and LLaMA-like models the same weights are read here in the same order with fewer calls. The model is not
+changed, and `switchkd.cache` compares the result with the model's own logits before it is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from switchkd.slots import SlotCache
+
 Map = Callable[[Tensor], Tensor]
+# Adds a map of the second argument to the first: the residual stream and what a sublayer adds to it.
+Residual = Callable[[Tensor, Tensor], Tensor]
 
 # Decoders whose layers are: RMS norm, rotary attention with grouped queries, RMS norm, gated feed-forward.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+
+# Up to so many scores the two products are formed plainly on CPU: fewer calls than the fused kernel, which streams.
+MOST_PLAIN_SCORES = 1 << 18
+# Models of up to so many bytes get joint copies of weights that read the same states: one call instead of three.
+MOST_COPIED_BYTES = 64 << 20
 
 
 @dataclass
 class _Layer:
     attention_norm: Map
-    query_key_value: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # [N, H] -> three [N, heads * head_dim]
-    attention_out: Map
+    query_key_value: Map  # [N, H] -> [N, (heads + 2 * key_value_heads) * head_dim]
+    attention_out: Residual
     feed_forward_norm: Map
-    feed_forward: Map
+    feed_forward: Residual
     query_norm: Map | None = None
     key_norm: Map | None = None
 
 
 @dataclass
 class LeanDecoder:
-    """A decoder taken apart; call it with tokens, their positions, a cache that is written and the mask.
+    """A decoder taken apart; call it with tokens, their positions and a cache that is written.
 
     Attributes:
         embed: `(tokens [A, n], positions [A, n])` to states `[A * n, H]`.
         layers: The decoder layers.
-        finish: Last norm and projection before the output layer.
+        finish: Last norm before the output layer.
         head: The output layer.
         heads: Query heads.
         key_value_heads: Key and value heads.
         head_dim: Width of a head.
         scale: Factor of the attention scores.
-        cosine, sine: Rotary tables `[positions, head_dim]`, the sine with its sign per half; None without rotary.
+        like: A weight of the model, for dtype and device.
+        rotary: Tables `[positions, 2, 1, head_dim]` of cosine and sine, the sine with its sign per half; or None.
     """
 
     embed: Callable[[Tensor, Tensor], Tensor]
@@ -56,69 +65,119 @@ class LeanDecoder:
     key_value_heads: int
     head_dim: int
     scale: float
-    cosine: Tensor | None = None
-    sine: Tensor | None = None
+    like: Tensor
+    rotary: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._visible = self.like.new_zeros(())
+        self._hidden = self.like.new_full((), -torch.inf)
+        self._slots = torch.arange(0, device=self.like.device)
+
+    def cache(self, rows: int, max_length: int) -> SlotCache:
+        """Return an empty cache for this decoder."""
+        return SlotCache(len(self.layers), rows, max_length, self.key_value_heads, self.head_dim, self.like)
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, cache: Cache, mask: Tensor, *, last_only: bool
+        self,
+        tokens: Tensor,
+        start: Sequence[int],
+        positions: Tensor,
+        cache: SlotCache,
+        *,
+        first: int,
+        last_position: int,
+        last_only: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return logits `[A, n or 1, V]` and the states that enter the output layer, `[A, n or 1, H]`."""
+        """Return logits `[A, n or 1, V]` and the states that enter the output layer, `[A, n or 1, H]`.
+
+        Args:
+            tokens: int64 `[A, n]`.
+            start: The position of each row's first token.
+            positions: Of every token, int64 `[A, n]`; its slot in the cache.
+            cache: What earlier tokens left.
+            first: The first row of the cache that reads.
+            last_position: Where the model's tables end; drafts past it are never kept.
+            last_only: Whether only the last token's logits are wanted.
+        """
         rows, count = tokens.shape
+        shown = cache.begin(first, start, positions)
+        few = rows * self.heads * count * shown <= MOST_PLAIN_SCORES
+        plain = few and self.like.device.type == "cpu" and self.like.dtype in (torch.float32, torch.float64)
+        mask = self._mask(positions, shown, plain)
+        if max(start) + count - 1 > last_position:
+            positions = positions.clamp(max=last_position)
         states = self.embed(tokens, positions)
-        groups = self.heads // self.key_value_heads
-        if groups > 1 and count > 1:
-            mask = mask.repeat(1, 1, groups, 1)
         rotary = None
-        if self.cosine is not None and self.sine is not None:
-            flat = positions.reshape(-1)
-            rotary = (self.cosine[flat].unsqueeze(1), self.sine[flat].unsqueeze(1))
+        if self.rotary is not None:
+            rotary = self.rotary[positions.view(-1)].unbind(1)
         for index, layer in enumerate(self.layers):
-            attended = self._attend(layer, layer.attention_norm(states), rows, count, rotary, cache, index, mask)
-            states = states + layer.attention_out(attended)
-            states = states + layer.feed_forward(layer.feed_forward_norm(states))
+            joint = layer.query_key_value(layer.attention_norm(states)).view(rows * count, -1, self.head_dim)
+            query = self._write(layer, joint, rotary, cache, index)
+            attended = self._attend(query, *cache.views[index], mask, rows, plain)
+            states = layer.attention_out(states, attended)
+            states = layer.feed_forward(states, layer.feed_forward_norm(states))
         if last_only and count > 1:
             states = states.view(rows, count, -1)[:, -1]
             count = 1
         states = self.finish(states)
         return self.head(states).view(rows, count, -1), states.view(rows, count, -1)
 
-    def _attend(
-        self,
-        layer: _Layer,
-        states: Tensor,
-        rows: int,
-        count: int,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: Cache,
-        index: int,
-        mask: Tensor,
-    ) -> Tensor:
-        query, key, value = layer.query_key_value(states)
-        query = query.view(rows * count, self.heads, self.head_dim)
-        key = key.view(rows * count, self.key_value_heads, self.head_dim)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = layer.query_norm(query), layer.key_norm(key)
-        if rotary is not None:
-            # Queries and keys turn together: x cos + swap_halves(x) sin, the sine carrying the sign.
-            both = torch.cat([query, key], dim=1)
-            both = both * rotary[0] + both.roll(self.head_dim // 2, -1) * rotary[1]
-            query, key = both.split([self.heads, self.key_value_heads], dim=1)
-        keys, values = cache.update(
-            key.view(rows, count, self.key_value_heads, self.head_dim).transpose(1, 2),
-            value.view(rows, count, self.key_value_heads, self.head_dim).transpose(1, 2),
-            index,
-        )
-        # Grouped queries are extra query rows of their key head: nothing is repeated.
+    def _mask(self, positions: Tensor, shown: int, plain: bool) -> Tensor:
+        """What is added to the scores: `[A * key_value_heads, groups * n, slots]`, or fit for the fused kernel."""
+        if len(self._slots) < shown:
+            self._slots = torch.arange(2 * shown, device=self.like.device)
+        rows, count = positions.shape
+        mask = torch.where(self._slots[:shown] <= positions.unsqueeze(-1), self._visible, self._hidden)
         groups = self.heads // self.key_value_heads
-        query = query.reshape(rows, count, self.key_value_heads, groups, self.head_dim).permute(0, 2, 3, 1, 4)
-        query = query.reshape(rows, self.key_value_heads, groups * count, self.head_dim)
-        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
-        out = out.view(rows, self.key_value_heads, groups, count, self.head_dim).permute(0, 3, 1, 2, 4)
-        return out.reshape(rows * count, self.heads * self.head_dim)
+        mask = mask.view(rows, 1, 1, count, shown)
+        if plain:
+            mask = mask.expand(-1, self.key_value_heads, groups, -1, -1)
+            return mask.reshape(rows * self.key_value_heads, groups * count, shown)
+        return mask.expand(-1, -1, groups, -1, -1).reshape(rows, 1, groups * count, shown)
+
+    def _write(
+        self, layer: _Layer, joint: Tensor, rotary: tuple[Tensor, ...] | None, cache: SlotCache, index: int
+    ) -> Tensor:
+        """Store the tokens' keys and values and return their queries, `[A * n, heads, head_dim]`."""
+        heads, turning = self.heads, self.heads + self.key_value_heads
+        if rotary is None:
+            cache.write(index, joint[:, heads:].contiguous())
+            return joint[:, :heads]
+        both = joint[:, :turning]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            both = torch.cat([layer.query_norm(both[:, :heads]), layer.key_norm(both[:, heads:])], dim=1)
+        # Queries and keys turn together: x cos + swap_halves(x) sin, the sine carrying the sign.
+        both = (both * rotary[0]).add_(both.roll(self.head_dim // 2, -1).mul_(rotary[1]))
+        cache.write(index, torch.cat([both[:, heads:], joint[:, turning:]], dim=1))
+        return both[:, :heads]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rows: int, plain: bool) -> Tensor:
+        # Grouped queries are extra query rows of their key head: nothing is repeated.
+        kv_heads, groups, width = self.key_value_heads, self.heads // self.key_value_heads, self.head_dim
+        count = len(query) // rows
+        query = query.unflatten(0, (rows, count)).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4)
+        query = query.reshape(rows * kv_heads, groups * count, width)
+        if plain:
+            scores = torch.baddbmm(mask, query, keys, alpha=self.scale)
+            out = torch.bmm(scores.softmax(-1), values)
+        else:
+            out = functional.scaled_dot_product_attention(
+                query.unflatten(0, (rows, kv_heads)),
+                keys.transpose(1, 2).unflatten(0, (rows, kv_heads)),
+                values.unflatten(0, (rows, kv_heads)),
+                attn_mask=mask,
+                scale=self.scale,
+            )
+        if count > 1:
+            out = out.view(rows, kv_heads, groups, count, width).permute(0, 3, 1, 2, 4)
+        return out.reshape(rows * count, self.heads * width)
 
 
 def lean_decoder(model: Any, positions: int) -> LeanDecoder | None:
-    """Return the model taken apart for up to `positions` tokens, or None where it is none of the known families."""
+    """Return the model taken apart for up to `positions` tokens, or None where it is none of the known families.
+
+    It holds the weights as they are now, some as copies: make a new one after a training step.
+    """
     if torch.is_autocast_enabled(next(model.parameters()).device.type) or hasattr(model, "hf_device_map"):
         return None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -143,10 +202,10 @@ def _gpt2(model: Any) -> LeanDecoder | None:
     layers = [
         _Layer(
             attention_norm=_norm(block.ln_1),
-            query_key_value=_split_in_three(_linear(block.attn.c_attn)),
-            attention_out=_linear(block.attn.c_proj),
+            query_key_value=_linear(block.attn.c_attn),
+            attention_out=_added(block.attn.c_proj),
             feed_forward_norm=_norm(block.ln_2),
-            feed_forward=_feed_forward(_linear(block.mlp.c_fc), block.mlp.act, _linear(block.mlp.c_proj)),
+            feed_forward=_feed_forward(block.mlp.c_fc, block.mlp.act, block.mlp.c_proj),
         )
         for block in body.h
     ]
@@ -156,7 +215,15 @@ def _gpt2(model: Any) -> LeanDecoder | None:
         return (body.wte(tokens) + body.wpe(positions)).flatten(0, 1)
 
     return LeanDecoder(
-        embed, layers, _norm(body.ln_f), _linear(model.lm_head), config.n_head, config.n_head, head_dim, head_dim**-0.5
+        embed=embed,
+        layers=layers,
+        finish=_norm(body.ln_f),
+        head=_linear(model.lm_head),
+        heads=config.n_head,
+        key_value_heads=config.n_head,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        like=body.wte.weight,
     )
 
 
@@ -164,13 +231,14 @@ def _opt(model: Any) -> LeanDecoder | None:
     body, config = model.model.decoder, model.config
     if not config.do_layer_norm_before or body.final_layer_norm is None or body.project_in is not None:
         return None
+    join = _copies_allowed(model)
     layers = [
         _Layer(
             attention_norm=_norm(layer.self_attn_layer_norm),
-            query_key_value=_three(layer.self_attn),
-            attention_out=_linear(layer.self_attn.out_proj),
+            query_key_value=_joint(_projections(layer.self_attn), join),
+            attention_out=_added(layer.self_attn.out_proj),
             feed_forward_norm=_norm(layer.final_layer_norm),
-            feed_forward=_feed_forward(_linear(layer.fc1), layer.activation_fn, _linear(layer.fc2)),
+            feed_forward=_feed_forward(layer.fc1, layer.activation_fn, layer.fc2),
         )
         for layer in body.layers
     ]
@@ -181,27 +249,36 @@ def _opt(model: Any) -> LeanDecoder | None:
         return (body.embed_tokens(tokens) + body.embed_positions(tokens, 0, position_ids=positions)).flatten(0, 1)
 
     return LeanDecoder(
-        embed, layers, _norm(body.final_layer_norm), _linear(model.lm_head), heads, heads, head_dim, head_dim**-0.5
+        embed=embed,
+        layers=layers,
+        finish=_norm(body.final_layer_norm),
+        head=_linear(model.lm_head),
+        heads=heads,
+        key_value_heads=heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        like=body.embed_tokens.weight,
     )
 
 
 def _llama(model: Any, positions: int) -> LeanDecoder | None:
     body, config = model.model, model.config
     attention = body.layers[0].self_attn
+    join = _copies_allowed(model)
     layers = [
         _Layer(
             attention_norm=_norm(layer.input_layernorm),
-            query_key_value=_three(layer.self_attn),
-            attention_out=_linear(layer.self_attn.o_proj),
+            query_key_value=_joint(_projections(layer.self_attn), join),
+            attention_out=_added(layer.self_attn.o_proj),
             feed_forward_norm=_norm(layer.post_attention_layernorm),
-            feed_forward=_gated(layer.mlp),
+            feed_forward=_gated(layer.mlp, join),
             query_norm=_norm(layer.self_attn.q_norm) if hasattr(layer.self_attn, "q_norm") else None,
             key_norm=_norm(layer.self_attn.k_norm) if hasattr(layer.self_attn, "k_norm") else None,
         )
         for layer in body.layers
     ]
-    like = body.embed_tokens.weight[:1].unsqueeze(0)
-    cosine, sine = body.rotary_emb(like, torch.arange(positions, device=like.device).unsqueeze(0))
+    weight = body.embed_tokens.weight
+    cosine, sine = body.rotary_emb(weight[:1].unsqueeze(0), torch.arange(positions, device=weight.device).unsqueeze(0))
     half = sine.shape[-1] // 2
     signed = torch.cat([-sine[0, :, :half], sine[0, :, half:]], dim=-1)
 
@@ -209,17 +286,21 @@ def _llama(model: Any, positions: int) -> LeanDecoder | None:
         return body.embed_tokens(tokens).flatten(0, 1)
 
     return LeanDecoder(
-        embed,
-        layers,
-        _norm(body.norm),
-        _linear(model.lm_head),
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        attention.head_dim,
-        attention.scaling,
-        cosine[0],
-        signed,
+        embed=embed,
+        layers=layers,
+        finish=_norm(body.norm),
+        head=_linear(model.lm_head),
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        like=weight,
+        rotary=torch.stack([cosine[0], signed], dim=1).unsqueeze(2),
     )
+
+
+def _copies_allowed(model: nn.Module) -> bool:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters()) <= MOST_COPIED_BYTES
 
 
 def _linear(module: nn.Module) -> Map:
@@ -234,33 +315,61 @@ def _linear(module: nn.Module) -> Map:
     return module
 
 
+def _added(module: nn.Module) -> Residual:
+    """Add the module's map of the second argument to the first."""
+    if type(module) is nn.Linear and module.bias is None and module.weight.dtype == torch.float32:
+        # In half precision transformers rounds before it adds; there the two steps stay two.
+        weight = module.weight.t()
+        return lambda stream, states: torch.addmm(stream, states, weight)
+    apply = _linear(module)
+    return lambda stream, states: stream + apply(states)
+
+
+def _projections(attention: Any) -> list[nn.Module]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _joint(modules: Sequence[nn.Module], join: bool) -> Map:
+    """The modules' maps of the same states side by side; with `join` one map of copied weights."""
+    linear: list[Any] = [module for module in modules if type(module) is nn.Linear]
+    if join and len(linear) == len(modules) and len({module.bias is None for module in linear}) == 1:
+        weight = torch.cat([module.weight for module in linear])
+        bias = None if linear[0].bias is None else torch.cat([module.bias for module in linear])
+        return lambda states: functional.linear(states, weight, bias)
+    maps = [_linear(module) for module in modules]
+    return lambda states: torch.cat([apply(states) for apply in maps], dim=-1)
+
+
 def _norm(module: Any) -> Map:
     if type(module) is nn.LayerNorm:
         return lambda states: functional.layer_norm(
             states, module.normalized_shape, module.weight, module.bias, module.eps
         )
     if type(module).__name__.endswith("RMSNorm"):
-        shape = tuple(module.weight.shape)
+        width, eps = module.weight.shape[0], module.variance_epsilon
         if module.weight.dtype in (torch.float16, torch.bfloat16):
             # transformers rounds before the weight as well; the same roundings keep the two paths together.
-            return lambda states: functional.rms_norm(states, shape, None, module.variance_epsilon) * module.weight
-        return lambda states: functional.rms_norm(states, shape, module.weight, module.variance_epsilon)
+            return lambda states: functional.rms_norm(states, (width,), None, eps) * module.weight
+        # x / sqrt(mean x^2 + eps) as sqrt(width) x / hypot(|x|, sqrt(width eps)): fewer calls on CPU.
+        weight, floor = module.weight * width**0.5, module.weight.new_tensor((width * eps) ** 0.5)
+        return lambda states: (states / torch.hypot(torch.linalg.vector_norm(states, 2, -1, True), floor)).mul_(weight)
     return module
 
 
-def _three(attention: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    query, key, value = _linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj)
-    return lambda states: (query(states), key(states), value(states))
+def _feed_forward(into: nn.Module, activation: Map, out: nn.Module) -> Residual:
+    enter, leave = _linear(into), _added(out)
+    return lambda stream, states: leave(stream, activation(enter(states)))
 
 
-def _split_in_three(joint: Map) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    return lambda states: joint(states).chunk(3, dim=-1)  # type: ignore[return-value]
+def _gated(mlp: Any, join: bool) -> Residual:
+    activation, leave = mlp.act_fn, _added(mlp.down_proj)
+    if join:
+        both = _joint([mlp.gate_proj, mlp.up_proj], join)
 
+        def apply(stream: Tensor, states: Tensor) -> Tensor:
+            gate, up = both(states).chunk(2, dim=-1)
+            return leave(stream, activation(gate) * up)
 
-def _feed_forward(into: Map, activation: Map, out: Map) -> Map:
-    return lambda states: out(activation(into(states)))
-
-
-def _gated(mlp: Any) -> Map:
-    gate, into, out, activation = _linear(mlp.gate_proj), _linear(mlp.up_proj), _linear(mlp.down_proj), mlp.act_fn
-    return lambda states: out(activation(gate(states)) * into(states))
+        return apply
+    gate, into = _linear(mlp.gate_proj), _linear(mlp.up_proj)
+    return lambda stream, states: leave(stream, activation(gate(states)) * into(states))

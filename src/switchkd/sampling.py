@@ -4,7 +4,9 @@ Randomness is a function of (seed, row id, position, stream, token id) and of no
 the same noise alone or in a batch, on any device, for any draft length.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -15,6 +17,9 @@ _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MIX_32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _GOLDEN_32 = 0x9E3779B1 - (1 << 32)
+# On CPU so many numbers are worked on at a time where there are temporaries: larger ones leave the cache, and fresh
+# memory for them costs more than the arithmetic.
+_AT_ONCE = 1 << 18
 
 
 class Stream(IntEnum):
@@ -24,6 +29,13 @@ class Stream(IntEnum):
     ACCEPT = 2
     RESIDUAL = 3
     POLICY = 4
+
+
+def rows_at_once(like: Tensor) -> int:
+    """Return how many rows of `[N, V]` are best worked on at a time, >= 1."""
+    if like.device.type != "cpu":
+        return max(len(like), 1)
+    return max(_AT_ONCE // max(like.shape[-1], 1), 1)
 
 
 def warp(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -54,6 +66,29 @@ def warp(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: flo
         dropped = (ordered.cumsum(-1) - ordered) >= top_p
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), -math.inf)
     return logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Warping:
+    """How logits become the distribution that is sampled and compared."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    vocabulary_size: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the log-probabilities `[..., V]`, V being the shared vocabulary."""
+        return warp(
+            logits[..., : self.vocabulary_size], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+    def into(self, out: Tensor, logits: Tensor) -> Tensor:
+        """Write the log-probabilities of logits `[N, >= V]` into a tensor `[N, V]` and return it."""
+        some = rows_at_once(logits)
+        for target, part in zip(out.split(some), logits.split(some), strict=True):
+            target.copy_(self(part))
+        return out
 
 
 def check_warping(temperature: float, top_k: int, top_p: float) -> None:
@@ -101,7 +136,8 @@ def exponential_race(log_probs: Tensor, keys: Tensor) -> Tensor:
     Returns:
         int64 `[N]`.
     """
-    return (log_probs - log_exponential(keys, log_probs.shape[-1])).argmax(-1)
+    noise = log_exponential(keys, log_probs.shape[-1])
+    return torch.sub(log_probs, noise, out=noise if log_probs.dtype == noise.dtype else None).argmax(-1)
 
 
 def log_exponential(keys: Tensor, size: int) -> Tensor:
@@ -109,17 +145,60 @@ def log_exponential(keys: Tensor, size: int) -> Tensor:
 
     In-place throughout: at V = 50,257 fresh temporaries would cost more than the arithmetic.
     """
-    ids = torch.arange(size, dtype=torch.int32, device=keys.device).mul_(_GOLDEN_32)
-    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
-    hashed = torch.bitwise_xor(ids.unsqueeze(0), low.unsqueeze(1))
+    noise = torch.empty(len(keys), size, dtype=torch.float32, device=keys.device)
+    hashed = noise.view(torch.int32)
+    low, high = keys.to(torch.int32).unsqueeze(1), (keys >> 32).to(torch.int32).unsqueeze(1)
+    torch.bitwise_xor(_hashed_ids(size, keys.device), low, out=hashed)
     scratch = torch.empty_like(hashed)
     _mix_32(hashed, scratch)
-    hashed.add_(high.unsqueeze(1))
+    hashed.add_(high)
     _mix_32(hashed, scratch)
     # Unsigned 32 bits as a fraction u in (0, 1): E = -ln(1 - u) resolves the small E that win races down to 2^-33.
-    fraction = hashed.view(torch.uint32).to(torch.float32)
-    fraction.add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
-    return fraction.neg_().log1p_().neg_().log_()
+    noise.copy_(hashed.view(torch.uint32))
+    noise.add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    return noise.neg_().log1p_().neg_().log_()
+
+
+@functools.lru_cache(maxsize=8)
+def _hashed_ids(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(size, dtype=torch.int32, device=device).mul_(_GOLDEN_32).unsqueeze(0)
+
+
+class NoiseTable:
+    """The noise of every row and position of a rollout: keys are hashed once for all of them, not once a round.
+
+    Args:
+        seed: Any integer.
+        row_ids: int64 `[B]`.
+        positions: How many completion positions C a row has.
+    """
+
+    def __init__(self, seed: int, row_ids: Tensor, positions: int) -> None:
+        self._seed, self.positions = seed, positions
+        self._row_ids = row_ids.unsqueeze(1)
+        self._all_positions = torch.arange(positions, device=row_ids.device).unsqueeze(0)
+        self._keys: dict[Stream, Tensor] = {}
+        self._log_uniform: Tensor | None = None
+
+    def index(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the places of rows (0 .. B-1) and positions in the table, int64.
+
+        Drafts may run past the last position; they get its noise and are never kept.
+        """
+        return rows * self.positions + positions.clamp(max=self.positions - 1)
+
+    def keys(self, stream: Stream, index: Tensor) -> Tensor:
+        """Return `noise_keys` of places of the table, in the shape of `index`."""
+        if stream not in self._keys:
+            self._keys[stream] = noise_keys(self._seed, self._row_ids, self._all_positions, stream).view(-1)
+        return self._keys[stream][index]
+
+    def log_accept(self, index: Tensor) -> Tensor:
+        """Return ln u of the uniform number that decides whether a draft is kept, float64, shaped as `index`."""
+        if self._log_uniform is None:
+            self._log_uniform = uniform(noise_keys(self._seed, self._row_ids, self._all_positions, Stream.ACCEPT)).log()
+        return self._log_uniform.view(-1)[index]
 
 
 def coupled_draw(

@@ -1,7 +1,6 @@
 """The reference decoder: both models, one token at a time, with the caches transformers gives them."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from switchkd import sampling
 from switchkd.cache import device_of, output_layer_input, prompt_positions, takes_position_ids
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
-from switchkd.sampling import Stream
+from switchkd.sampling import Stream, Warping
 from switchkd.verification import write
 
 
@@ -22,7 +21,7 @@ def decode_sequentially(
     prompts: tuple[Tensor, Tensor],
     teacher_prompts: tuple[Tensor, Tensor] | None,
     policy: Policy,
-    warping: Callable[[Tensor], Tensor],
+    warping: Warping,
     max_new_tokens: int,
     seed: int,
     row_ids: Tensor,

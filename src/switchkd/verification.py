@@ -9,7 +9,7 @@ from torch import Tensor
 from switchkd import sampling
 from switchkd.policies import Policy
 from switchkd.rollout import Author
-from switchkd.sampling import Stream
+from switchkd.sampling import NoiseTable, Stream
 
 
 @dataclass
@@ -77,11 +77,10 @@ def write(
 
 @dataclass
 class Verified:
-    """What became of a draft of G tokens in A rows; entries from `count` on are meaningless."""
+    """What became of a draft of G tokens in A rows; entries after the first replaced token are meaningless."""
 
     tokens: Tensor  # [A, G]
     kept: Tensor  # [A], drafted tokens that stood before the first replaced one
-    count: Tensor  # [A], emitted tokens: kept + 1 where one was replaced
     author: Tensor  # [A, G]
     divergence: Tensor  # [A, G]
     threshold: Tensor  # [A, G]
@@ -91,109 +90,96 @@ class Verified:
 def verify(
     policy: Policy,
     drafted: Tensor,
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
     position: Tensor,
     state: Tensor | None,
-    seed: int,
-    row_ids: Tensor,
+    noise: NoiseTable,
+    index: Tensor,
 ) -> Verified:
     """Return which drafted tokens stand and what replaces the first one that does not.
 
     Args:
         policy: Who writes.
         drafted: The student's draft, int64 `[A, G]`.
-        student_log_probs: `[A, G, V]`.
-        teacher_log_probs: `[A, G, V]`.
+        student_rows: Log-probabilities `[A * G, V]`.
+        teacher_rows: Likewise.
         position: Completion position of each drafted token, int64 `[A, G]`.
         state: The policy's state `[A, ...]` or None.
-        seed: Seed of the randomness.
-        row_ids: int64 `[A]`.
+        noise: The rollout's noise.
+        index: The place of each drafted token in it, int64 `[A, G]`.
     """
     rows, length = drafted.shape
-    measure = policy.measure(student_log_probs.flatten(0, 1), teacher_log_probs.flatten(0, 1), drafted.flatten()).view(
-        rows, length
-    )
-    noise = None
-    if policy.random:
-        every_row = row_ids.unsqueeze(1).expand(-1, length)
-        noise = sampling.uniform(sampling.noise_keys(seed, every_row, position, Stream.POLICY))
-    states: list[Tensor | None] = [state]
-    if policy.stateful:
-        decisions = []
-        for column in range(length):
-            drawn = None if noise is None else noise[:, column]
-            decision, state = policy.decide(measure[:, column], position[:, column], state, drawn)
-            decisions.append(decision)
-            states.append(state)
-        author = torch.stack([decision.author for decision in decisions], dim=1)
-        threshold = torch.stack([decision.threshold for decision in decisions], dim=1)
-    else:
-        drawn = None if noise is None else noise.flatten()
-        decision, _ = policy.decide(measure.flatten(), position.flatten(), None, drawn)
-        author, threshold = decision.author.view(rows, length), decision.threshold.view(rows, length)
+    flat = drafted.flatten()
+    measure = policy.measure(student_rows, teacher_rows, flat).view(rows, length)
+    drawn = sampling.uniform(noise.keys(Stream.POLICY, index)) if policy.random else None
+    author, threshold, states = _decided(policy, measure, position, state, drawn)
 
+    given = author == Author.TEACHER
+    if policy.redraws:
+        stands = ~given
+    elif policy.blends:
+        behaviour_at = policy.behaviour(student_rows, teacher_rows).gather(-1, flat.unsqueeze(-1))
+        stands = _accepted(student_rows, behaviour_at, flat, noise.log_accept(index)) | ~given
+    else:
+        behaviour_at = teacher_rows.gather(-1, flat.unsqueeze(-1))
+        stands = _accepted(student_rows, behaviour_at, flat, noise.log_accept(index)) | ~given
     tokens = drafted.clone()
-    keys_of = (seed, row_ids.unsqueeze(1).expand(-1, length), position)
-    given = (author == Author.TEACHER).flatten().nonzero().squeeze(-1)
-    stands = torch.ones(rows * length, dtype=torch.bool, device=drafted.device)
-    if len(given) and policy.redraws:
-        stands[given] = False
-    elif len(given):
-        student_given = student_log_probs.flatten(0, 1)[given] if policy.blends else None
-        stands[given] = _accepted(policy, given, drafted, student_log_probs, teacher_log_probs, student_given, keys_of)
-    stands = stands.view(rows, length)
     while True:
-        replaced = ~stands
-        first = torch.where(replaced.any(-1), replaced.to(torch.uint8).argmax(-1), length)
+        # How many tokens stand before the first that does not.
+        first = stands.cumprod(-1).sum(-1)
         hit = (first < length).nonzero().squeeze(-1)
         if not len(hit):
             break
-        at = first[hit]
-        student_rows, teacher_rows = student_log_probs[hit, at], teacher_log_probs[hit, at]
-        behaviour = policy.behaviour(student_rows, teacher_rows)
-        keys = sampling.noise_keys(seed, row_ids[hit], position[hit, at], Stream.RESIDUAL)
-        if policy.redraws:
-            replacement = sampling.exponential_race(behaviour, keys)
-            stands_after_all = replacement == drafted[hit, at]
-        else:
-            # Where the two agree to rounding nothing is left to draw from: the draft stands and the walk goes on.
-            replacement, stands_after_all = sampling.residual_draw(student_rows, behaviour, keys)
-        tokens[hit, at] = torch.where(stands_after_all, drafted[hit, at], replacement)
+        at = hit * length + first[hit]
+        replaced = [
+            _replacement(policy, student_rows[part], teacher_rows[part], flat[part], noise, index.view(-1)[part])
+            for part in at.split(sampling.rows_at_once(student_rows))
+        ]
+        tokens.view(-1)[at] = torch.cat([token for token, _ in replaced])
+        stands_after_all = torch.cat([stood for _, stood in replaced])
         if not bool(stands_after_all.any()):
             break
-        stands[hit[stands_after_all], at[stands_after_all]] = True
+        stands.view(-1)[at[stands_after_all]] = True
     if policy.blends:
         author = torch.where(stands, int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
-    return Verified(
-        tokens=tokens,
-        kept=first,
-        count=(first + 1).clamp(max=length),
-        author=author,
-        divergence=measure,
-        threshold=threshold,
-        states=states,
-    )
+    return Verified(tokens=tokens, kept=first, author=author, divergence=measure, threshold=threshold, states=states)
 
 
-def _accepted(
-    policy: Policy,
-    given: Tensor,
-    drafted: Tensor,
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    student_given: Tensor | None,
-    keys_of: tuple[int, Tensor, Tensor],
-) -> Tensor:
-    """Whether each draft given away by the policy is kept: uniform < behaviour(s) / student(s)."""
-    seed, row_ids, position = keys_of
-    size = student_log_probs.shape[-1]
-    flat = given * size + drafted.flatten()[given]
-    student_at = student_log_probs.reshape(-1)[flat]
-    if student_given is None:
-        behaviour_at = teacher_log_probs.reshape(-1)[flat]
-    else:
-        behaviour = policy.behaviour(student_given, teacher_log_probs.flatten(0, 1)[given])
-        behaviour_at = behaviour.gather(-1, drafted.flatten()[given].unsqueeze(-1)).squeeze(-1)
-    keys = sampling.noise_keys(seed, row_ids.flatten()[given], position.flatten()[given], Stream.ACCEPT)
-    return sampling.accept_at(student_at, behaviour_at, keys)
+def _decided(
+    policy: Policy, measure: Tensor, position: Tensor, state: Tensor | None, drawn: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The author and threshold of every position `[A, G]` and the policy's state before and after each."""
+    if not policy.stateful:
+        decision, _ = policy.decide(
+            measure.flatten(), position.flatten(), None, None if drawn is None else drawn.flatten()
+        )
+        return decision.author.view(measure.shape), decision.threshold.view(measure.shape), [state]
+    decisions, states = [], [state]
+    for column in range(measure.shape[1]):
+        uniform = None if drawn is None else drawn[:, column]
+        decision, state = policy.decide(measure[:, column], position[:, column], state, uniform)
+        decisions.append(decision)
+        states.append(state)
+    author = torch.stack([decision.author for decision in decisions], dim=1)
+    return author, torch.stack([decision.threshold for decision in decisions], dim=1), states
+
+
+def _replacement(
+    policy: Policy, student_rows: Tensor, teacher_rows: Tensor, drafted: Tensor, noise: NoiseTable, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens `[N]` at positions where the draft was not accepted, and where it stands after all."""
+    behaviour = policy.behaviour(student_rows, teacher_rows)
+    keys = noise.keys(Stream.RESIDUAL, index)
+    if policy.redraws:
+        tokens = sampling.exponential_race(behaviour, keys)
+        return tokens, tokens == drafted
+    # Where the two agree to rounding nothing is left to draw from: the draft stands and the walk goes on.
+    tokens, empty = sampling.residual_draw(student_rows, behaviour, keys)
+    return torch.where(empty, drafted, tokens), empty
+
+
+def _accepted(student_rows: Tensor, behaviour_at: Tensor, flat: Tensor, log_uniform: Tensor) -> Tensor:
+    """Whether each draft would be kept: uniform < behaviour(s) / student(s), bool in the shape of `log_uniform`."""
+    ratio = behaviour_at - student_rows.gather(-1, flat.unsqueeze(-1))
+    return log_uniform < ratio.view(log_uniform.shape).double()
