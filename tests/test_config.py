@@ -177,8 +177,8 @@ EFFECTS = {
 }
 
 
-# Options whose effect needs more than two values: the tests that show it stand in test_methods_train.py and
-# test_step.py; those of a GPU are refused without one.
+# Options whose effect needs more than two values is shown in test_step.py; those of a GPU are refused without one
+# and run with one there.
 ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden"}
 
 

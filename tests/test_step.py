@@ -273,3 +273,24 @@ def test_best_checkpoint_by_generated_text(make_trainer, tmp_path):
     scores = [entry["eval_rouge_l"] for entry in trainer.state.log_history if "eval_rouge_l" in entry]
     assert len(scores) == 2 and all(0 <= score <= 100 and math.isfinite(score) for score in scores)
     assert trainer.state.best_metric == max(scores)
+
+
+# ---- a GPU's memory
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_offloaded_teacher_and_states_give_the_same_step(make_trainer):
+    options = {**MIDDLE, "use_cpu": False, "learning_rate": 0.1, "draft_length": "4"}
+    plain = trained(make_trainer(build_gpt2(), build_gpt2(seed=1), **options))
+    trainer = make_trainer(
+        build_gpt2(), build_gpt2(seed=1), **options, offload_teacher=True, offload_teacher_hidden=True
+    )
+    assert largest_difference(trained(trainer), plain) < 1e-6
+    assert {parameter.device.type for parameter in trainer.teacher_model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["offload_teacher", "offload_teacher_hidden"])
+def test_offloading_is_refused_where_there_is_nothing_to_offload_from(make_trainer, name):
+    with pytest.raises(UserError, match="does nothing: training runs on the CPU"):
+        make_trainer(build_gpt2(), build_gpt2(seed=1), **{name: True})
