@@ -141,3 +141,42 @@ def test_every_model_is_read_as_the_table_says_and_writes_the_reference_text(nam
     for row in range(len(PROMPTS)):
         jsd = generalized_jsd(without_cache(student, reference, row), without_cache(teacher, reference, row))
         assert torch.allclose(jsd, reference.divergence[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["LLaMA", "GPT-2", "Phi", "Gemma-2", "Mamba"])
+def test_teacher_hidden_is_what_the_output_layer_read_at_every_emitted_token_and_costs_no_pass(name, dtype):
+    """Through the weights, the forward and token by token; rows that end early, rows that take freed places."""
+    student, teacher = (model.to(dtype) for model in make_pair(name, "eager"))
+    options = {
+        "policy": SwitchPolicy(initial_threshold=0.05, schedule="constant"),
+        "max_new_tokens": NEW_TOKENS,
+        "eos_token_id": [5, 17, 29, 43, 60, 71, 88],
+    }
+    prompts, mask = PROMPTS.repeat(3, 1), MASK.repeat(3, 1)
+    for more in ({"draft_length": 1}, {"draft_length": 4}, {"draft_length": 3, "max_active_rows": 2}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = roll_out(student, teacher, prompts, mask, **options, **more)
+            rollout = roll_out(student, teacher, prompts, mask, return_teacher_hidden=True, **options, **more)
+        assert len(set(rollout.completion_mask.sum(1).tolist())) > 1
+        assert rollout.stats["teacher_passes"] == plain.stats["teacher_passes"]
+        assert torch.equal(rollout.completion_ids, plain.completion_ids)
+        hidden, head = rollout.teacher_hidden, teacher.get_output_embeddings()
+        assert hidden.dtype == head.weight.dtype == dtype
+        assert hidden.shape == (*rollout.completion_ids.shape, 32)
+        assert bool((hidden[~rollout.completion_mask] == 0).all())
+        for row in range(len(prompts)):
+            kept = rollout.completion_ids[row][rollout.completion_mask[row]]
+            read = []
+            hook = head.register_forward_pre_hook(lambda module, inputs, read=read: read.append(inputs[0]))
+            with torch.no_grad():
+                teacher(input_ids=torch.cat([prompts[row][mask[row]], kept]).unsqueeze(0), use_cache=False)
+            hook.remove()
+            expected, got = read[0][0, -len(kept) - 1 : -1].float(), hidden[row, : len(kept)].float()
+            close = 1e-3 if dtype == torch.float32 else 0.15
+            assert float((got - expected).norm() / expected.norm()) < close
+        # Not bound to inference mode: a loss reads them.
+        weight = torch.ones(32, dtype=dtype, requires_grad=True)
+        (hidden * weight).sum().backward()
+        torch.nn.Embedding(98, 2)(rollout.completion_ids).sum().backward()
