@@ -24,6 +24,7 @@ from pairs import gpt2_pair, tinystories_pair
 from transformers import DynamicCache
 
 import switchkd
+from switchkd.calibration import calibrate
 from switchkd.policies import StudentPolicy, SwitchPolicy, TeacherPolicy
 
 SHARES = (0.10, 0.30, 0.53, 0.80)
@@ -86,25 +87,33 @@ def interleaved(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, d
 
 
 def threshold_for(student: Any, teacher: Any, prompts: torch.Tensor, share: float, new: int) -> float:
-    """Return the constant threshold at which the teacher writes about `share` of the tokens."""
-    low, high = 0.0, 0.6931
-    for _ in range(9):
-        middle = (low * high) ** 0.5 if low > 0 else high / 4
-        policy = SwitchPolicy(initial_threshold=middle, schedule="constant")
-        got = switchkd.roll_out(student, teacher, prompts, policy=policy, max_new_tokens=new, seed=123).teacher_share
-        if abs(got - share) < 0.01:
-            return middle
-        low, high = (middle, high) if got > share else (low, middle)
-    return middle
+    """Return the constant threshold at which the teacher writes about `share` of the tokens on these very prompts.
+
+    Prompts differ, so each batch gets its own threshold; few prompts are continued several times over.
+    """
+    prompts = prompts.repeat(max(16 // len(prompts), 1), 1)
+    found = calibrate(
+        student,
+        teacher,
+        prompts,
+        policy=SwitchPolicy(initial_threshold=0.1, schedule="constant"),
+        target_teacher_share=share,
+        max_new_tokens=new,
+        tolerance=0.015,
+        max_rounds=10,
+        seed=123,
+    )
+    print(f"share {share}: {found.note}", flush=True)
+    return found.initial_threshold
 
 
 def measure_pair(name: str, student: Any, teacher: Any, prompts: torch.Tensor, args: argparse.Namespace) -> list[dict]:
-    lines = []
+    lines: list[dict] = []
     new = args.new_tokens
-    thresholds = {share: threshold_for(student, teacher, prompts[:16], share, min(new, 64)) for share in args.shares}
     for batch in args.batches:
         some = prompts[:batch]
-        for share, threshold in thresholds.items():
+        for share in args.shares:
+            threshold = threshold_for(student, teacher, some, share, new)
             lines.append(
                 {"pair": name, "batch": batch, "share": share} | measure_share(student, teacher, some, threshold, args)
             )
@@ -117,7 +126,7 @@ def measure_share(
     student: Any, teacher: Any, prompts: torch.Tensor, threshold: float, args: argparse.Namespace
 ) -> dict:
     """One cell of the grid: SWITCH at a threshold, against the plain loop."""
-    new, seeds, stats = args.new_tokens, iter(range(10_000)), {}
+    new, seeds, stats, shares = args.new_tokens, iter(range(10_000)), {}, []
     policy = SwitchPolicy(initial_threshold=threshold, schedule="constant")
 
     def ours(length: int | str) -> int:
@@ -125,7 +134,8 @@ def measure_share(
             student, teacher, prompts, policy=policy, max_new_tokens=new, draft_length=length, seed=next(seeds)
         )
         if length == "auto":
-            stats.update({**rollout.stats, "teacher_share": rollout.teacher_share})
+            stats.update(rollout.stats)
+            shares.append(rollout.teacher_share)
         return int(rollout.completion_mask.sum())
 
     runs: dict[str, Callable[[], int]] = {
@@ -140,7 +150,7 @@ def measure_share(
         "speedup": round(plain_s / times["ours"]["s_per_token"], 3),
         "spread": round(max(times[run]["spread"] for run in ("plain", "ours")), 3),
         "tokens_per_s": round(1 / times["ours"]["s_per_token"], 1),
-        "teacher_share": round(stats["teacher_share"], 3),
+        "teacher_share": round(statistics.mean(shares), 3),
         "tokens_per_teacher_pass": round(new / stats["teacher_passes"], 2),
         "parts_s": {part: round(stats[part], 4) for part in ("student_s", "teacher_s", "verify_s")},
         "fixed": {run: round(plain_s / one["s_per_token"], 3) for run, one in times.items() if run.startswith("draft")},
@@ -217,7 +227,7 @@ def _trl_generation(student: Any, prompts: torch.Tensor, new: int) -> Callable[[
 
 def measure_ragged(name: str, student: Any, teacher: Any, prompts: torch.Tensor, args: argparse.Namespace) -> dict:
     """Rows of very different lengths: 16 prompts, at most 8 at once, against dropping finished rows."""
-    threshold = threshold_for(student, teacher, prompts[:16], 0.3, 64)
+    threshold = threshold_for(student, teacher, prompts[:16], 0.3, args.new_tokens)
     policy = SwitchPolicy(initial_threshold=threshold, schedule="constant")
     seeds = iter(range(10_000))
     probe = switchkd.roll_out(student, teacher, prompts[:16], policy=policy, max_new_tokens=args.new_tokens)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from switchkd import sampling
+from switchkd.divergences import generalized_jsd
 from switchkd.sampling import Stream
 
 CHI_SQUARE_LIMIT = 5.0  # standard deviations above the mean: about one false alarm in a million tests
@@ -166,3 +167,31 @@ def test_warp_equals_transformers_own_processors(options):
 def test_sampling_options_outside_their_range_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
         sampling.check_warping(*options)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.1, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jsd_without_gradients_is_the_jsd_with_them(weight, dtype):
+    """The rollout's shorter formula, in chunks of rows, with -inf on either side, both sides, and far-apart logits."""
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (torch.randn(3, 40, 7000, generator=generator, dtype=dtype) * 4 for _ in range(2))
+    teacher[0] = student[0]
+    teacher[1] = student[1] + 1e-3 * teacher[1]
+    student[2, :20, :3000], teacher[2, 10:30, 2000:] = -math.inf, -math.inf
+    student[2, 30:, 5], teacher[2, 35:, 6] = 1e4, 1e4
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    expected = generalized_jsd(student.clone().requires_grad_(), teacher, teacher_weight=weight).detach()
+    value = generalized_jsd(student, teacher, teacher_weight=weight)
+    assert value.shape == expected.shape == (3, 40)
+    assert torch.allclose(value, expected, atol=1e-6, rtol=1e-5)
+    assert float(value[0].max()) < 1e-6
+    assert bool((value[1] > 0).all())
+
+
+def test_warping_into_a_tensor_is_the_warping():
+    logits = torch.randn(90, 7000, generator=torch.Generator().manual_seed(5), dtype=torch.float32).bfloat16()
+    for options in ((1.0, 0, 1.0), (0.7, 50, 0.9), (0.0, 0, 1.0)):
+        warping = sampling.Warping(*options, vocabulary_size=6990)
+        out = torch.full((90, 2, 6990), math.nan)
+        assert torch.equal(warping.into(out[:, 1], logits), warping(logits))
+        assert bool(out[:, 0].isnan().all())

@@ -8,7 +8,7 @@ written the same tokens.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -319,7 +319,7 @@ class BlockDecoder:
             # Of the kept tokens those after the end were never emitted; they say nothing about acceptance.
             self.stats["kept"] += min(stood, count)
         self.stats["rounds"] += 1
-        self._notes.append((draft.places, verified))
+        self._notes.append((draft.places, replace(verified, states=[])))
         self._counts += counts
         hidden = self.teacher.hidden if self.keep_hidden and self.teacher is not None else None
         if hidden is not None:

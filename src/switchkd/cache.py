@@ -223,8 +223,6 @@ def unserved_reason(model: Any, length: int) -> str | None:
     """
     config = model.config.get_text_config()
     implementation = getattr(config, "_attn_implementation", None)
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
     if implementation not in SERVED_ATTENTION:
         return f"its attention implementation is {implementation!r}, served are {' and '.join(SERVED_ATTENTION)}"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -285,13 +283,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def takes_position_ids(model: nn.Module) -> bool:
-    """Return whether a model's forward takes explicit position ids."""
-    # An adapter's wrapper takes **kwargs; what counts is the model inside.
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Return whether a model's forward has an explicit argument of that name."""
+    # The wrappers of adapters and of distributed training take **kwargs; what counts is the model inside.
     inner: Any = model
+    while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
+        inner = inner.module
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    return "position_ids" in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(inner.forward).parameters
 
 
 def prompt_positions(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,8 @@ def roll_out(
         A `Rollout` on the student's device, C being the longest completion.
 
     Raises:
-        UserError: An argument outside its range, an empty prompt, or a prompt that does not fit a model's context.
+        UserError: An argument outside its range, an empty prompt, one that does not fit a model's context, or an
+            encoder-decoder model.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, draft_length)
     if teacher is None and policy.needs_teacher:
@@ -184,16 +185,23 @@ class _Job:
         return parts
 
 
+# Models whose slower path was told of.
+_TOLD: WeakSet[nn.Module] = WeakSet()
+
+
 def _served(job: _Job) -> bool:
-    """Whether both models can be read row by row; one warning for each model that cannot."""
+    """Whether both models can be read row by row; one warning, once, for each model that cannot."""
+    served = True
     for role, model, prompts in (("student", job.student, job.prompts), ("teacher", job.teacher, job.teacher_prompts)):
         if model is None or prompts is None:
             continue
         reason = unserved_reason(model, prompts[0].shape[1] + job.max_new_tokens)
         if reason is not None:
-            warnings.warn(f"the {role} is decoded token by token, more slowly: {reason}")
-            return False
-    return True
+            served = False
+            if model not in _TOLD:
+                _TOLD.add(model)
+                warnings.warn(f"the {role} is decoded token by token, more slowly: {reason}")
+    return served
 
 
 def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
@@ -256,6 +264,10 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: f
 def _check_prompts(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor | None, max_new_tokens: int, role: str
 ) -> tuple[Tensor, Tensor]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            f"the {role}, a {type(model).__name__}, is an encoder-decoder; give a decoder-only language model"
+        )
     if prompt_ids.dim() != 2 or 0 in prompt_ids.shape:
         raise UserError(f"{role} prompts must be [B, P] with at least one token, got {list(prompt_ids.shape)}")
     if prompt_mask is None:

@@ -69,13 +69,15 @@ class LeanDecoder:
     rotary: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._visible = self.like.new_zeros(())
-        self._hidden = self.like.new_full((), -torch.inf)
+        on_cpu, half = self.like.device.type == "cpu", self.like.dtype in (torch.float16, torch.bfloat16)
+        # Half-precision attention is slower on CPU than float32 of the rounded states, and no more exact.
+        self._cached = self.like.new_zeros((), dtype=torch.float32 if on_cpu and half else self.like.dtype)
+        self._hidden = torch.full_like(self._cached, -torch.inf)
         self._slots = torch.arange(0, device=self.like.device)
 
     def cache(self, rows: int, max_length: int) -> SlotCache:
         """Return an empty cache for this decoder."""
-        return SlotCache(len(self.layers), rows, max_length, self.key_value_heads, self.head_dim, self.like)
+        return SlotCache(len(self.layers), rows, max_length, self.key_value_heads, self.head_dim, self._cached)
 
     def __call__(
         self,
@@ -101,8 +103,7 @@ class LeanDecoder:
         """
         rows, count = tokens.shape
         shown = cache.begin(first, start, positions)
-        few = rows * self.heads * count * shown <= MOST_PLAIN_SCORES
-        plain = few and self.like.device.type == "cpu" and self.like.dtype in (torch.float32, torch.float64)
+        plain = self.like.device.type == "cpu" and rows * self.heads * count * shown <= MOST_PLAIN_SCORES
         mask = self._mask(positions, shown, plain)
         if max(start) + count - 1 > last_position:
             positions = positions.clamp(max=last_position)
@@ -127,7 +128,7 @@ class LeanDecoder:
         if len(self._slots) < shown:
             self._slots = torch.arange(2 * shown, device=self.like.device)
         rows, count = positions.shape
-        mask = torch.where(self._slots[:shown] <= positions.unsqueeze(-1), self._visible, self._hidden)
+        mask = torch.where(self._slots[:shown] <= positions.unsqueeze(-1), self._cached, self._hidden)
         groups = self.heads // self.key_value_heads
         mask = mask.view(rows, 1, 1, count, shown)
         if plain:
@@ -156,7 +157,7 @@ class LeanDecoder:
         kv_heads, groups, width = self.key_value_heads, self.heads // self.key_value_heads, self.head_dim
         count = len(query) // rows
         query = query.unflatten(0, (rows, count)).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4)
-        query = query.reshape(rows * kv_heads, groups * count, width)
+        query = query.reshape(rows * kv_heads, groups * count, width).to(keys.dtype)
         if plain:
             scores = torch.baddbmm(mask, query, keys, alpha=self.scale)
             out = torch.bmm(scores.softmax(-1), values)
@@ -170,7 +171,7 @@ class LeanDecoder:
             )
         if count > 1:
             out = out.view(rows, kv_heads, groups, count, width).permute(0, 3, 1, 2, 4)
-        return out.reshape(rows * count, self.heads * width)
+        return out.reshape(rows * count, self.heads * width).to(self.like.dtype)
 
 
 def lean_decoder(model: Any, positions: int) -> LeanDecoder | None:

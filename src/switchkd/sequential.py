@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.cache import device_of, output_layer_input, prompt_positions, takes_position_ids
+from switchkd.cache import device_of, output_layer_input, prompt_positions, takes_argument
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Stream, Warping
@@ -87,7 +87,8 @@ class TokenReader:
     """A model and its transformers cache, fed one column of tokens at a time; `logits` predict the next column.
 
     Works for every causal language model of transformers: it uses the public forward with a 2-D attention mask and
-    explicit position ids, which count real tokens from 0 whatever padding stands on the left.
+    explicit position ids, which count real tokens from 0 whatever padding stands on the left. A model that takes no
+    `past_key_values` (state-space models name their state otherwise) reads everything anew each time.
     """
 
     def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, keep_hidden: bool = False) -> None:
@@ -95,32 +96,37 @@ class TokenReader:
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         self.device = device_of(model)
-        self.takes_positions = takes_position_ids(model)
+        self.takes_positions = takes_argument(model, "position_ids")
+        self.caches = takes_argument(model, "past_key_values")
+        self.ids = prompt_ids.to(self.device)
         self.mask = prompt_mask.to(self.device, torch.int64)
         self.next_position = self.mask.sum(-1, keepdim=True)
         self.cache: Any = None
         self.passes = 0
-        self.logits = self._forward(prompt_ids.to(self.device), prompt_positions(self.mask))
+        self.logits = self._forward(self.ids, prompt_positions(self.mask))
 
     def append(self, tokens: Tensor) -> None:
         """Read one token per row, int64 `[B]`."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.logits = self._forward(tokens.to(self.device).unsqueeze(1), self.next_position)
+        column = tokens.to(self.device).unsqueeze(1)
+        if self.caches:
+            self.logits = self._forward(column, self.next_position)
+        else:
+            self.ids = torch.cat([self.ids, column], dim=1)
+            self.logits = self._forward(self.ids, prompt_positions(self.mask))
         self.next_position = self.next_position + 1
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
+        extra: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
+        if self.caches:
+            extra["past_key_values"] = self.cache
         with output_layer_input(self.model, enabled=self.keep_hidden) as hidden:
             output = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **extra,
+                input_ids=ids, attention_mask=self.mask, use_cache=self.caches, logits_to_keep=1, **extra
             )
         if hidden:
             self.hidden = hidden[0][:, -1]
-        self.cache = output.past_key_values
+        if self.caches:
+            self.cache = output.past_key_values
         self.passes += 1
         return output.logits[:, -1]

@@ -63,7 +63,7 @@ class SlotCache:
 
     def write(self, layer: int, vectors: Tensor) -> None:
         """Store what a layer's tokens add, `[A * n, 2 * heads, head_dim]`: the keys, then the values."""
-        self._flat[layer].index_copy_(0, self._index, vectors.view(-1, self.head_dim))
+        self._flat[layer].index_copy_(0, self._index, vectors.view(-1, self.head_dim).to(self._flat[layer].dtype))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over another row."""
