@@ -170,7 +170,7 @@ def test_one_run_more_adds_to_what_is_there(finished, home, tmp_path):
     config["runs"]["kd"] = None
     assert call(folder, config) == 0
     assert [result["run"] for result in results_of(folder)] == ["sft", "kd"]
-    assert "with one training seed nobody knows" in (folder / "report.txt").read_text(encoding="utf-8")
+    assert "one training seed only" in (folder / "report.txt").read_text(encoding="utf-8")
 
 
 def test_the_shipped_example_is_valid():

@@ -11,7 +11,7 @@ import numpy as np
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, length_bucket, mean_and_std
 from switchkd.report import BLUE, GREY, ORANGE, table
-from switchkd.significance import Difference, Scores, in_words, paired_bootstrap
+from switchkd.significance import Difference, difference_of_gains, paired_difference, verdict
 
 Result = Mapping[str, Any]
 #: Buckets of answer length with fewer prompts are not compared: their intervals say nothing.
@@ -46,6 +46,21 @@ class Comparison:
             second: Name of another.
             bucket: Answers of this length only; None where fewer than 20 prompts have it.
         """
+        gains = self._gains(student, first, second, bucket)
+        return None if gains is None else paired_difference(gains, np.zeros_like(gains))
+
+    def growth(self, student: str, first: str, second: str) -> tuple[str, str, Difference] | None:
+        """Return the shortest and longest bucket of answers, and how much larger the difference is on the latter."""
+        known = {name: self._gains(student, first, second, name) for name in self.buckets()}
+        names = [name for name, gains in known.items() if gains is not None]
+        if len(names) < 2:
+            return None
+        short, long = known[names[0]], known[names[-1]]
+        assert short is not None and long is not None
+        return names[0], names[-1], difference_of_gains(long, short)
+
+    def _gains(self, student: str, first: str, second: str, bucket: str | None = None) -> np.ndarray | None:
+        """First minus second, `[seeds, prompts]`."""
         seeds = sorted(
             {result["seed"] for result in self.of(student, first)}
             & {result["seed"] for result in self.of(student, second)}
@@ -54,13 +69,9 @@ class Comparison:
         if not pairs:
             return None
         prompts = [index for index in pairs[0][0] if bucket is None or pairs[0][0][index][1] == bucket]
-        if not prompts or (bucket is not None and len(prompts) < FEWEST_PROMPTS):
+        if len(prompts) < (2 if bucket is None else FEWEST_PROMPTS):
             return None
-
-        def stacked(side: int) -> Scores:
-            return np.array([[pair[side][index][0] for index in prompts] for pair in pairs])
-
-        return paired_bootstrap(stacked(0), stacked(1))
+        return np.array([[one[index][0] - other[index][0] for index in prompts] for one, other in pairs])
 
     def buckets(self) -> list[str]:
         """Return the lengths of answer that occur, shortest first."""
@@ -130,7 +141,7 @@ def sentences(comparison: Comparison, baseline: str, pairs: Sequence[tuple[str, 
         for first, second in asked:
             found = comparison.difference(student, first, second)
             if found is not None:
-                lines.append("  " + in_words(first, second, found))
+                lines.append("  " + verdict(first, second, found))
     lines += _by_length(comparison, [*pairs] or asked)
     return lines
 
@@ -144,21 +155,23 @@ def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list
         for student in comparison.students:
             found = [comparison.difference(student, first, second, bucket) for bucket in (None, *buckets)]
             if found[0] is not None:
-                rows.append([student or "all", *(_cell(difference) for difference in found)])
+                grown = comparison.growth(student, first, second)
+                rows.append([student or "all", *(_cell(difference) for difference in (*found, grown and grown[2]))])
         if rows:
-            headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets))
-            lines += ["", f"{first} minus {second}, points of ROUGE-L with 95% intervals:", table(rows, headers)]
+            headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets), "longest minus shortest")
+            lines += [
+                "",
+                f"{first} minus {second}, points of ROUGE-L, 95% intervals, * where chance does not explain it:",
+            ]
+            lines.append(table(rows, headers))
     return lines
 
 
 def _cell(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    if difference.seeds == 1:
-        return f"{difference.mean:+.1f}"
-    return (
-        f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){'*' if difference.is_real else ''}"
-    )
+    star = "*" if difference.is_clear and difference.seeds > 1 else ""
+    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){star}"
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
@@ -230,7 +243,7 @@ def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> Non
             continue
         mean = sum(scores) / len(scores)
         found = comparison.difference(student, label, baseline) if reference and label != baseline else None
-        real = found is not None and found.is_real
+        real = found is not None and found.is_clear and found.seeds > 1
         colour = ORANGE if real else BLUE
         if found is not None and found.seeds > 1:
             axes.plot([mean - found.mean + found.low, mean - found.mean + found.high], [place, place], color=colour,

@@ -1,112 +1,167 @@
-"""Is a difference between two methods real? A paired bootstrap over training seeds and prompts."""
+"""Is a difference between two methods real? A paired bootstrap over prompts and training seeds, and its words."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Scores = NDArray[np.float64]
+# Two-sided 95% quantiles of Student's t by degrees of freedom; between them 1 / degrees is interpolated.
+_T_DEGREES = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
+_T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.086, 2.042, 2.000, 1.960)
+
+_CHUNK = 256  # resamples drawn at once: [256, prompts] places are kept
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one method is ahead of another.
+    """A difference of mean scores and what chance does to it.
 
     Attributes:
         mean: First minus second, in the unit of the scores.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        against: Share of the resamples in which the other one is ahead, in [0, 1].
-        seeds: Training seeds that were compared.
-        seeds_ahead: In how many of them the first is ahead.
-        prompts: Prompts that were compared.
-        confidence: Of the interval.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+        wrong_side: Share of the resamples whose difference is 0 or has the other sign, in [0, 1].
+        seeds: Number of training seeds.
+        prompts: Number of prompts.
+        seeds_ahead: At how many training seeds the difference has the sign of `mean`.
     """
 
     mean: float
     low: float
     high: float
-    against: float
+    wrong_side: float
     seeds: int
-    seeds_ahead: int
     prompts: int
-    confidence: float
+    seeds_ahead: int
 
     @property
-    def is_real(self) -> bool:
-        """Whether the interval leaves out zero; False with one training seed, which says nothing about others."""
-        return self.seeds > 1 and (self.low > 0.0 or self.high < 0.0)
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(
-    first: Scores, second: Scores, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+def paired_difference(
+    first: np.ndarray, second: np.ndarray, *, resamples: int = 4000, random_seed: int = 0
 ) -> Difference:
-    """Return the mean difference with a percentile interval from resampled training seeds and prompts.
+    """Return the mean difference of two methods with its 95% interval, by a two-level paired bootstrap.
 
-    Both methods answered the same prompts, and runs of one training seed share their warm start: differences are taken
-    within a seed and a prompt, then seeds and prompts are drawn with replacement, independently of each other. A
-    bootstrap over S seeds sees only (S - 1)/S of their variance, which with three of them is a third too little; the
-    seeds' deviations from their mean are widened by sqrt(S / (S - 1)) to make up for it.
+    Training seeds and prompts are drawn with replacement, the same ones for both methods, and the difference is taken
+    anew. With d [S, N] the paired differences, d.. their mean, d_s. the mean of a seed and d_.n that of a prompt, one
+    resample that draws seed s k_s times and prompt n m_n times is
+
+        d.. + t * (sqrt(S / (S - 1)) * sum_s (k_s / S) (d_s. - d..) + sqrt(N / (N - 1)) * sum_n (m_n / N) (d_.n - d..))
+
+    The roots undo that a resample of few values varies too little, and t, Student's quantile over the normal one, that
+    few values tell their own variance badly: without them three seeds give "95%" intervals that hold in 75% of all
+    cases. The degrees of freedom of t are Satterthwaite's, between S - 1 where the seeds vary most and N - 1 where the
+    prompts do.
 
     Args:
-        first: Score of every prompt, mean over decoding seeds, `[training seeds, prompts]`.
-        second: Likewise, the same seeds and prompts in the same order.
-        resamples: How often to draw.
-        confidence: Of the interval, in (0, 1).
-        seed: Seed of the draws.
+        first: Scores [S, N] of one method: S training seeds, N prompts, each a mean over decoding seeds.
+        second: Scores [S, N] of the other at the same seeds and prompts.
+        resamples: How many are drawn.
+        random_seed: Seed of the draws.
 
     Raises:
-        ValueError: Shapes differ or are empty.
+        ValueError: Shapes differ, there is no seed, or fewer than two prompts.
 
     Reference:
-        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Koehn, "Statistical Significance Tests for
-        Machine Translation Evaluation", EMNLP 2004.
+        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Koehn, "Statistical significance tests for
+        machine translation evaluation", 2004 (paired over texts); Satterthwaite, 1946.
     """
-    if first.shape != second.shape or first.ndim != 2 or 0 in first.shape:
-        raise ValueError(f"scores must be two equal [seeds, prompts] arrays, got {first.shape} and {second.shape}")
-    difference = first - second
-    seeds, prompts = difference.shape
-    by_seed = difference.mean(1)
-    widened = difference
-    if seeds > 1:
-        widened = difference + (by_seed - by_seed.mean())[:, None] * (np.sqrt(seeds / (seeds - 1)) - 1.0)
-    generator = np.random.default_rng(seed)
-    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    drawn_prompts = generator.multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
-    means = ((drawn_seeds @ widened) * drawn_prompts).sum(1)
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    mean = float(difference.mean())
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"scores must be paired [seeds, prompts], got shapes {first.shape} and {second.shape}")
+    return _bootstrap([first - second], resamples, random_seed)
+
+
+def difference_of_gains(
+    gains: np.ndarray, other_gains: np.ndarray, *, resamples: int = 4000, random_seed: int = 0
+) -> Difference:
+    """Return how much larger one group of prompts' mean gain is than another's, at the same training seeds.
+
+    Args:
+        gains: Paired differences [S, N] between two methods on one group of prompts, for example long answers.
+        other_gains: The same [S, M] on another group.
+        resamples: As in `paired_difference`; prompts are drawn within their group.
+        random_seed: Seed of the draws.
+
+    Raises:
+        ValueError: As in `paired_difference`.
+    """
+    parts = [np.asarray(gains, dtype=np.float64), -np.asarray(other_gains, dtype=np.float64)]
+    return _bootstrap(parts, resamples, random_seed)
+
+
+def verdict(first: str, second: str, difference: Difference) -> str:
+    """Return in words whether one method is ahead of another.
+
+    Args:
+        first: Name of the method that was subtracted from.
+        second: Name of the other.
+        difference: Of `paired_difference`, in points of the score.
+    """
+    size = abs(difference.mean)
+    low, high = (difference.low, difference.high) if difference.mean >= 0 else (-difference.high, -difference.low)
+    interval = f"95% interval {low:.1f} to {high:.1f}"
+    chance = "chance between prompts" if difference.seeds == 1 else "chance between training seeds and prompts"
+    if difference.is_clear:
+        order = "ahead of" if difference.mean > 0 else "behind"
+        text = f"{first} is {order} {second} by {size:.1f} points, {interval}: larger than {chance} explains"
+    else:
+        text = (
+            f"{first} and {second} cannot be told apart: {difference.mean:+.1f} points, 95% interval "
+            f"{difference.low:+.1f} to {difference.high:+.1f}, within what {chance} explains"
+        )
+    if difference.seeds == 1:
+        return f"{text}; one training seed only, so how much another seed would change it is unknown"
+    return f"{text}; {difference.seeds_ahead} of {difference.seeds} seeds agree on the sign"
+
+
+def t_quantile(degrees: float) -> float:
+    """Return the two-sided 95% quantile of Student's t, within 1%, for one or more degrees of freedom."""
+    inverse = [1 / known for known in reversed(_T_DEGREES)]
+    return float(np.interp(1 / max(degrees, 1.0), inverse, list(reversed(_T_QUANTILES))))
+
+
+def _bootstrap(parts: Sequence[np.ndarray], resamples: int, random_seed: int) -> Difference:
+    """Bootstrap the sum of the parts' means; prompts are drawn within each part, seeds for all parts at once."""
+    seeds = parts[0].shape[0]
+    for part in parts:
+        if part.ndim != 2 or part.shape[0] != seeds or seeds < 1 or part.shape[1] < 2:
+            raise ValueError(
+                f"scores must be [seeds, prompts] with the same seeds and two or more prompts, got shape {part.shape}"
+            )
+    mean = float(sum(part.mean() for part in parts))
+    by_seed = sum(part.mean(1) for part in parts) - mean
+    by_prompt = [part.mean(0) - part.mean() for part in parts]
+    # Each source of chance: deviations from the mean, already scaled so that resampling varies enough.
+    sources = [deviations * math.sqrt(_grown(deviations)) for deviations in (by_seed, *by_prompt)]
+    variances = [float((values**2).sum() / len(values) ** 2) for values in sources]
+    total = sum(variances)
+    spent = sum(
+        variance**2 / (len(values) - 1) for variance, values in zip(variances, sources, strict=True) if len(values) > 1
+    )
+    widening = t_quantile(total**2 / spent) / _T_QUANTILES[-1] if spent > 0 else 1.0
+    generator = np.random.default_rng(random_seed)
+    drawn = np.full(resamples, mean)
+    for values in sources:
+        for start in range(0, resamples, _CHUNK):
+            rows = slice(start, min(start + _CHUNK, resamples))
+            chosen = generator.integers(len(values), size=(rows.stop - rows.start, len(values)))
+            drawn[rows] += widening * values[chosen].mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return Difference(
         mean=mean,
         low=float(low),
         high=float(high),
-        against=float((means < 0.0).mean() if mean >= 0.0 else (means > 0.0).mean()),
+        wrong_side=float((drawn * mean <= 0).mean()),
         seeds=seeds,
-        seeds_ahead=int((by_seed > 0.0).sum()),
-        prompts=prompts,
-        confidence=confidence,
+        prompts=sum(part.shape[1] for part in parts),
+        seeds_ahead=int(((by_seed + mean) * mean > 0).sum()),
     )
 
 
-def in_words(first: str, second: str, found: Difference) -> str:
-    """Return one sentence that says who is ahead, by how much, and whether that is more than chance explains.
-
-    Args:
-        first: Name of the first method.
-        second: Name of the second method.
-        found: First minus second.
-    """
-    ahead, behind, sign = (first, second, 1.0) if found.mean >= 0.0 else (second, first, -1.0)
-    ends = sorted((sign * found.low, sign * found.high))
-    by = f"by {abs(found.mean):.1f} points ({found.confidence:.0%} interval {ends[0]:+.1f} to {ends[1]:+.1f})"
-    if found.seeds == 1:
-        return (
-            f"{ahead} is ahead of {behind} {by} on these {found.prompts} prompts; with one training seed nobody knows "
-            "what another one would give"
-        )
-    count = found.seeds_ahead if sign > 0 else found.seeds - found.seeds_ahead
-    where = f"in {count} of {found.seeds} training seeds"
-    if found.is_real:
-        return f"{ahead} is ahead of {behind} {by}, {where}: more than chance between seeds and prompts explains"
-    return f"{first} and {second} cannot be told apart: {ahead} is ahead {by}, {where}"
+def _grown(values: np.ndarray) -> float:
+    return len(values) / (len(values) - 1) if len(values) > 1 else 1.0
