@@ -3,6 +3,9 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +162,34 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(home, tmp_path, capfd):
     assert "small sft, seed 0: FAILED, no file or folder missing.jsonl" in error
     assert "1 of 2 runs failed" in error
     assert [result["run"] for result in results_of(tmp_path / "runs")] == ["kd"]
+
+
+def test_workers_of_a_comparison_that_was_killed_do_not_go_on_for_ever(home, tmp_path):
+    config = config_of(home, seeds=[0], warm_start=None)
+    config["train"]["max_steps"] = 100_000
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    command_line = [sys.executable, "-m", "switchkd", "compare", "--config", str(path), "--output_dir"]
+    process = subprocess.Popen([*command_line, str(tmp_path / "runs"), "--jobs", "2"], stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    logs = [tmp_path / "runs" / "small" / run / "seed-0" / "log.txt" for run in ("sft", "switch")]
+    wait_until(lambda: all(log.exists() and "step 10/" in log.read_text() for log in logs), seconds=120)
+    process.kill()
+    process.wait()
+    sizes = []
+
+    def stands_still():
+        sizes.append([log.stat().st_size for log in logs])
+        return len(sizes) > 1 and sizes[-1] == sizes[-2]
+
+    wait_until(stands_still, seconds=30, pause=2.0)
+
+
+def wait_until(condition, *, seconds, pause=0.2):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(pause)
 
 
 def test_one_run_more_adds_to_what_is_there(finished, home, tmp_path):

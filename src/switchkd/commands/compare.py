@@ -3,7 +3,9 @@
 import argparse
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -135,7 +137,7 @@ def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Consol
         for task in (task for task in phase if task not in ready):
             failed[task.name] = "its warm start failed"
         pool = ProcessPoolExecutor(
-            options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupt
+            options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
         )
         try:
             futures = {pool.submit(execute, task, threads): task for task in ready}
@@ -184,9 +186,17 @@ def _line(result: Mapping[str, Any]) -> str:
     )
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of the terminal; the first one decides."""
+def _begin_worker() -> None:
+    """Leave Ctrl-C, which reaches every process of the terminal, to the first one, and end when that one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _report(
