@@ -129,6 +129,27 @@ def test_a_finished_run_with_other_options_is_refused(finished, home, capfd):
     assert "small switch, seed 0 was run with initial_threshold=0.2 (train), now it is 0.4" in message
 
 
+def test_runs_of_another_warm_start_are_not_taken_for_done(finished, home, capfd, tmp_path):
+    """The warm start was made again, the runs that began with the old one were not."""
+    config = config_of(home, warm_start={"max_steps": 4})
+    assert call(finished, config) == 2
+    assert "small warm start, seed 0 was run with max_steps=3 (train), now it is 4" in capfd.readouterr().err
+    shorter = shutil.copytree(finished, tmp_path / "again")
+    for path in shorter.rglob("warm-start"):
+        shutil.rmtree(path)
+    for path in shorter.rglob("result.json"):
+        path.write_text(path.read_text().replace(str(finished), str(shorter)))
+    tasks = compare.plan(output_dir=shorter, seeds=[0], **{name: config[name] for name in command.SECTIONS})
+    with pytest.raises(UserError, match=r"max_steps=3 \(warm_start\), now it is 4"):
+        [task.result() for task in tasks]
+
+
+def test_words_that_yaml_reads_as_truth_values_reach_the_option(home):
+    sections = {name: config_of(home)[name] for name in command.SECTIONS}
+    sections["train"] |= {"save_strategy": False, "eval_strategy": False, "use_cpu": True}
+    compare.check(compare.plan(output_dir=Path("runs"), seeds=[0], **sections))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

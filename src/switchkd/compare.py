@@ -7,7 +7,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Task:
             done, `result.json`.
         train: Options of `switchkd train`.
         evaluate: Options of `switchkd evaluate`.
+        begins_with: Options of the warm start; empty where there is none.
     """
 
     student: str
@@ -42,6 +43,7 @@ class Task:
     folder: Path
     train: dict[str, Any]
     evaluate: dict[str, Any]
+    begins_with: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -51,7 +53,9 @@ class Task:
     @property
     def options(self) -> dict[str, Any]:
         """What decides the result; a finished run with other options is another run."""
-        options: dict[str, Any] = plain({"train": self.train, "evaluate": self.evaluate})
+        options: dict[str, Any] = plain(
+            {"train": self.train, "evaluate": self.evaluate, "warm_start": self.begins_with}
+        )
         return options
 
     def result(self) -> dict[str, Any] | None:
@@ -113,18 +117,25 @@ def plan(
         folder = folder_of(student, label, seed)
         # The student itself is made by the warm start where there is one.
         maker = dict(students[student] or {}) if label == WARM_START or warm_start is None else {}
-        options = {**TRAIN_DEFAULTS, **train, **maker, **own, "seed": seed}
+        options = _as_typed({**TRAIN_DEFAULTS, **train, **maker, **own, "seed": seed})
         if label != WARM_START:
             options["method"] = own.get("method", label)
         if label != WARM_START and warm_start is not None:
             options["model_name_or_path"] = str(folder_of(student, WARM_START, seed) / "train")
-        return Task(student, label, seed, folder, options, dict(evaluate))
+        return Task(student, label, seed, folder, options, _as_typed(evaluate), warm.get((student, seed), {}))
 
+    warm: dict[tuple[str, int], dict[str, Any]] = {}
     tasks = []
     if warm_start is not None:
         tasks = [task(s, WARM_START, seed, {"method": "sft", **warm_start}) for s in students for seed in seeds]
+        warm |= {(one.student, one.seed): one.train for one in tasks}
     tasks += [task(s, label, seed, own or {}) for s in students for seed in seeds for label, own in runs.items()]
     return tasks
+
+
+def _as_typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Truth values as words: YAML reads `save_strategy: no` as False, and the option wants the word."""
+    return {name: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v for name, v in options.items()}
 
 
 def check(tasks: Sequence[Task]) -> None:
@@ -203,10 +214,12 @@ def _command(name: str, task: Task, values: Mapping[str, Any]) -> dict[str, Any]
     from switchkd.cli import Console
 
     folder, config = task.folder / name, task.folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(plain({**values, "output_dir": str(folder)}), sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(plain({**values, "output_dir": str(folder)}), sort_keys=False)
+    same = config.exists() and config.read_text(encoding="utf-8") == text
+    config.write_text(text, encoding="utf-8")
     module = import_module(f"switchkd.commands.{name}")
     flags = ["--config", str(config)]
-    if name == "train" and any(folder.glob("checkpoint-*/trainer_state.json")):
+    if name == "train" and same and any(folder.glob("checkpoint-*/trainer_state.json")):
         flags += ["--resume_from_checkpoint", "true"]
     elif folder.exists():
         shutil.rmtree(folder)  # what a run that did not end left behind: a comparison owns the folders of its runs

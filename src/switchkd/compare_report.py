@@ -49,6 +49,15 @@ class Comparison:
         gains = self._gains(student, first, second, bucket)
         return None if gains is None else paired_difference(gains, np.zeros_like(gains))
 
+    def between_students(
+        self, student: str, other: str, first: str, second: str, bucket: str | None = None
+    ) -> Difference | None:
+        """Return how much larger the difference of two runs is for one student than for another."""
+        gains = [self._gains(name, first, second, bucket) for name in (student, other)]
+        if gains[0] is None or gains[1] is None or gains[0].shape != gains[1].shape:
+            return None
+        return paired_difference(gains[0], gains[1])
+
     def growth(self, student: str, first: str, second: str) -> tuple[str, str, Difference] | None:
         """Return the shortest and longest bucket of answers, and how much larger the difference is on the latter."""
         known = {name: self._gains(student, first, second, name) for name in self.buckets()}
@@ -157,6 +166,7 @@ def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list
             if found[0] is not None:
                 grown = comparison.growth(student, first, second)
                 rows.append([student or "all", *(_cell(difference) for difference in (*found, grown and grown[2]))])
+        rows += _by_size(comparison, first, second)
         if rows:
             headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets), "longest minus shortest")
             lines += [
@@ -165,6 +175,17 @@ def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list
             ]
             lines.append(table(rows, headers))
     return lines
+
+
+def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]:
+    """How much larger the difference is for the first student than for each other one."""
+    rows = []
+    for other in comparison.students[1:]:
+        smaller = comparison.students[0]
+        found = [comparison.between_students(smaller, other, first, second, b) for b in (None, *comparison.buckets())]
+        if found[0] is not None:
+            rows.append([f"{smaller} minus {other}", *(_cell(difference) for difference in found), "-"])
+    return rows
 
 
 def _cell(difference: Difference | None) -> str:

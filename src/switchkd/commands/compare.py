@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -77,6 +78,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not goes_on:
         folder.check(overwrite=options.overwrite_output_dir)
     folder.claim({**vars(options), **sections, "seeds": seeds}, keep=goes_on)
+    if goes_on and options.overwrite_output_dir:
+        for task in tasks:
+            shutil.rmtree(task.folder, ignore_errors=True)
     failed = _run_all(tasks, options, console)
     summary = _report(folder, tasks, baseline, pairs, console)
     if failed:
