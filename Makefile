@@ -6,7 +6,7 @@ DEMO_DIR ?= runs/demo
 
 .PHONY: demo test lint install clean
 
-demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 4 minutes on 2 cores).
+demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
 
 test: $(VENV)/.installed-test  ## Install, then run every test, the slow ones included.

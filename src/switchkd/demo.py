@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes and lengths of the demo; the defaults take about four minutes on two CPU cores.
+    """Sizes and lengths of the demo; the defaults take about two minutes on two CPU cores.
 
     The student is small and trained close to what supervised training can reach: this is where a teacher's help
     shows. From there SFT and SWITCH get the same records, steps, batches, learning rate and schedule. SWITCH rolls

@@ -13,6 +13,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
 from switchkd.cli import Console
 from switchkd.compare import WARM_START, Task, check, execute, plan
 from switchkd.errors import UserError
@@ -193,6 +195,8 @@ def _line(result: Mapping[str, Any]) -> str:
 def _begin_worker() -> None:
     """Leave Ctrl-C, which reaches every process of the terminal, to the first one, and end when that one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # tqdm's own lock is shared between processes; a worker that is ended would leave it behind, with a warning.
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
