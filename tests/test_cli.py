@@ -291,9 +291,10 @@ def test_a_written_config_starts_the_same_run_again(models: Path, tmp_path: Path
 
 def test_evaluation_data_give_an_evaluation_loss_at_the_end(models: Path, tmp_path: Path, run: Run) -> None:
     options = train_options(models, tmp_path / "run", "--eval_dataset_name", models / "train.jsonl", "--json")
-    code, out, err = run(*options, "--max_eval_samples", 3, "--max_train_samples", 4)
+    code, out, err = run(*options, "--max_eval_samples", 3, "--max_train_samples", 4, "--eval_rouge_l_samples", 2)
     assert code == 0, err
     summary = json.loads(out)
+    assert 0 <= summary["eval_rouge_l"] <= 100 and "eval ROUGE-L" in err
     assert summary["eval_loss"] > 0 and summary["eval_cross_entropy"] > 0
     assert summary["data"]["eval"]["kept"] == 3 and summary["data"]["train"]["kept"] == 4
 

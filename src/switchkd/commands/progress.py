@@ -14,6 +14,7 @@ SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval loss {:.4f}",
     "eval_cross_entropy": "eval cross-entropy {:.4f}",
+    "eval_rouge_l": "eval ROUGE-L {:.1f}",
     "rollout/teacher_share": "teacher {:.0%}",
     "rollout/divergence_nats": "divergence {:.3f}",
     "rollout/tokens_per_s": "{:.0f} tokens/s",

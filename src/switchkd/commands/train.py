@@ -217,6 +217,7 @@ TABLE_ROWS = (
     ("loss", "loss [nats/token]", 1),
     ("eval_loss", "evaluation loss [nats/token]", 1),
     ("eval_cross_entropy", "evaluation cross-entropy [nats/token]", 1),
+    ("eval_rouge_l", "evaluation ROUGE-L", 1),
     ("rollout/teacher_share", "teacher's tokens [%]", 100),
     ("rollout/divergence_nats", "divergence [nats]", 1),
     ("rollout/completion_tokens", "rollout length [tokens]", 1),
@@ -252,7 +253,7 @@ def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "data": {name: dataclasses.asdict(report) for name, report in trainer.prepare_reports.items()},
     }
-    for key in ("eval_loss", "eval_cross_entropy"):
+    for key in ("eval_loss", "eval_cross_entropy", "eval_rouge_l"):
         if values := _logged(trainer, key):
             summary[key] = values[-1]
     return summary
