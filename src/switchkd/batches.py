@@ -106,7 +106,7 @@ def prompts_of(batches: Sequence[dict[str, Tensor]], prefix: str = "") -> list[l
     for batch in batches:
         ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"].bool()
         length = ids.shape[1] - batch["completion_mask"].shape[1]
-        prompts += [row[keep].tolist() for row, keep in zip(ids[:, :length], mask[:, :length], strict=True)]
+        prompts += _unpadded(ids[:, :length], mask[:, :length])
     return prompts
 
 
@@ -124,6 +124,7 @@ def rollout_batches(
         teacher_prompts: Ids and mask, left-padded `[B, P"]`, where the teacher has prompts of its own.
     """
     order = torch.arange(len(rollout), device=rollout.completion_ids.device)
+    hidden = rollout.teacher_hidden
     if len(sizes) > 1:
         order = rollout.completion_mask.sum(-1).argsort(stable=True)
     return [
@@ -135,7 +136,7 @@ def rollout_batches(
             rollout.author[rows],
             teacher_prompts=teacher_prompts and (teacher_prompts[0][rows], teacher_prompts[1][rows]),
             # States may lie in main memory.
-            teacher_hidden=None if rollout.teacher_hidden is None else _rows(rollout.teacher_hidden, rows),
+            teacher_hidden=None if hidden is None else hidden[rows.to(hidden.device)],
         )
         for rows in order.split(list(sizes))
     ]
@@ -161,13 +162,12 @@ def _completions_of(batches: Sequence[dict[str, Tensor]]) -> list[list[int]]:
     completions = []
     for batch in batches:
         mask = batch["completion_mask"]
-        ids = batch["input_ids"][:, -mask.shape[1] :]
-        completions += [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        completions += _unpadded(batch["input_ids"][:, -mask.shape[1] :], mask)
     return completions
 
 
-def _rows(values: Tensor, rows: Tensor) -> Tensor:
-    return values[rows.to(values.device)]
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
 def check_readable(data: Dataset, models: dict[str, nn.Module | None], *, answers: bool, new_tokens: int) -> None:

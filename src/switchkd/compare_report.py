@@ -58,15 +58,11 @@ class Comparison:
             return None
         return paired_difference(gains[0], gains[1])
 
-    def growth(self, student: str, first: str, second: str) -> tuple[str, str, Difference] | None:
-        """Return the shortest and longest bucket of answers, and how much larger the difference is on the latter."""
-        known = {name: self._gains(student, first, second, name) for name in self.buckets()}
-        names = [name for name, gains in known.items() if gains is not None]
-        if len(names) < 2:
-            return None
-        short, long = known[names[0]], known[names[-1]]
-        assert short is not None and long is not None
-        return names[0], names[-1], difference_of_gains(long, short)
+    def growth(self, student: str, first: str, second: str) -> Difference | None:
+        """Return how much larger the difference is on the longest bucket of answers than on the shortest."""
+        by_length = [self._gains(student, first, second, name) for name in self.buckets()]
+        known = [gains for gains in by_length if gains is not None]
+        return difference_of_gains(known[-1], known[0]) if len(known) > 1 else None
 
     def _gains(self, student: str, first: str, second: str, bucket: str | None = None) -> np.ndarray | None:
         """First minus second, `[seeds, prompts]`."""
@@ -118,16 +114,17 @@ def _table_row(comparison: Comparison, label: str, found: Sequence[Result]) -> l
     row: list[Any] = [label, len(found), f"{mean:.1f} +- {deviation:.1f}" if len(found) > 1 else f"{mean:.1f}"]
     row.append(f"{_mean(found, 'evaluate', 'exact_match'):.0f}%")
     for bucket in comparison.buckets():
-        values = [result["evaluate"]["by_length"].get(bucket, {}).get("rouge_l") for result in found]
-        known = [value for value in values if value is not None]
-        row.append(f"{sum(known) / len(known):.1f}" if known else None)
-    shares = [result["train"].get("teacher_share") for result in found]
-    known = [share for share in shares if share is not None]
-    row.append(f"{sum(known) / len(known):.0%}" if known else None)
+        row.append(_known_mean([r["evaluate"]["by_length"].get(bucket, {}).get("rouge_l") for r in found], ".1f"))
+    row.append(_known_mean([result["train"].get("teacher_share") for result in found], ".0%"))
     passes = [result["train"].get("teacher_passes") for result in found]
     row.append(round(sum(passes) / len(passes)) if all(value is not None for value in passes) else None)
     row.append(f"{_mean(found, 'train', 'seconds'):.0f}")
     return row
+
+
+def _known_mean(values: Sequence[float | None], style: str) -> str | None:
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), style) if known else None
 
 
 def _mean(found: Sequence[Result], part: str, name: str) -> float:
@@ -164,8 +161,8 @@ def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list
         for student in comparison.students:
             found = [comparison.difference(student, first, second, bucket) for bucket in (None, *buckets)]
             if found[0] is not None:
-                grown = comparison.growth(student, first, second)
-                rows.append([student or "all", *(_cell(difference) for difference in (*found, grown and grown[2]))])
+                found.append(comparison.growth(student, first, second))
+                rows.append([student or "all", *map(_cell, found)])
         rows += _by_size(comparison, first, second)
         if rows:
             headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets), "longest minus shortest")
@@ -188,10 +185,15 @@ def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]
     return rows
 
 
+def _is_real(difference: Difference) -> bool:
+    """Whether chance does not explain it; one training seed says nothing about others."""
+    return difference.is_clear and difference.seeds > 1
+
+
 def _cell(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    star = "*" if difference.is_clear and difference.seeds > 1 else ""
+    star = "*" if _is_real(difference) else ""
     return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){star}"
 
 
@@ -264,8 +266,7 @@ def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> Non
             continue
         mean = sum(scores) / len(scores)
         found = comparison.difference(student, label, baseline) if reference and label != baseline else None
-        real = found is not None and found.is_clear and found.seeds > 1
-        colour = ORANGE if real else BLUE
+        colour = ORANGE if found is not None and _is_real(found) else BLUE
         if found is not None and found.seeds > 1:
             axes.plot([mean - found.mean + found.low, mean - found.mean + found.high], [place, place], color=colour,
                       linewidth=2.4, solid_capstyle="round", zorder=2)  # fmt: skip

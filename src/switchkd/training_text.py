@@ -178,12 +178,14 @@ class TextSource:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep."""
-        parts = {"adaptive": self.adaptive, "store": self.store, "controller": self.controller}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        parts = {"adaptive": self.adaptive, "store": self.store, "controller": self.controller}
-        for name, part in parts.items():
-            if part is not None and name in state:
+        for name, part in self._parts().items():
+            if name in state:
                 part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"adaptive": self.adaptive, "store": self.store, "controller": self.controller}
+        return {name: part for name, part in parts.items() if part is not None}

@@ -118,11 +118,9 @@ def verify(
     given = author == Author.TEACHER
     if policy.redraws:
         stands = ~given
-    elif policy.blends:
-        behaviour_at = policy.behaviour(student_rows, teacher_rows).gather(-1, flat.unsqueeze(-1))
-        stands = _accepted(student_rows, behaviour_at, flat, noise.log_accept(index)) | ~given
     else:
-        behaviour_at = teacher_rows.gather(-1, flat.unsqueeze(-1))
+        behaviour = policy.behaviour(student_rows, teacher_rows) if policy.blends else teacher_rows
+        behaviour_at = behaviour.gather(-1, flat.unsqueeze(-1))
         stands = _accepted(student_rows, behaviour_at, flat, noise.log_accept(index)) | ~given
     tokens = drafted.clone()
     while True:

@@ -126,15 +126,15 @@ def _pairs(options: argparse.Namespace, runs: Mapping[str, Any]) -> tuple[str, l
 
 def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Console) -> dict[str, str]:
     """Run what is not done, warm starts first; return the error of each run that failed."""
-    done = [task for task in tasks if task.result() is not None]
+    waiting = [task for task in tasks if task.result() is None]
+    done = len(tasks) - len(waiting)
     if done:
-        console.say(f"{len(done)} of {len(tasks)} runs are done already")
-    waiting = [task for task in tasks if task not in done]
+        console.say(f"{done} of {len(tasks)} runs are done already")
     threads = options.threads
     if threads is None and options.jobs > 1:
         threads = max(multiprocessing.cpu_count() // options.jobs, 1)
     failed: dict[str, str] = {}
-    clock = _Clock(len(tasks), len(done))
+    clock = _Clock(len(tasks), done)
     for phase in ([t for t in waiting if t.label == WARM_START], [t for t in waiting if t.label != WARM_START]):
         if not phase:
             continue
@@ -212,11 +212,11 @@ def _report(
 ) -> dict[str, Any]:
     from switchkd.compare_report import Comparison, plot, read_rows, sentences, tables, write_csv
 
-    finished = [task for task in tasks if task.result() is not None]
+    finished = [(task, result) for task in tasks if (result := task.result()) is not None]
     if not finished:
         return {"runs": 0}
-    found = [result for task in finished if (result := task.result()) is not None]
-    rows = {(task.student, task.label, task.seed): read_rows(task.folder) for task in finished}
+    found = [result for _, result in finished]
+    rows = {(task.student, task.label, task.seed): read_rows(task.folder) for task, _ in finished}
     comparison = Comparison(found, rows)
     text, words = tables(comparison), sentences(comparison, baseline, pairs)
     console.say(f"\nROUGE-L: mean +- standard deviation over training seeds\n\n{text}\n\n" + "\n".join(words))
