@@ -943,3 +943,12 @@ def test_every_shipped_example_is_a_valid_config(path: Path, tmp_path: Path) -> 
     resolve_objective(method, config), resolve_policy(method, config), resolve_fraction(method, config)
     assert (run_args.dataset_name is not None and run_args.teacher_model_name_or_path) or method.name == "sft"
     assert set(yaml.safe_load(path.read_text())) <= set(vars(options))
+
+
+def test_a_rank_is_not_printed_as_nats(models: Path, run: Run) -> None:
+    options = rollout_options(models, "--prompt", "Hello", "--policy", "skd", "--teacher_top_k", 5)
+    out = run(*options)[1]
+    assert "mean rank of the drafted tokens" in out and "replaced beyond rank 5" in out and "nats" not in out
+    result = json.loads(run(*options, "--json")[1])
+    assert result["unit"] == result["rollouts"][0]["unit"] == "rank"
+    assert result["divergence_rank"] >= 1 and "divergence_nats" not in result

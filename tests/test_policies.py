@@ -7,6 +7,7 @@ import torch
 
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.errors import UserError
+from switchkd.kin import RelayPolicy
 from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
 from switchkd.rollout import Author
 
@@ -111,3 +112,14 @@ def test_switch_options_outside_their_range_are_refused(options, message):
 def test_blend_weight_outside_its_range_is_refused():
     with pytest.raises(UserError, match="mixture_weight"):
         BlendPolicy(1.2)
+
+
+def test_a_recorded_divergence_of_ln_2_is_a_valid_threshold():
+    """float32 rounds ln 2 up: what a rollout recorded could not be given back as a threshold."""
+    disjoint = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])
+    recorded = float(generalized_jsd(disjoint[:1], disjoint[1:]).to(torch.float32))
+    assert recorded > LN_2
+    assert SwitchPolicy(initial_threshold=recorded).initial_threshold == recorded
+    assert RelayPolicy(trigger_threshold=recorded).trigger_threshold == recorded
+    with pytest.raises(UserError, match="ln 2"):
+        SwitchPolicy(initial_threshold=recorded + 1e-6)

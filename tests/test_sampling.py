@@ -7,7 +7,9 @@ import torch
 
 from switchkd import sampling
 from switchkd.divergences import generalized_jsd
+from switchkd.interventions import RandomPolicy
 from switchkd.sampling import Stream
+from switchkd.training_text import TextSource
 
 CHI_SQUARE_LIMIT = 5.0  # standard deviations above the mean: about one false alarm in a million tests
 
@@ -195,3 +197,13 @@ def test_warping_into_a_tensor_is_the_warping():
         out = torch.full((90, 2, 6990), math.nan)
         assert torch.equal(warping.into(out[:, 1], logits), warping(logits))
         assert bool(out[:, 0].isnan().all())
+
+
+def test_the_source_of_a_step_is_not_the_number_that_random_uses_for_that_row():
+    """The draw "data set or rollout" of step s was the policy's number of row s at position 0."""
+    source = TextSource(RandomPolicy(teacher_share=0.5), fraction=0.5, seed=3)
+    steps = torch.arange(4000)
+    rolled_out = torch.tensor([source.of_step(int(step), 0.0) == "fresh" for step in steps])
+    of_policy = sampling.uniform(keys(4000, Stream.POLICY, seed=3)) < 0.5
+    agreeing = float((rolled_out == of_policy).double().mean())
+    assert abs(agreeing - 0.5) < 0.04 and abs(float(rolled_out.double().mean()) - 0.5) < 0.04

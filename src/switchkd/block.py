@@ -359,6 +359,7 @@ class BlockDecoder:
             divergence=column("divergence", math.nan, torch.float32),
             threshold=column("threshold", math.nan, torch.float32),
             teacher_hidden=None if pool.hidden is None else pool.hidden.view(rows, self.limit, -1)[:, :longest].clone(),
+            unit=self.policy.unit,
             stats={
                 "student_passes": self.student.passes,
                 "teacher_passes": self.teacher.passes if self.teacher is not None else 0,

@@ -15,6 +15,8 @@ from torch.nn import functional
 from switchkd.sampling import rows_at_once
 
 LN_2 = math.log(2.0)
+#: ln 2 as float32 holds it, a little larger: the largest divergence that is ever recorded or compared.
+LARGEST_JSD = float(torch.tensor(LN_2, dtype=torch.float32))
 # How many of the teacher's likeliest ids are tried first for the head of the adaptive KL.
 HEAD_GUESS = 64
 
@@ -185,7 +187,9 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 def _kl(first: Tensor, second: Tensor) -> Tensor:
     """KL(first, second); an id with no mass under `first` adds exactly zero, -inf or not."""
     difference = torch.where(first == -math.inf, 0.0, first - second)
-    return (first.exp() * difference).sum(-1)
+    value = (first.exp() * difference).sum(-1)
+    # Rounding may leave the range by some 1e-7; only the value is brought back, the gradient is not cut.
+    return value - value.detach().clamp_max(0.0)
 
 
 def _jsd_value(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tensor:

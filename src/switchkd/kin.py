@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from switchkd.divergences import LN_2, forward_kl, generalized_jsd
+from switchkd.divergences import LARGEST_JSD, forward_kl, generalized_jsd
 from switchkd.errors import UserError
 from switchkd.policies import Decision, Policy, check_count, check_range, everywhere, teacher_where
 from switchkd.rollout import Author
@@ -129,7 +129,7 @@ class RelayPolicy(Policy):
     stateful = True
 
     def __post_init__(self) -> None:
-        check_range("trigger_threshold", self.trigger_threshold, 0.0, LN_2, "ln 2 nats")
+        check_range("trigger_threshold", self.trigger_threshold, 0.0, LARGEST_JSD, "ln 2 nats")
         check_count("leg_length", self.leg_length, 1)
         check_count("leg_budget", self.leg_budget, 0)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from switchkd.divergences import LN_2, generalized_jsd
+from switchkd.divergences import LARGEST_JSD, generalized_jsd
 from switchkd.errors import UserError
 from switchkd.rollout import Author
 
@@ -190,7 +190,7 @@ class SwitchPolicy(Policy):
     _rate: float = field(init=False, repr=False, default=0.0)
 
     #: The largest value that `measure` can take, nats, and how messages name it.
-    largest_threshold: ClassVar[tuple[float, str]] = (LN_2, "ln 2 nats")
+    largest_threshold: ClassVar[tuple[float, str]] = (LARGEST_JSD, "ln 2 nats")
 
     def __post_init__(self) -> None:
         check_range("initial_threshold", self.initial_threshold, 0.0, *self.largest_threshold)

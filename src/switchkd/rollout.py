@@ -31,9 +31,10 @@ class Rollout:
         completion_ids: Completions padded on the right, int64 `[B, C]`.
         completion_mask: True up to and including the first end-of-sequence token, bool `[B, C]`.
         author: An `Author` for every token, uint8 `[B, C]`; NONE exactly where the mask is False.
-        divergence: The value the policy compared, nats, float32 `[B, C]`; nan where there was none.
-        threshold: What it was compared with, nats, float32 `[B, C]`; nan where the policy has none.
+        divergence: The value the policy compared, in `unit`, float32 `[B, C]`; nan where there was none.
+        threshold: What it was compared with, in `unit`, float32 `[B, C]`; nan where the policy has none.
         teacher_hidden: The teacher's last hidden state that predicted each token `[B, C, H]`, or None.
+        unit: Unit of `divergence` and `threshold`: "nats", or "rank" for a place in the teacher's ordered vocabulary.
         stats: Counts and times: `student_passes`, `teacher_passes`, `drafted`, `kept`, `seconds`, `tokens_per_s`.
     """
 
@@ -45,6 +46,7 @@ class Rollout:
     divergence: Tensor
     threshold: Tensor
     teacher_hidden: Tensor | None = None
+    unit: str = "nats"
     stats: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class Rollout:
 
         Returns:
             Dicts with `prompt_ids`, `completion_ids`, `author` (lower-case names), `divergence`, `threshold` (None for
-            nan), and with a tokenizer `prompt`, `completion`, `tokens`.
+            nan), their `unit`, and with a tokenizer `prompt`, `completion`, `tokens`.
         """
         rows = []
         for row in range(len(self)):
@@ -100,6 +102,7 @@ class Rollout:
                 "author": [Author(value).name.lower() for value in self.author[row][keep].tolist()],
                 "divergence": [_number_or_none(value) for value in self.divergence[row][keep].tolist()],
                 "threshold": [_number_or_none(value) for value in self.threshold[row][keep].tolist()],
+                "unit": self.unit,
             }
             if tokenizer is not None:
                 record["prompt"] = tokenizer.decode(prompt_ids)

@@ -23,12 +23,13 @@ _AT_ONCE = 1 << 18
 
 
 class Stream(IntEnum):
-    """Independent noise for each decision taken at one position."""
+    """Independent noise for each decision taken at one position; SOURCE is drawn once per optimizer step instead."""
 
     DRAFT = 1
     ACCEPT = 2
     RESIDUAL = 3
     POLICY = 4
+    SOURCE = 5
 
 
 def rows_at_once(like: Tensor) -> int:

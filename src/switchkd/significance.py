@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-# Two-sided 95% quantiles of Student's t by degrees of freedom; between them 1 / degrees is interpolated.
-_T_DEGREES = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
-_T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.086, 2.042, 2.000, 1.960)
+from scipy import stats
 
 _CHUNK = 256  # resamples drawn at once: [256, prompts] places are kept
 
@@ -120,9 +117,8 @@ def verdict(first: str, second: str, difference: Difference) -> str:
 
 
 def t_quantile(degrees: float) -> float:
-    """Return the two-sided 95% quantile of Student's t, within 1%, for one or more degrees of freedom."""
-    inverse = [1 / known for known in reversed(_T_DEGREES)]
-    return float(np.interp(1 / max(degrees, 1.0), inverse, list(reversed(_T_QUANTILES))))
+    """Return the two-sided 95% quantile of Student's t for one or more degrees of freedom, inf for the normal one."""
+    return float(stats.t.ppf(0.975, max(degrees, 1.0)))
 
 
 def _bootstrap(parts: Sequence[np.ndarray], resamples: int, random_seed: int) -> Difference:
@@ -143,7 +139,7 @@ def _bootstrap(parts: Sequence[np.ndarray], resamples: int, random_seed: int) ->
     spent = sum(
         variance**2 / (len(values) - 1) for variance, values in zip(variances, sources, strict=True) if len(values) > 1
     )
-    widening = t_quantile(total**2 / spent) / _T_QUANTILES[-1] if spent > 0 else 1.0
+    widening = t_quantile(total**2 / spent) / t_quantile(math.inf) if spent > 0 else 1.0
     generator = np.random.default_rng(random_seed)
     drawn = np.full(resamples, mean)
     for values in sources:

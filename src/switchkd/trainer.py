@@ -257,7 +257,7 @@ class SwitchTrainer(Trainer):
         started = time.perf_counter()
         # Rollouts see the bare model: no gradient synchronisation, and autocast where training has it.
         with self._teacher_at_hand() as teacher, self.accelerator.autocast():
-            rollout, policy, taught = self.text.write(
+            rollout, taught = self.text.write(
                 self.accelerator.unwrap_model(self.model),
                 teacher,
                 batches,
@@ -267,7 +267,7 @@ class SwitchTrainer(Trainer):
                 return_teacher_hidden=self._keeps_teacher_hidden(),
                 **self._sampling(),
             )
-        self._means.add_rollout(rollout, policy, time.perf_counter() - started)
+        self._means.add_rollout(rollout, time.perf_counter() - started)
         self.teacher_passes += rollout.stats["teacher_passes"]
         self._unlogged_rollout = rollout
         self._observe_share(rollout)

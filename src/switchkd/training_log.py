@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 
 #: Means over all tokens, rows or steps and all processes since the last log, each explained in docs/metrics.md.
@@ -38,11 +37,11 @@ class RunningMeans:
         self._sums[name][0] += total
         self._sums[name][1] += count
 
-    def add_rollout(self, rollout: Rollout, policy: Policy, seconds: float) -> None:
+    def add_rollout(self, rollout: Rollout, seconds: float) -> None:
         """Add what a rollout shows."""
         tokens = float(rollout.completion_mask.sum())
         self.add("rollout/teacher_share", float((rollout.author == Author.TEACHER).sum()), tokens)
-        if policy.unit == "nats":
+        if rollout.unit == "nats":
             for name, values in (("divergence_nats", rollout.divergence), ("threshold_nats", rollout.threshold)):
                 finite = values[values.isfinite()]
                 self.add(f"rollout/{name}", float(finite.sum()), float(finite.numel()))

@@ -73,7 +73,8 @@ class TextSource:
         """
         if self.policy is None or self.on_policy_fraction == 0:
             return "dataset"
-        key = sampling.noise_keys(self.seed, torch.tensor([step]), torch.tensor([0]), sampling.Stream.POLICY)
+        # One number per step: the step stands where the row id stands in rollouts, and there is no position.
+        key = sampling.noise_keys(self.seed, torch.tensor([step]), torch.tensor([0]), sampling.Stream.SOURCE)
         drawn = float(sampling.uniform(key))
         if self.adaptive is not None and self.store is not None:
             return self.adaptive.source(drawn, progress, self.store)
@@ -100,8 +101,8 @@ class TextSource:
         progress: float,
         pad_token_id: int,
         **rollout_options: Any,
-    ) -> tuple[Rollout, Policy, Prompts | None]:
-        """Return a rollout of every prompt of some micro-batches, its policy, and the teacher's own prompts if any.
+    ) -> tuple[Rollout, Prompts | None]:
+        """Return a rollout of every prompt of some micro-batches, and the teacher's own prompts if any.
 
         Args:
             student: As `roll_out` takes it.
@@ -129,7 +130,7 @@ class TextSource:
         )
         if self.store is not None:
             self.store.add(rollout)
-        return rollout, policy, taught
+        return rollout, taught
 
     def calibrate_on(
         self, student: nn.Module, teacher: nn.Module, data: Dataset, *, pad_token_id: int, **rollout_options: Any

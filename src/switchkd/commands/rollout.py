@@ -181,12 +181,14 @@ def _totals(rollouts: list["Rollout"]) -> dict[str, Any]:
     threshold = torch.cat([rollout.threshold.flatten() for rollout in rollouts])
     threshold = threshold[~threshold.isnan()]
     seconds = sum(rollout.stats["seconds"] for rollout in rollouts)
+    unit = rollouts[0].unit
     return {
         "completions": sum(map(len, rollouts)),
         "completion_tokens": tokens,
         "teacher_share": teacher / max(tokens, 1),
-        "divergence_nats": float(divergence.nanmean()),
-        "threshold_nats": [float(threshold.min()), float(threshold.max())] if len(threshold) else None,
+        f"divergence_{unit}": float(divergence.nanmean()),
+        f"threshold_{unit}": [float(threshold.min()), float(threshold.max())] if len(threshold) else None,
+        "unit": unit,
         "tokens_per_s": tokens / max(seconds, 1e-9),
         "seconds": seconds,
     }
@@ -194,9 +196,12 @@ def _totals(rollouts: list["Rollout"]) -> dict[str, Any]:
 
 def _last_line(summary: dict[str, Any]) -> str:
     parts = [f"teacher wrote {summary['teacher_share']:.0%} of {summary['completion_tokens']} tokens"]
-    if summary["divergence_nats"] == summary["divergence_nats"]:
-        parts.append(f"mean divergence {summary['divergence_nats']:.3f} nats")
-    if summary["threshold_nats"]:
-        low, high = summary["threshold_nats"]
-        parts.append(f"threshold {high:.3f} to {low:.3f} nats")
+    unit = summary["unit"]
+    divergence, threshold = summary[f"divergence_{unit}"], summary[f"threshold_{unit}"]
+    if unit == "rank":
+        parts.append(f"mean rank of the drafted tokens {divergence:.1f}, replaced beyond rank {threshold[1]:.0f}")
+    elif divergence == divergence:
+        parts.append(f"mean divergence {divergence:.3f} {unit}")
+        if threshold:
+            parts.append(f"threshold {threshold[1]:.3f} to {threshold[0]:.3f} {unit}")
     return ", ".join([*parts, f"{summary['tokens_per_s']:.0f} tokens/s"])
