@@ -195,7 +195,7 @@ def test_a_share_out_of_reach_does_not_wind_the_controller_up():
     controller = ShareController(0.5, 0.3)
     for _ in range(500):
         controller.observe(1.0)
-    assert controller.threshold == LN_2
+    assert controller.threshold == pytest.approx(LN_2)
     for _ in range(2000):
         controller.observe(0.0)
     assert controller.threshold == ShareController.SMALLEST

@@ -941,7 +941,7 @@ def test_every_shipped_example_is_a_valid_config(path: Path, tmp_path: Path) -> 
     run_args, config = read_options(options)
     method = get_method(config.method)
     resolve_objective(method, config), resolve_policy(method, config), resolve_fraction(method, config)
-    assert (run_args.dataset_name is not None and run_args.teacher_model_name_or_path) or method.name == "sft"
+    assert (run_args.dataset_name is not None and config.teacher_model_name_or_path) or method.name == "sft"
     assert set(yaml.safe_load(path.read_text())) <= set(vars(options))
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EOS_ID, RAGGED_ROWS, TINY_VOCABULARY, build_gpt2, build_llama, build_tokenizer
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
-from switchkd.config import SwitchConfig
+from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy_options
 from switchkd.data import prepare
 from switchkd.errors import UserError
+from switchkd.guards import refuse_launch
+from switchkd.methods import METHODS
 from switchkd.trainer import SwitchTrainer
 
 MIDDLE = {"initial_threshold": 0.42, "schedule": "constant"}
@@ -122,6 +124,15 @@ def _teacher_dtype(trainer):
     return next(trainer.teacher_model.parameters()).dtype
 
 
+def _teacher_sum(trainer):
+    return float(sum(parameter.sum() for parameter in trainer.teacher_model.parameters()))
+
+
+def _student_rounds(trainer):
+    trainer.train()
+    return trainer.teacher_passes
+
+
 # option -> (two values, what must differ, options both runs share)
 EFFECTS = {
     "method": (("kd", "switch"), _weights, {}),
@@ -172,6 +183,8 @@ EFFECTS = {
     "disable_dropout": ((True, False), _weights, {"method": "kd"}),
     "log_completions": ((False, True), _completion_lines, {}),
     "num_completions_to_log": ((1, 3), _completion_lines, {"log_completions": True}),
+    "teacher_model_name_or_path": (("{folder}/teacher", "{folder}/other"), _teacher_sum, {"method": "kd"}),
+    "rollout_batch_size": ((1, 8), _student_rounds, {"per_device_train_batch_size": 8}),
     "model_init_kwargs": ((None, {"dtype": "bfloat16"}), _student_dtype, {"method": "kd"}),
     "teacher_model_init_kwargs": ((None, '{"dtype": "bfloat16"}'), _teacher_dtype, {"method": "kd"}),
 }
@@ -207,6 +220,10 @@ def test_option_changes_something(make_trainer, tmp_path, name):
                 model.save_pretrained(tmp_path / folder)
                 build_tokenizer().save_pretrained(tmp_path / folder)
             student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
+        if name == "teacher_model_name_or_path":
+            teacher = None
+            build_gpt2(seed=1 + place).save_pretrained(value.format(folder=tmp_path))
+            build_tokenizer().save_pretrained(value.format(folder=tmp_path))
         options = shared | {name: value, "output_dir": str(tmp_path / str(place))}
         if isinstance(value, str) and "{folder}" in value:
             options[name] = value.format(folder=tmp_path)
@@ -229,7 +246,7 @@ def test_remove_unused_columns_and_logging_steps_keep_their_own_defaults():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_temperature": 0.0}, "loss_temperature must be > 0, got 0.0"),
+        ({"loss_temperature": 0.0}, "loss_temperature must be a finite number > 0, got 0.0"),
         ({"max_prompt_length": 0}, "max_prompt_length must be >= 1, got 0"),
         ({"max_completion_length": -1}, "max_completion_length must be >= 1, got -1"),
         ({"num_completions_to_log": 0, "log_completions": True}, "num_completions_to_log must be >= 1, got 0"),
@@ -240,6 +257,10 @@ def test_remove_unused_columns_and_logging_steps_keep_their_own_defaults():
         ({"temperature": -1.0}, "temperature must be >= 0 (0 is greedy), got -1.0"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, "top_p must lie in (0, 1], got 0.0"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must stay False"),
+        ({"ce_weight": float("inf")}, "ce_weight must be a finite number >= 0, got inf"),
+        ({"loss_temperature": float("inf")}, "loss_temperature must be a finite number > 0, got inf"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size must be >= 1, got 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does nothing here"),
         (
             {"model_init_kwargs": "{dtype: bfloat16}"},
@@ -315,6 +336,64 @@ def test_the_values_a_method_takes_anyway_may_be_written_out(make_trainer):
     make_trainer(build_gpt2(), build_gpt2(seed=1), on_policy_fraction=0.0, initial_threshold=0.3, final_ratio=0.1)
     make_trainer(build_gpt2(), build_gpt2(seed=1), method="gkd", teacher_weight=0.5, on_policy_fraction=0.5)
     make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd", divergence="forward_kl", on_policy_fraction=0.0)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.may_roll_out])
+def test_a_runs_own_resolved_options_are_not_refused_by_the_next_run(name):
+    """At on_policy_fraction 0 the written-out policy options were called idle for 10 of the 16 rolling methods."""
+    method = METHODS[name]
+    for fraction in (0.0, 1.0):
+        first = SwitchConfig(use_cpu=True, method=name, on_policy_fraction=fraction)
+        resolved = resolve_policy_options(method, first)
+        refuse_idle_options(method, SwitchConfig(use_cpu=True, method=name, on_policy_fraction=fraction, **resolved))
+
+
+@pytest.mark.parametrize("name", ["data_collator", "compute_metrics", "compute_loss_func", "model_init"])
+def test_arguments_of_the_trainer_that_would_do_nothing_are_refused(make_trainer, name):
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd")
+    arguments = {"args": trainer.args, "processing_class": build_tokenizer(), name: lambda *_: None}
+    message = refusal(lambda: SwitchTrainer(build_gpt2(), build_gpt2(seed=1), **arguments))
+    assert message.startswith(f"{name} is not supported: ")
+
+
+def test_plain_training_arguments_are_refused_in_one_line():
+    args = TrainingArguments(use_cpu=True)
+    message = refusal(lambda: SwitchTrainer(build_gpt2(), build_gpt2(seed=1), args=args))
+    assert "args must be a SwitchConfig, got a TrainingArguments" in message
+
+
+# ---- data in the shapes that people hold
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(RAGGED_ROWS)
+
+    def __getitem__(self, index):
+        return RAGGED_ROWS[index]
+
+
+def _frame(rows):
+    return pytest.importorskip("pandas").DataFrame(rows)
+
+
+@pytest.mark.parametrize("shape", [list, lambda rows: _Rows(), _frame], ids=["list", "torch", "pandas"])
+def test_lists_torch_and_pandas_data_train_as_a_dataset_does(make_trainer, shape):
+    expected = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd").train_dataset.to_list()
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd", train_dataset=shape(RAGGED_ROWS))
+    assert trainer.train_dataset.to_list() == expected
+
+
+def test_data_that_cannot_be_read_at_random_are_refused_in_one_line(make_trainer):
+    rows = Dataset.from_list(RAGGED_ROWS)
+    for data, message in (
+        (rows.to_iterable_dataset(), "train_dataset is a IterableDataset, which cannot be read at random"),
+        (DatasetDict(train=rows, test=rows), "train_dataset holds several splits (train, test)"),
+        ([1, 2], "train_dataset: record 0 is a int, not a dict"),
+        ("rows.jsonl", "train_dataset is a str"),
+    ):
+        make = lambda data=data: make_trainer(build_gpt2(), build_gpt2(seed=1), train_dataset=data)  # noqa: E731
+        assert message in refusal(make)
 
 
 # ---- models and data that do not fit together
@@ -423,31 +502,36 @@ def test_prepared_and_raw_data_train_alike(make_trainer):
 # ---- launches
 
 
+def launch(trainer):
+    writes_text = trainer.may_roll_out or trainer.method.teacher_text
+    refuse_launch(gpus=trainer.args.n_gpu, writes_text=writes_text, sharded=trainer._is_sharded)
+
+
 def test_fsdp_and_zero3_are_refused_because_rollouts_would_hang(make_trainer, monkeypatch):
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1))
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    assert "rollouts under FSDP or DeepSpeed ZeRO-3 would hang" in refusal(trainer._refuse_unsupported_launch)
+    assert "rollouts under FSDP or DeepSpeed ZeRO-3 would hang" in refusal(lambda: launch(trainer))
     monkeypatch.setattr(trainer, "is_fsdp_enabled", False)
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     for stage, refused in ((3, True), (2, False)):
         plugin = type("Plugin", (), {"zero_stage": stage})()
         monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
         if refused:
-            assert "use DDP or ZeRO-1/2" in refusal(trainer._refuse_unsupported_launch)
+            assert "use DDP or ZeRO-1/2" in refusal(lambda: launch(trainer))
         else:
-            trainer._refuse_unsupported_launch()
+            launch(trainer)
 
 
 def test_sharded_launches_without_rollouts_are_allowed(make_trainer, monkeypatch):
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd")
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    trainer._refuse_unsupported_launch()
+    launch(trainer)
 
 
 def test_several_gpus_in_one_process_are_refused(make_trainer, monkeypatch):
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1))
     monkeypatch.setattr(trainer.args, "_n_gpu", 2)
-    assert "2 GPUs in one process would split every rollout" in refusal(trainer._refuse_unsupported_launch)
+    assert "2 GPUs in one process would split every rollout" in refusal(lambda: launch(trainer))
 
 
 def test_trainer_without_a_config_uses_the_defaults():

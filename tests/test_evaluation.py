@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from switchkd.data import load_records, prepare
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses, write_rows
+from switchkd.heads import output_head
 from switchkd.metrics import rouge_l
 
 WORDS = ["the", "cat", "sat", "on", "mat"]
@@ -338,3 +339,15 @@ def test_real_instruction_records_are_scored(shared_dir, make_gpt2):
     result = evaluate(model, tokenizer, data.select(range(6)), seeds=(10, 20), max_new_tokens=16, progress=False)
     assert len(result.rows) == 12
     assert result.by_length.keys() <= {"41-100", "over 100", "11-40", "0-10"}
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_reference_losses_never_hold_the_logits_of_a_whole_batch(make_gpt2, tiny_tokenizer, data, teacher):
+    """A second code path held [B, C, V] of both models."""
+    models = [make_gpt2(), make_gpt2(seed=1)]
+    widths = []
+    for model in models:
+        output_head(model)
+        model.register_forward_hook(lambda module, args, output: widths.append(output.logits.shape[-1]))
+    losses = reference_losses(models[0], tiny_tokenizer, data, teacher=models[1] if teacher else None)
+    assert widths and set(widths) == {1} and losses["cross_entropy"] > 0

@@ -26,8 +26,17 @@ LAYERS = (
         "step_loss",
     ),
     ("verification", "sequential", "block", "engine", "calibration"),
-    ("methods", "models", "records", "data", "evaluation"),
-    ("batches", "plain_text", "teacher_text", "training_text", "training_log", "preparation", "config", "trainer"),
+    ("methods", "models", "records", "data", "batches", "evaluation"),
+    (
+        "guards",
+        "plain_text",
+        "teacher_text",
+        "training_text",
+        "training_log",
+        "preparation",
+        "config",
+        "trainer",
+    ),
     ("options", "run_folder", "report", "student", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -3,15 +3,18 @@
 import copy
 import json
 import time
+import types
 
 import pytest
 import torch
 from conftest import BUILDERS, EOS_ID, RAGGED_ROWS, build_gpt2, build_llama, build_opt
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from switchkd.batches import collate
 from switchkd.divergences import LN_2
 from switchkd.engine import roll_out
+from switchkd.errors import UserError
 from switchkd.policies import StudentPolicy, SwitchPolicy
 from switchkd.rollout import Author
 
@@ -565,3 +568,80 @@ def test_logged_completions_are_json_lines_of_new_rollouts_only(make_trainer, tm
         assert len(record["completion_ids"]) == len(record["author"]) == len(record["divergence"])
         assert set(record["author"]) == {"student"}
         assert record["prompt"] in {row["prompt"] for row in RAGGED_ROWS}
+
+
+# ---- ruin is never silent
+
+
+def test_a_nan_teacher_is_refused_before_training(make_trainer):
+    teacher = build_gpt2(seed=1)
+    teacher.transformer.h[1].mlp.c_fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"1 of \d+ tensors of the teacher hold nan or inf, first transformer.h.1.mlp"):
+        make_trainer(build_gpt2(), teacher)
+
+
+def test_an_absurd_learning_rate_ends_in_one_line_and_saves_nothing(make_trainer, tmp_path):
+    """Every tensor became nan, the log said loss 0.0, and the nan model was saved."""
+    trainer = make_trainer(
+        build_gpt2(), build_gpt2(seed=1), learning_rate=1e20, max_steps=4, save_strategy="steps", save_steps=1
+    )
+    with pytest.raises(UserError, match=r"step \d.*lower learning_rate \(now 1e\+20\)"):
+        trainer.train()
+    assert all(entry["loss"] != 0.0 for entry in trainer.state.log_history if "loss" in entry)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(bool(value.isfinite().all()) for value in load_file(path).values())
+    trainer.model.lm_head.weight.data.fill_(float("inf"))
+    with pytest.raises(UserError, match="hold nan or inf"):
+        trainer.save_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_student_is_not_updated_by_a_loss_that_is_nan(make_trainer):
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), max_steps=3)
+    before = parameters(trainer.model)
+    loss = trainer.step_loss.loss
+    ruined = lambda *args: loss(*args) * float("nan")  # noqa: E731
+    trainer.step_loss = types.SimpleNamespace(**vars(trainer.step_loss), loss=ruined)
+    trainer.step_loss.needs_teacher_pass, trainer.step_loss.reads_teacher = lambda inputs: False, True
+    with pytest.raises(UserError, match="the loss of step 1 is nan, the student was not updated by it"):
+        trainer.train()
+    assert largest_difference(before, parameters(trainer.model)) == 0.0
+
+
+# ---- after training
+
+
+def test_raw_data_can_be_evaluated_and_predicted_after_training(make_trainer):
+    """KeyError: 'prompt_ids'."""
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), eval_dataset=Dataset.from_list(RAGGED_ROWS))
+    trainer.train()
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(Dataset.from_list(RAGGED_ROWS))["eval_loss"] == expected
+    assert trainer.evaluate({"a": RAGGED_ROWS})["eval_a_loss"] == expected
+    assert trainer.predict(RAGGED_ROWS).metrics["test_loss"] == expected
+
+
+# ---- rows decoded at once
+
+
+@pytest.mark.parametrize("builder", [build_gpt2, build_llama])
+def test_a_window_is_decoded_in_parts_without_changing_its_text(make_trainer, builder):
+    texts = []
+    for rows in (1, 3, None):
+        trainer = make_trainer(
+            builder(), builder(seed=1), **MIDDLE, per_device_train_batch_size=1, gradient_accumulation_steps=8,
+            rollout_batch_size=rows,
+        )  # fmt: skip
+        seen = watch_batches(trainer)
+        trainer.train()
+        texts.append([inputs["input_ids"].tolist() for inputs, _ in seen])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_rows_decoded_at_once_do_not_grow_with_the_accumulation_window(make_trainer):
+    rows = [
+        make_trainer(build_gpt2(), build_gpt2(seed=1), gradient_accumulation_steps=steps).rollout_rows
+        for steps in (1, 256)
+    ]
+    assert rows[0] == rows[1] >= 8
+    assert make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd").rollout_rows is None

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from importlib.metadata import version
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _HOMES = {
     "UserError": "errors",
     "roll_out": "engine",
 }
-_MODULES = {"divergences", "methods", "metrics", "policies", "data", "evaluation", "objective"}
 
 __all__ = [
     "Author",
@@ -47,10 +47,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"switchkd.{_HOMES[name]}"), name)
-    if name in _MODULES:
+    if name in _submodules():
         return import_module(f"switchkd.{name}")
     raise AttributeError(f"module 'switchkd' has no attribute {name!r}")
 
 
+def _submodules() -> set[str]:
+    return {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}
+
+
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES])
+    return sorted({*__all__, *_submodules()})

@@ -1,6 +1,7 @@
 """`SwitchConfig`: transformers' TrainingArguments plus what teacher-in-the-loop distillation adds."""
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from switchkd.sampling import check_warping
 
 #: Options that only a rollout policy reads, those that every rollout reads, and those of steps that roll out.
 POLICY_OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.policy_options))
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "draft_length")
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "draft_length", "rollout_batch_size")
 HIDDEN_OPTIONS = ("reuse_teacher_hidden", "teacher_hidden_dtype", "offload_teacher_hidden")
 STEP_OPTIONS = (
     "log_completions",
@@ -47,7 +48,12 @@ class SwitchConfig(TrainingArguments):
         default=False, metadata={"help": "Kept False: the trainer needs every column that data preparation made."}
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept False: a loss that is nan must not be logged as 0."}
+    )
+
     method: str = field(default="switch", metadata={"help": f"One of {', '.join(METHODS)}."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
     divergence: str | None = field(
         default=None,
         metadata={
@@ -163,6 +169,14 @@ class SwitchConfig(TrainingArguments):
         default="auto", metadata={"help": 'Tokens drafted before the teacher checks them: "auto" or a number.'}
     )
 
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows decoded at once; bounds memory and changes no text. Default: as many as fit into the memory "
+            "that training one micro-batch takes."
+        },
+    )
+
     reuse_teacher_hidden: bool = field(
         default=True,
         metadata={"help": "Keep the teacher's states of a rollout for the loss instead of another teacher pass."},
@@ -203,6 +217,8 @@ class SwitchConfig(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay False: the trainer needs the prepared columns")
+        if self.logging_nan_inf_filter:
+            raise UserError("logging_nan_inf_filter must stay False: it would log a loss that is nan as 0")
         if self.label_smoothing_factor:
             raise UserError(f"label_smoothing_factor={self.label_smoothing_factor} does nothing here; remove it")
         self._check_own_ranges()
@@ -212,8 +228,8 @@ class SwitchConfig(TrainingArguments):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _check_own_ranges(self) -> None:
-        if not self.loss_temperature > 0:
-            raise UserError(f"loss_temperature must be > 0, got {self.loss_temperature}")
+        if not (self.loss_temperature > 0 and math.isfinite(self.loss_temperature)):
+            raise UserError(f"loss_temperature must be a finite number > 0, got {self.loss_temperature}")
         for name in ("max_prompt_length", "max_completion_length", "num_completions_to_log"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -227,8 +243,10 @@ class SwitchConfig(TrainingArguments):
             "replay_capacity",
         ):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"{name} must be >= 0, got {value}")
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be a finite number >= 0, got {value}")
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise UserError(f"rollout_batch_size must be >= 1, got {self.rollout_batch_size}")
         if self.on_policy_fraction is not None and not 0.0 <= self.on_policy_fraction <= 1.0:
             raise UserError(f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}")
         if self.target_teacher_share is not None and not 0.0 < self.target_teacher_share < 1.0:
@@ -355,10 +373,11 @@ def refuse_idle_options(method: Method, args: SwitchConfig) -> None:
     if args.device.type == "cpu":
         idle.setdefault("offload_teacher_hidden", "training runs on the CPU")
         idle.setdefault("offload_teacher", "training runs on the CPU")
-    defaults = {option.name: option.default for kind in (SwitchConfig, SwitchPolicy) for option in fields(kind)}
-    defaults["horizon"] = args.max_completion_length
+    # What holds anyway may be written out, as a run's own resolved config does.
+    holds = {option.name: option.default for option in fields(SwitchConfig)} | method.default_options()
+    holds["horizon"] = args.max_completion_length
     for name, reason in idle.items():
-        if getattr(args, name) not in (None, defaults[name]):
+        if getattr(args, name) not in (None, holds[name]):
             raise UserError(f"{name}={getattr(args, name)} does nothing: {reason}; remove it")
 
 

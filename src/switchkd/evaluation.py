@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.cache import device_of, prompt_positions
+from switchkd.batches import collate
+from switchkd.cache import device_of
 from switchkd.data import pad_prompts
 from switchkd.engine import context_length, eval_mode, roll_out
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
-from switchkd.objective import completion_logits, token_losses
+from switchkd.objective import CROSS_ENTROPY
 from switchkd.policies import StudentPolicy
 from switchkd.sampling import check_warping
+from switchkd.step_loss import StepLoss
 from switchkd.vocabulary import require_eos
 
 
@@ -197,7 +199,8 @@ def reference_losses(
     with eval_mode(model, teacher):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            losses = _batch_losses(model, teacher, [prompts[i] for i in batch], [completions[i] for i in batch], pad)
+            rows = [{"prompt_ids": prompts[i], "completion_ids": completions[i]} for i in batch]
+            losses = _batch_losses(model, teacher, rows, pad)
             for name, total in losses.items():
                 totals[name] = totals.get(name, 0.0) + total
     tokens = sum(len(ids) for ids in completions)
@@ -205,37 +208,18 @@ def reference_losses(
 
 
 def _batch_losses(
-    model: nn.Module, teacher: nn.Module | None, prompts: list[Any], completions: list[Any], pad: int
+    model: nn.Module, teacher: nn.Module | None, rows: list[dict[str, Any]], pad: int
 ) -> dict[str, float]:
-    """Sums over the tokens of a batch, prompts padded on the left and completions on the right."""
-    prompt_ids, prompt_mask = pad_prompts(prompts, pad)
-    labels = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True, padding_value=pad)
-    length = labels.shape[1]
-    mask = torch.arange(length) < torch.tensor([len(ids) for ids in completions]).unsqueeze(1)
-    ids, attention_mask = torch.cat([prompt_ids, labels], dim=1), torch.cat([prompt_mask, mask], dim=1).to(torch.int64)
+    """Sums over the reference tokens of a batch, by the trainer's own way from states to losses."""
     device = device_of(model)
-    student_logits = _logits(model, ids, attention_mask, length).to(device)
-    labels, mask = labels.to(device), mask.to(device)
-    losses = {"cross_entropy": token_losses(student_logits, objective="cross_entropy", labels=labels)}
-    if teacher is not None:
-        teacher_logits = _logits(teacher, ids, attention_mask, length).to(device)
-        for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd")):
-            losses[name] = token_losses(student_logits, objective=objective, teacher_logits=teacher_logits)
-    return {name: float(loss[mask].double().sum()) for name, loss in losses.items()}
-
-
-def _logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-    device = device_of(model)
-    attention_mask = attention_mask.to(device)
-    output = model(
-        input_ids=ids.to(device),
-        attention_mask=attention_mask,
-        # Models with learned positions count the padding on the left too unless told not to.
-        position_ids=prompt_positions(attention_mask),
-        use_cache=False,
-        logits_to_keep=completion_length + 1,
-    )
-    return completion_logits(output.logits, completion_length)
+    inputs = {name: value.to(device) for name, value in collate(rows, pad).items()}
+    of_divergence = {"forward_kl": StepLoss("forward_kl"), "jsd": StepLoss("generalized_jsd")} if teacher else {}
+    reading = of_divergence.get("forward_kl", StepLoss(CROSS_ENTROPY))
+    of_model, of_teacher = reading.predictions(model, teacher, inputs)
+    losses = {"cross_entropy": reading.cross_entropy(of_model, inputs)}
+    losses |= {name: loss.compare(of_model, of_teacher, inputs) for name, loss in of_divergence.items()}
+    # Tokens without supervision have a loss of 0.
+    return {name: float(loss.token_losses[inputs["completion_mask"]].double().sum()) for name, loss in losses.items()}
 
 
 def _sample(

@@ -1,6 +1,6 @@
 """Plain text for an auxiliary language-model loss: packed into blocks of one length, without padding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,34 @@ class PlainText:
         ]
         first = place % total
         return self.blocks[torch.cat(orders)[first : first + count]]
+
+    def add_to(
+        self,
+        batches: Sequence[dict[str, Tensor]],
+        step: int,
+        rank: int,
+        ranks: int,
+        rows: int,
+        *,
+        window: int,
+        seed: int,
+    ) -> None:
+        """Add blocks of text, and the number of their tokens in the whole optimizer step, to its micro-batches.
+
+        Args:
+            batches: The micro-batches of the accumulation window; `lm_input_ids` and `lm_tokens` are added.
+            step: The optimizer step, counted from 0.
+            rank: The rank of this process.
+            ranks: How many there are.
+            rows: Blocks for each micro-batch.
+            window: Micro-batches of a full accumulation window; the last one of an epoch may be shorter.
+            seed: Seed of the order.
+        """
+        # Every block is full: the tokens of the whole step are known without asking the other ranks.
+        tokens = rows * (self.blocks.shape[1] - 1) * len(batches) * ranks
+        for index, batch in enumerate(batches):
+            place = ((step * window + index) * ranks + rank) * rows
+            batch |= {"lm_input_ids": self.rows(place, rows, seed), "lm_tokens": torch.tensor(tokens)}
 
 
 def _encoded(texts: Any, tokenizer: Any, rows: int = 1000) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkd import objective as objectives
+from switchkd.cache import device_of
 from switchkd.chunked import ChunkedLoss, chunked_loss
 from switchkd.heads import OutputHead, hidden_states_of, output_head
 from switchkd.policy_gradient import importance_weights, policy_gradient_losses
@@ -42,7 +43,10 @@ def predict(
         full_logits: Always let the model compute its logits itself: its weights are not in one place.
     """
     head = None if full_logits else output_head(model)
-    forward = {**forward, "logits_to_keep": completion_length + 1}
+    # A teacher may lie on another device than the student whose batch it reads.
+    device = device_of(model)
+    forward = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in forward.items()}
+    forward["logits_to_keep"] = completion_length + 1
     values = model(**forward).logits if head is None else hidden_states_of(model, **forward)
     return Predictions(objectives.completion_logits(values, completion_length), head)
 
@@ -81,7 +85,7 @@ def supervised_loss(
         student.logits(),
         objective=objective,
         options=options,
-        teacher_logits=None if teacher is None else teacher.logits(),
+        teacher_logits=None if teacher is None else teacher.logits().to(student.values.device),
         labels=labels,
         loss_temperature=loss_temperature,
     )

@@ -1,12 +1,16 @@
 """What a trainer needs before its first step: models, data that both can read, and what the configuration means."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 
 from switchkd.batches import check_readable
+from switchkd.chunked import MEMORY_BUDGET
 from switchkd.config import (
     SwitchConfig,
     resolve_fraction,
@@ -20,11 +24,17 @@ from switchkd.errors import UserError
 from switchkd.methods import Method
 from switchkd.models import load_model, load_tokenizer
 from switchkd.plain_text import PlainText
+from switchkd.records import as_dataset
 from switchkd.rollout import Author
 from switchkd.step_loss import StepLoss
 from switchkd.training_text import TextSource
-from switchkd.vocabulary import check_tokenizers
+from switchkd.vocabulary import check_tokenizers, model_vocabulary_size
 
+# What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the
+# vocabulary (both models' logits and log-probabilities, the noise and a temporary).
+DRAFTED_POSITIONS, VOCABULARY_ROWS = 8, 6
+# What training keeps of a position in a layer, counted in hidden states: inputs, projections, the wide feed-forward.
+KEPT_STATES = 16
 # Where `draft_length="auto"` would follow the clock and `full_determinism` forbids it.
 STEADY_DRAFT_LENGTH = 4
 
@@ -71,6 +81,32 @@ def load_models(
         else teacher_model
     )
     return student, teacher
+
+
+def frozen(teacher: nn.Module, device: torch.device, *, offload: bool) -> nn.Module:
+    """Return the teacher without trainable parameters, in eval mode, on the device where it waits.
+
+    Args:
+        teacher: A model; one that is spread over devices already stays where it is.
+        device: Where training runs.
+        offload: Keep it in main memory between uses.
+    """
+    teacher.requires_grad_(False)
+    if hasattr(teacher, "hf_device_map"):
+        return teacher.eval()
+    return teacher.to("cpu" if offload else device).eval()
+
+
+@contextlib.contextmanager
+def at_hand(teacher: nn.Module | None, device: torch.device, *, offload: bool) -> Iterator[Any]:
+    """Give the teacher on the training device, and put it back into main memory afterwards where it is offloaded."""
+    if teacher is None or not offload:
+        yield teacher
+        return
+    try:
+        yield teacher.to(device)
+    finally:
+        teacher.to("cpu")
 
 
 def prepare_data(
@@ -150,6 +186,7 @@ def _prepare_set(
         UserError: Columns or answers are missing, or a text exceeds a context.
     """
     report = None
+    data = as_dataset(data, f"{name}_dataset")
     if "prompt_ids" not in data.column_names:
         lengths = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
         data, report = prepare(data, tokenizer, **lengths)
@@ -218,6 +255,32 @@ def make_plain_text(data: Dataset | None, tokenizer: Any, args: SwitchConfig) ->
     if (data is not None) != (args.lm_weight > 0):
         raise UserError(f"lm_weight={args.lm_weight} and a data set of plain text need each other; give both or none")
     return None if data is None else PlainText(data, tokenizer, args.max_prompt_length + args.max_completion_length)
+
+
+def rollout_rows(student: Any, teacher: Any | None, args: SwitchConfig) -> int:
+    """Return how many rows are decoded at once: as many as fit into what training one micro-batch takes.
+
+    An estimate from the models' shapes: training keeps `KEPT_STATES` states of every position and layer of the
+    student and the loss's blocks of logits; a row of a rollout takes keys and values of both models, and rows of the
+    vocabulary for a draft. At least a micro-batch's rows.
+
+    Args:
+        student: The model that trains.
+        teacher: The model that checks, or None.
+        args: `rollout_batch_size` decides where it is given.
+    """
+    if args.rollout_batch_size is not None:
+        return args.rollout_batch_size
+    length = args.max_prompt_length + args.max_completion_length
+    shape = student.config.get_text_config()
+    trained = args.train_batch_size * length * shape.num_hidden_layers * shape.hidden_size * KEPT_STATES * 4
+    cached = sum(
+        2 * length * model.config.get_text_config().num_hidden_layers * model.config.get_text_config().hidden_size * 4
+        for model in (student, teacher)
+        if model is not None
+    )
+    vocabulary = DRAFTED_POSITIONS * VOCABULARY_ROWS * model_vocabulary_size(student) * 4
+    return max((trained + MEMORY_BUDGET) // (cached + vocabulary), args.train_batch_size)
 
 
 def sampling_options(args: SwitchConfig) -> dict[str, Any]:

@@ -47,6 +47,38 @@ def load_records(name_or_path: str, *, split: str | None = "train") -> Dataset:
     return _load_from_hub(name_or_path, split)
 
 
+def as_dataset(data: Any, name: str) -> Dataset:
+    """Return records in the shapes that people hold them as a `datasets.Dataset`.
+
+    Args:
+        data: A `Dataset`, a list of dicts, a pandas data frame, or an object with `__len__` and `__getitem__` that
+            gives dicts (a map-style `torch.utils.data.Dataset`).
+        name: What the data are for, named in errors.
+
+    Raises:
+        UserError: A streaming data set, several splits at once, or something that holds no records.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, dict):  # a DatasetDict is one
+        raise UserError(f"{name} holds several splits ({', '.join(map(str, data))}); give one of them")
+    if hasattr(data, "iterrows"):
+        return Dataset.from_pandas(data, preserve_index=False)
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str | bytes):
+        raise UserError(
+            f"{name} is a {type(data).__name__}, which cannot be read at random; give a datasets.Dataset, e.g. "
+            "datasets.Dataset.from_list(list(stream.take(1000)))"
+        )
+    rows = [data[index] for index in range(len(data))]
+    wrong = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        raise UserError(f"{name}: record {wrong} is a {type(rows[wrong]).__name__}, not a dict of columns")
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, OverflowError) as error:
+        raise UserError(f"{name}: {_first_line(error)}") from error
+
+
 def _data_suffix(path: Path) -> str | None:
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)

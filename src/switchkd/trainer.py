@@ -17,24 +17,26 @@ from switchkd.batches import collate, regrouped, rollout_batches
 from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
+from switchkd.guards import StepGuard, check_student, refuse_arguments, refuse_launch
 from switchkd.heads import output_head
 from switchkd.methods import get_method
-from switchkd.models import disable_dropout, load_tokenizer, with_adapter
+from switchkd.models import check_finite, disable_dropout, load_tokenizer, with_adapter
 from switchkd.preparation import (
+    at_hand,
+    frozen,
     load_models,
     make_plain_text,
     make_step_loss,
     make_text_source,
     prepare_data,
+    rollout_rows,
     sampling_options,
 )
 from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
-from switchkd.training_log import Listener, RunningMeans, append_completions
+from switchkd.training_log import Listener, ReferenceTotals, RunningMeans, append_completions
+from switchkd.training_text import row_ids
 from switchkd.vocabulary import model_vocabulary_size, require_eos
-
-# Row ids of different optimizer steps and ranks must never meet: each step owns this many.
-ROWS_PER_STEP = 1 << 24
 
 
 class SwitchTrainer(Trainer):
@@ -77,7 +79,10 @@ class SwitchTrainer(Trainer):
         lm_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args or SwitchConfig()
+        args = SwitchConfig() if args is None else args
+        refuse_arguments(args, kwargs)
+        if teacher_model is None:
+            teacher_model = args.teacher_model_name_or_path
         self.method = get_method(args.method)
         self.policy = resolve_policy(self.method, args)
         refuse_idle_options(self.method, args)
@@ -127,23 +132,24 @@ class SwitchTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self._refuse_unsupported_launch()
-        self.teacher_model = None if teacher is None else self._frozen(teacher)
+        writes_text = self.may_roll_out or self.method.teacher_text
+        refuse_launch(gpus=args.n_gpu, writes_text=writes_text, sharded=self._is_sharded)
+        self.teacher_model = None if teacher is None else frozen(teacher, args.device, offload=args.offload_teacher)
         if self._is_sharded:
             self.step_loss = replace(self.step_loss, full_logits=True)
         else:
             output_head(self.model)  # measured here, so that a warning comes before the first step
+        check_finite(self.model, "student", "load another checkpoint")
+        if self.teacher_model is not None:
+            check_finite(self.teacher_model, "teacher", "load another checkpoint")
+        self.rollout_rows = rollout_rows(student, teacher, args) if self.may_roll_out else None
         self.add_callback(Listener(self))
+        self._guard = StepGuard()
         self.teacher_passes = 0
         self._means = RunningMeans()
         self._unlogged_rollout: Rollout | None = None
         self._training_since = time.perf_counter()
-        self._eval_totals = [0.0, 0.0, 0.0]
-
-    @property
-    def on_policy_fraction(self) -> float:
-        """The share of steps on rolled-out text that holds now, in [0, 1]."""
-        return self.text.on_policy_fraction
+        self._reference = ReferenceTotals()
 
     @property
     def needs_teacher(self) -> bool:
@@ -158,34 +164,8 @@ class SwitchTrainer(Trainer):
 
     # ---- set-up
 
-    def _refuse_unsupported_launch(self) -> None:
-        if self.args.n_gpu > 1:
-            raise UserError(
-                f"{self.args.n_gpu} GPUs in one process would split every rollout; start with `accelerate launch` or "
-                "set CUDA_VISIBLE_DEVICES to one"
-            )
-        if (self.may_roll_out or self.method.teacher_text) and self._is_sharded:
-            raise UserError(
-                "rollouts under FSDP or DeepSpeed ZeRO-3 would hang, because ranks finish after different numbers of "
-                "passes; use DDP or ZeRO-1/2"
-            )
-
-    def _frozen(self, teacher: nn.Module) -> nn.Module:
-        teacher.requires_grad_(False)
-        if hasattr(teacher, "hf_device_map"):
-            return teacher.eval()
-        return teacher.to("cpu" if self.args.offload_teacher else self.args.device).eval()
-
-    @contextlib.contextmanager
-    def _teacher_at_hand(self, asked: bool = True) -> Iterator[Any]:
-        """The teacher on the training device, and back in main memory afterwards where that was asked for."""
-        if self.teacher_model is None or not self.args.offload_teacher or not asked:
-            yield self.teacher_model
-            return
-        try:
-            yield self.teacher_model.to(self.args.device)
-        finally:
-            self.teacher_model.to("cpu")
+    def _teacher_at_hand(self, used: bool = True) -> contextlib.AbstractContextManager[Any]:
+        return at_hand(self.teacher_model, self.args.device, offload=self.args.offload_teacher and used)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does; what a method needs beforehand is made first."""
@@ -193,7 +173,26 @@ class SwitchTrainer(Trainer):
             self._write_teacher_text()
         if self.args.target_teacher_share is not None and self.args.initial_threshold is None:
             self._calibrate()
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        check_student(self.model, self.state.global_step, self.args.learning_rate)
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student as `transformers.Trainer` does, unless its weights are nan or inf.
+
+        Raises:
+            UserError: They are; what was saved before stays.
+        """
+        check_student(self.model, self.state.global_step, self.args.learning_rate)
+        super().save_model(output_dir, _internal_call)
+
+    def check_step(self) -> None:
+        """Refuse to update the student by a loss that is nan or inf, before the optimizer does; see `StepGuard`."""
+        args, reduce = self.args, self._summed if self.args.world_size > 1 else None
+        self._guard.check(self.model, self.state.global_step + 1, args.learning_rate, reduce)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.float().to(self.args.device), "sum").cpu()
 
     def _sampling(self) -> dict[str, Any]:
         return {**sampling_options(self.args), "eos_token_id": self.eos_token_id}
@@ -228,6 +227,12 @@ class SwitchTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(self.state.max_steps, 1)
 
+    @property
+    def _place(self) -> tuple[int, int, int, int]:
+        """Optimizer step, rank, number of ranks and rows of a micro-batch."""
+        args = self.args
+        return self.state.global_step, args.process_index, args.world_size, args.train_batch_size
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
@@ -245,7 +250,8 @@ class SwitchTrainer(Trainer):
         else:
             batches = self._roll_out_window(batches, sizes)
         if self.plain_text is not None:
-            self._add_plain_text(batches)
+            window = self.args.gradient_accumulation_steps
+            self.plain_text.add_to(batches, *self._place, window=window, seed=self.args.seed)
         count = torch.stack([batch["completion_mask"].sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.reshape(1)).sum()
@@ -263,8 +269,9 @@ class SwitchTrainer(Trainer):
                 batches,
                 progress=self._progress,
                 pad_token_id=self.pad_token_id,
-                row_ids=self._row_ids(sizes),
+                row_ids=row_ids(sizes, *self._place),
                 return_teacher_hidden=self._keeps_teacher_hidden(),
+                max_active_rows=self.rollout_rows,
                 **self._sampling(),
             )
         self._means.add_rollout(rollout, time.perf_counter() - started)
@@ -294,22 +301,6 @@ class SwitchTrainer(Trainer):
             written = self.accelerator.reduce(written, "sum")
         self.text.observe_share(float(written[0] / written[1]))
 
-    def _row_ids(self, sizes: list[int]) -> Tensor:
-        """The place of every row in the global batch: one process with big batches and many with small ones agree."""
-        world, rank, per_device = self.args.world_size, self.args.process_index, self.args.train_batch_size
-        ids = [(batch * world + rank) * per_device + row for batch, size in enumerate(sizes) for row in range(size)]
-        return torch.tensor(ids, dtype=torch.int64) + self.state.global_step * ROWS_PER_STEP
-
-    def _add_plain_text(self, batches: list[dict[str, Tensor]]) -> None:
-        assert self.plain_text is not None
-        world, rank, rows = self.args.world_size, self.args.process_index, self.args.train_batch_size
-        first = self.state.global_step * self.args.gradient_accumulation_steps * world
-        for place, batch in enumerate(batches):
-            ids = self.plain_text.rows((first + place * world + rank) * rows, rows, self.args.seed)
-            # Every block is full: the tokens of the whole step are known without asking the other ranks.
-            tokens = rows * (ids.shape[1] - 1) * len(batches) * world
-            batch |= {"lm_input_ids": ids, "lm_tokens": torch.tensor(tokens)}
-
     # ---- learning from it
 
     def compute_loss(
@@ -323,12 +314,33 @@ class SwitchTrainer(Trainer):
         with self._teacher_at_hand(self.step_loss.reads_teacher) as teacher:
             self.teacher_passes += self.step_loss.needs_teacher_pass(inputs)
             loss = self.step_loss.loss(model, teacher, inputs, num_items_in_batch)
+        if model.training:
+            self._guard.add(loss)
         if num_items_in_batch is not None:
             # DDP averages gradients over ranks; the count is global, so the sum is what is wanted.
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     # ---- evaluation on reference text
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return the metrics of an evaluation set, which may be raw: it is prepared as the one of the training."""
+        return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Return the metrics of a data set, raw or prepared; there are no predictions, because no logits are held."""
+        return super().predict(self._prepared(test_dataset), ignore_keys, metric_key_prefix)
+
+    def _prepared(self, data: Any) -> Any:
+        if data is None or isinstance(data, str):  # the trainer's own set, or one of them by its name
+            return data
+        readers = {"student": self.accelerator.unwrap_model(self.model), "teacher": self.teacher_model}
+        return prepare_data(None, data, self.processing_class, self.args, readers, method=self.method)[1]
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
@@ -342,20 +354,17 @@ class SwitchTrainer(Trainer):
             losses = self.step_loss.compare(student, taught, inputs)
             reads_teacher = self.step_loss.reads_teacher
             cross_entropy = self.step_loss.cross_entropy(student, inputs) if reads_teacher else losses
-            values = (losses.token_losses, cross_entropy.token_losses, mask)
-            per_row = torch.stack([torch.where(mask, value, 0.0).sum(-1) for value in values], 1)
         # Rows that fill up the last batch of a distributed run are counted once.
-        added = self.accelerator.gather_for_metrics(per_row).sum(0).tolist()
-        self._eval_totals = [total + more for total, more in zip(self._eval_totals, added, strict=True)]
+        per_row = ReferenceTotals.per_row(losses.token_losses, cross_entropy.token_losses, mask)
+        self._reference.add(self.accelerator.gather_for_metrics(per_row))
         return losses.loss.detach(), None, None
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
-        self._eval_totals = [0.0, 0.0, 0.0]
+        self._reference = ReferenceTotals()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, cross_entropy, tokens = self._eval_totals
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1.0)
-        output.metrics[f"{metric_key_prefix}_cross_entropy"] = cross_entropy / max(tokens, 1.0)
+        for name, value in self._reference.means().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         if self.args.eval_rouge_l_samples:
             data = dataloader.dataset
             scores = evaluate(
@@ -392,7 +401,7 @@ class SwitchTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means of what happened since the last log; see docs/metrics.md."""
         if "loss" in logs:
-            logs |= self._means.take(self._reduced if self.args.world_size > 1 else None)
+            logs |= self._means.take(self._summed if self.args.world_size > 1 else None)
             if self.text.controller is not None:
                 logs["rollout/initial_threshold_nats"] = self.text.controller.threshold
             if self.text.adaptive is not None:
@@ -402,9 +411,6 @@ class SwitchTrainer(Trainer):
             if self.args.log_completions:
                 self._append_completions()
         super().log(logs, start_time)
-
-    def _reduced(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums.float().to(self.args.device), "sum").cpu()
 
     def _append_completions(self) -> None:
         if self._unlogged_rollout is None or not self.is_world_process_zero():

@@ -64,6 +64,27 @@ class RunningMeans:
         return {name: total / count for name, (total, count) in pairs if count}
 
 
+class ReferenceTotals:
+    """Sums over the reference tokens of an evaluation: the loss is averaged over tokens, not over batches."""
+
+    def __init__(self) -> None:
+        self._totals = torch.zeros(3, dtype=torch.float64)
+
+    @staticmethod
+    def per_row(losses: Tensor, cross_entropies: Tensor, mask: Tensor) -> Tensor:
+        """Return the sums of each row, `[B, 3]`: loss, cross-entropy and tokens, from `[B, C]` each."""
+        return torch.stack([torch.where(mask, value, 0.0).sum(-1) for value in (losses, cross_entropies, mask)], 1)
+
+    def add(self, rows: Tensor) -> None:
+        """Add the sums of some rows, `[N, 3]`."""
+        self._totals += rows.sum(0).double().cpu()
+
+    def means(self) -> dict[str, float]:
+        """Return `loss` and `cross_entropy`, nats per reference token; 0 where there was none."""
+        loss, cross_entropy, tokens = self._totals.tolist()
+        return {"loss": loss / max(tokens, 1.0), "cross_entropy": cross_entropy / max(tokens, 1.0)}
+
+
 def append_completions(folder: Path, step: int, records: Iterable[dict[str, Any]]) -> None:
     """Append rollouts, one JSON object each, to `completions.jsonl` of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +102,9 @@ class Listener(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at = state.global_step
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.check_step()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.finish_step()

@@ -25,6 +25,27 @@ Prompts = tuple[Tensor, Tensor]
 CALIBRATION_PROMPTS = 64
 
 
+# Row ids of different optimizer steps and ranks must never meet: each step owns this many.
+ROWS_PER_STEP = 1 << 24
+
+
+def row_ids(sizes: Sequence[int], step: int, rank: int, ranks: int, rows: int) -> Tensor:
+    """Return the place of every row in the global batch: one process with big batches and many with small ones agree.
+
+    Args:
+        sizes: Rows of each micro-batch of the accumulation window; the last may be smaller than `rows`.
+        step: The optimizer step, counted from 0.
+        rank: The rank of this process.
+        ranks: How many there are.
+        rows: Rows of a full micro-batch.
+
+    Returns:
+        int64 `[sum(sizes)]`.
+    """
+    ids = [(batch * ranks + rank) * rows + row for batch, size in enumerate(sizes) for row in range(size)]
+    return torch.tensor(ids, dtype=torch.int64) + step * ROWS_PER_STEP
+
+
 class TextSource:
     """Decides for every step where its text comes from and under which policy it is written; part of a checkpoint.
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
     if not goes_on:
         folder.check(overwrite=options.overwrite_output_dir)
-        _keep_models(run_args, folder)
+        _keep_models(run_args, config, folder)
 
     quiet_libraries(options.verbose)
     if config.log_level == "passive" and not options.verbose:
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
-    source = args.model_name_or_path or args.teacher_model_name_or_path
+    source = args.model_name_or_path or config.teacher_model_name_or_path
     tokenizer = load_tokenizer(str(args.tokenizer_name_or_path or source))
     train, evaluation = _datasets(args, config)
     student = _student(args, config, source, tokenizer)
@@ -97,7 +97,6 @@ def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> Swi
     try:
         return SwitchTrainer(
             model=student,
-            teacher_model=args.teacher_model_name_or_path,
             args=config,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -158,10 +157,11 @@ def _peft_config(args: RunArguments) -> Any:
     )
 
 
-def _keep_models(args: RunArguments, folder: RunFolder) -> None:
+def _keep_models(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> None:
     """Overwriting a folder must not remove the model that the run starts from."""
-    for name in ("model_name_or_path", "teacher_model_name_or_path", "tokenizer_name_or_path"):
-        value = getattr(args, name)
+    names = ("model_name_or_path", "tokenizer_name_or_path")
+    models = {name: getattr(args, name) for name in names}
+    for name, value in (models | {"teacher_model_name_or_path": config.teacher_model_name_or_path}).items():
         if value is not None and folder.path.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
             raise UserError(f"output_dir {folder.path} holds {name}; give another folder")
 

@@ -53,7 +53,6 @@ class RunArguments:
     _argument_group_name: ClassVar[str] = "models and data"
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Student: folder or hub id."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer: folder or hub id. Default: the student's, else the teacher's."}
     )
@@ -136,9 +135,9 @@ def read_options(options: argparse.Namespace) -> tuple[RunArguments, SwitchConfi
     Raises:
         UserError: Options that are missing, do nothing, or do not fit together.
     """
-    run_args = RunArguments(**_fields_of(RunArguments, options))
-    _check(run_args)
-    return run_args, _config(options)
+    run_args, config = RunArguments(**_fields_of(RunArguments, options)), _config(options)
+    _check(run_args, config.teacher_model_name_or_path)
+    return run_args, config
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {item.name: getattr(options, item.name) for item in dataclasses.fields(dtype) if item.init}
 
 
-def _check(args: RunArguments) -> None:
+def _check(args: RunArguments, teacher: str | None) -> None:
     if args.student_config is not None and args.student_layers is not None:
         raise UserError("student_config and student_layers both make the student; give one of them")
     if args.dataset_name is None:
@@ -168,7 +167,7 @@ def _check(args: RunArguments) -> None:
     made = args.student_config is not None or args.student_layers is not None
     if args.model_name_or_path is None and not made:
         raise UserError("give --model_name_or_path, the student; or make one with --student_config or --student_layers")
-    if args.model_name_or_path is None and args.teacher_model_name_or_path is None:
+    if args.model_name_or_path is None and teacher is None:
         if args.student_layers is not None:
             raise UserError("student_layers needs a model to take layers from: --model_name_or_path or a teacher")
         if args.tokenizer_name_or_path is None:

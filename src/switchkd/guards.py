@@ -1,0 +1,104 @@
+"""What training refuses: arguments and launches that cannot act here, and losses that would ruin the student."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchkd.config import SwitchConfig
+from switchkd.errors import UserError
+from switchkd.models import check_finite
+
+# Arguments of `transformers.Trainer` that cannot act here, and what to use instead.
+UNSUPPORTED = {
+    "data_collator": "micro-batches are made from token ids after the rollout; change the data set instead",
+    "compute_metrics": "evaluation never holds the predictions it would read; set eval_rouge_l_samples, or score with "
+    "switchkd.evaluation.evaluate",
+    "preprocess_logits_for_metrics": "evaluation never holds logits; set eval_rouge_l_samples",
+    "compute_loss_func": "the loss is the method's; choose another divergence, or override compute_loss",
+    "model_init": "give model, an object or a name; hyperparameter_search is not supported",
+}
+
+
+def refuse_arguments(args: Any, others: dict[str, Any]) -> None:
+    """Refuse a configuration of another class, and arguments of `transformers.Trainer` that would do nothing.
+
+    Raises:
+        UserError: Names the argument and what to use instead.
+    """
+    if not isinstance(args, SwitchConfig):
+        raise UserError(
+            f"args must be a SwitchConfig, got a {type(args).__name__}; SwitchConfig takes every option of "
+            "TrainingArguments and those of the method"
+        )
+    for name, why in UNSUPPORTED.items():
+        if others.get(name) is not None:
+            raise UserError(f"{name} is not supported: {why}")
+
+
+def refuse_launch(*, gpus: int, writes_text: bool, sharded: bool) -> None:
+    """Refuse launches in which rollouts would be split or hang.
+
+    Args:
+        gpus: GPUs that this process uses.
+        writes_text: Whether rollouts are made, before or during training.
+        sharded: Whether the student's weights are spread over the ranks.
+
+    Raises:
+        UserError: Names the launch to use instead.
+    """
+    if gpus > 1:
+        raise UserError(
+            f"{gpus} GPUs in one process would split every rollout; start with `accelerate launch` or set "
+            "CUDA_VISIBLE_DEVICES to one"
+        )
+    if writes_text and sharded:
+        raise UserError(
+            "rollouts under FSDP or DeepSpeed ZeRO-3 would hang, because ranks finish after different numbers of "
+            "passes; use DDP or ZeRO-1/2"
+        )
+
+
+class StepGuard:
+    """Keeps a loss that is nan or inf from reaching the student's weights: one look per optimizer step."""
+
+    def __init__(self) -> None:
+        self._total: Tensor = torch.zeros(())
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch, a scalar; nothing is looked at yet."""
+        self._total = self._total.to(loss.device) + loss.detach().float()
+
+    def check(
+        self, student: nn.Module, step: int, learning_rate: float, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Refuse the update of an optimizer step whose loss is not finite.
+
+        Args:
+            student: The model in training.
+            step: The optimizer step, counted from 1.
+            learning_rate: The configured one, for the message.
+            reduce: Sums a tensor over all processes, so that all refuse together; None where there is one.
+
+        Raises:
+            UserError: Names the step, and the tensors that hold nan or inf if there are any.
+        """
+        total = self._total if reduce is None else reduce(self._total)
+        self._total = torch.zeros(())
+        if bool(total.isfinite()):
+            return
+        check_student(student, step - 1, learning_rate)
+        raise UserError(
+            f"the loss of step {step} is {float(total)}, the student was not updated by it: lower learning_rate (now "
+            f"{learning_rate:g}), or look at the data and at the weights of the loss"
+        )
+
+
+def check_student(student: nn.Module, step: int, learning_rate: float) -> None:
+    """Refuse to keep or save a student whose weights hold nan or inf.
+
+    Raises:
+        UserError: Names the step and the first tensor.
+    """
+    check_finite(student, "student", f"after step {step}; not saved: lower learning_rate (now {learning_rate:g})")
