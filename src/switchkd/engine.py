@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
@@ -46,6 +46,7 @@ def roll_out(
     teacher_prompt_mask: Tensor | None = None,
     return_teacher_hidden: bool = False,
     max_active_rows: int | None = None,
+    excluded_ids: Sequence[int] = (),
 ) -> Rollout:
     """Return completions written by student and teacher under `policy`.
 
@@ -76,6 +77,9 @@ def roll_out(
         return_teacher_hidden: Keep the teacher's last hidden state that predicted each token.
         max_active_rows: How many rows are decoded at once, all if None; waiting prompts take the places of finished
             ones. It bounds memory and changes no text.
+        excluded_ids: Ids that neither model may write and no comparison counts: both distributions are renormalised
+            without them. `switchkd.vocabulary.check_tokenizers` returns those that only one tokenizer knows; without
+            them the models are compared on all leading ids that both score, whatever their names.
 
     Returns:
         A `Rollout` on the student's device, C being the longest completion.
@@ -96,7 +100,8 @@ def roll_out(
     size = model_vocabulary_size(student)
     teacher_prompts = None
     if teacher is not None:
-        size = shared_vocabulary_size(size, model_vocabulary_size(teacher))
+        # Whoever names excluded ids has compared the tokenizers and was warned there.
+        size = shared_vocabulary_size(size, model_vocabulary_size(teacher), warn=not excluded_ids)
         if teacher_prompt_ids is None:
             teacher_prompt_ids, teacher_prompt_mask = prompt_ids, prompt_mask
         teacher_prompts = _check_prompts(teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher")
@@ -119,7 +124,7 @@ def roll_out(
         prompts=(prompt_ids, prompt_mask),
         teacher_prompts=teacher_prompts,
         policy=policy,
-        warping=Warping(temperature, top_k, top_p, size),
+        warping=Warping(temperature, top_k, top_p, size, tuple(excluded_ids)),
         max_new_tokens=max_new_tokens,
         seed=seed,
         row_ids=row_ids,

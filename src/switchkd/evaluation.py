@@ -159,7 +159,13 @@ def write_rows(result: EvaluationResult, path: str | Path) -> None:
 
 @torch.no_grad()
 def reference_losses(
-    model: nn.Module, tokenizer: Any, dataset: Dataset, *, teacher: nn.Module | None = None, batch_size: int = 8
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    teacher: nn.Module | None = None,
+    batch_size: int = 8,
+    excluded_ids: Sequence[int] = (),
 ) -> dict[str, float]:
     """Return losses on the reference completions, means over their tokens, the end of sequence included, in nats.
 
@@ -169,6 +175,7 @@ def reference_losses(
         dataset: Made by `switchkd.data.prepare`, with a completion in every row.
         teacher: Compared with the model at every token, on the ids both have.
         batch_size: Rows read at once; changes nothing but speed.
+        excluded_ids: Left out of the comparison, see `switchkd.vocabulary.check_tokenizers`.
 
     Returns:
         `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and
@@ -197,7 +204,8 @@ def reference_losses(
     with eval_mode(model, teacher):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            losses = _batch_losses(model, teacher, [prompts[i] for i in batch], [completions[i] for i in batch], pad)
+            texts = [prompts[i] for i in batch], [completions[i] for i in batch]
+            losses = _batch_losses(model, teacher, *texts, pad, tuple(excluded_ids))
             for name, total in losses.items():
                 totals[name] = totals.get(name, 0.0) + total
     tokens = sum(len(ids) for ids in completions)
@@ -205,7 +213,12 @@ def reference_losses(
 
 
 def _batch_losses(
-    model: nn.Module, teacher: nn.Module | None, prompts: list[Any], completions: list[Any], pad: int
+    model: nn.Module,
+    teacher: nn.Module | None,
+    prompts: list[Any],
+    completions: list[Any],
+    pad: int,
+    excluded_ids: tuple[int, ...],
 ) -> dict[str, float]:
     """Sums over the tokens of a batch, prompts padded on the left and completions on the right."""
     prompt_ids, prompt_mask = pad_prompts(prompts, pad)
@@ -220,7 +233,9 @@ def _batch_losses(
     if teacher is not None:
         teacher_logits = _logits(teacher, ids, attention_mask, length).to(device)
         for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd")):
-            losses[name] = token_losses(student_logits, objective=objective, teacher_logits=teacher_logits)
+            losses[name] = token_losses(
+                student_logits, objective=objective, teacher_logits=teacher_logits, excluded_ids=excluded_ids
+            )
     return {name: float(loss[mask].double().sum()) for name, loss in losses.items()}
 
 

@@ -89,9 +89,10 @@ class SwitchTrainer(Trainer):
             if not isinstance(model, str):
                 raise UserError("processing_class is needed when the student is given as an object")
             tokenizer = load_tokenizer(model)
-        student, teacher = load_models(
+        student, teacher, excluded_ids = load_models(
             model, teacher_model, tokenizer, args, method=self.method, needs_teacher=self.needs_teacher
         )
+        self.step_loss = replace(self.step_loss, excluded_ids=tuple(excluded_ids))
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
@@ -196,7 +197,8 @@ class SwitchTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _sampling(self) -> dict[str, Any]:
-        return {**sampling_options(self.args), "eos_token_id": self.eos_token_id}
+        options = sampling_options(self.args, self.step_loss.excluded_ids)
+        return {**options, "eos_token_id": self.eos_token_id}
 
     def _write_teacher_text(self) -> None:
         path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")

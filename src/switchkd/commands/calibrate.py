@@ -70,7 +70,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = {"horizon": options.max_completion_length} | {name: it for name, it in given.items() if it is not None}
     policy = SwitchPolicy(**chosen)
     tokenizer = load_tokenizer(options.model_name_or_path)
-    check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+    excluded_ids = check_tokenizers(
+        tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
+    )
     kwargs, device = {"dtype": options.dtype}, default_device()
     teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
@@ -98,6 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         eos_token_id=require_eos(tokenizer, student, teacher),
         pad_token_id=tokenizer.pad_token_id,
         max_active_rows=options.batch_size,
+        excluded_ids=excluded_ids,
     )
     summary = _summary(found)
     console.say(_text(found))
