@@ -1,13 +1,22 @@
 """Laws of the vocabulary check: tokenizers decide, not config.vocab_size; every EOS of every model counts."""
 
+import json
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS_ID, EOS_TOKEN, TINY_VOCABULARY, build_gpt2, build_tokenizer, build_trainer
+from conftest import EOS_ID, EOS_TOKEN, RAGGED_ROWS, TINY_VOCABULARY, build_gpt2, build_tokenizer, build_trainer
+from datasets import Dataset
+from pairs import make_prompts
 
+from switchkd.cli import main
+from switchkd.data import prepare
+from switchkd.engine import roll_out
 from switchkd.errors import UserError
+from switchkd.evaluation import evaluate, reference_losses
+from switchkd.models import load_model
+from switchkd.policies import SwitchPolicy
 from switchkd.vocabulary import (
     check_tokenizers,
     eos_union,
@@ -148,6 +157,78 @@ def test_width_is_that_of_the_logits_not_of_the_config(make_model):
     assert model_vocabulary_size(model) == 104
 
 
+# ---- a padding token that is newer than the models
+
+
+@pytest.fixture
+def newer_pad():
+    """A tokenizer with `<pad>` at id 98, which no model was resized for."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == 98
+    return tokenizer
+
+
+@pytest.mark.parametrize("no_repeat_ngram_size", [0, 3])
+def test_an_unreadable_padding_token_changes_no_score(newer_pad, tiny_tokenizer, make_model, no_repeat_ngram_size):
+    """Was an IndexError in the embedding."""
+    model, teacher = make_model(), make_model(seed=1)
+    found = []
+    for tokenizer in (newer_pad, tiny_tokenizer):
+        data, _ = prepare(Dataset.from_list(RAGGED_ROWS), tokenizer)
+        options = {"seeds": (1,), "max_new_tokens": 12, "progress": False}
+        result = evaluate(model, tokenizer, data, no_repeat_ngram_size=no_repeat_ngram_size, **options)
+        losses = reference_losses(model, tokenizer, data, teacher=teacher)
+        found.append((result.rows, losses["jsd"], losses["cross_entropy"]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1:] == pytest.approx(found[1][1:], abs=1e-6)
+
+
+@pytest.mark.parametrize("pad", [98, 10**6, -100])
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_an_unreadable_padding_id_fills_completions_and_changes_no_token(make_model, pad, draft_length):
+    student, teacher = make_model(), make_model(seed=1)
+    ids, mask = make_prompts(4)
+    options = {"policy": SwitchPolicy(), "max_new_tokens": 24, "eos_token_id": [5, 9, 40, EOS_ID]}
+    plain = roll_out(student, teacher, ids, mask, **options, draft_length=draft_length)
+    padded_ids = ids.masked_fill(~mask, pad)
+    padded = roll_out(student, teacher, padded_ids, mask, **options, draft_length=draft_length, pad_token_id=pad)
+    for name in ("completion_mask", "author", "divergence", "threshold"):
+        torch.testing.assert_close(getattr(plain, name), getattr(padded, name), equal_nan=True)
+    assert torch.equal(padded.completion_ids, plain.completion_ids.masked_fill(~plain.completion_mask, pad))
+    assert torch.equal(padded.prompt_ids, padded_ids)
+    assert not plain.completion_mask.all()
+
+
+def test_calibrate_takes_an_unreadable_padding_token(newer_pad, tmp_path, capsys):
+    for name, seed in (("student", 1), ("teacher", 2)):
+        build_gpt2(seed=seed).save_pretrained(tmp_path / name)
+        newer_pad.save_pretrained(tmp_path / name)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RAGGED_ROWS))
+    options = ["calibrate", "--dataset_name", tmp_path / "data.jsonl", "--max_completion_length", 8]
+    for role in ("", "teacher_"):
+        options += [f"--{role}model_name_or_path", tmp_path / (role[:-1] or "student")]
+    assert main([str(option) for option in options]) == 0, capsys.readouterr().err
+
+
+def test_a_student_trained_with_an_unreadable_padding_token_can_be_loaded_again(newer_pad, tmp_path, make_model):
+    """The Trainer copies the tokenizer's padding id into the configs; Llama's embedding then refuses to be built."""
+    student = make_model()
+    student.config.pad_token_id = newer_pad.pad_token_id
+    trainer = build_trainer(
+        tmp_path / "run", student, make_model(seed=1), processing_class=newer_pad,
+        eval_dataset=Dataset.from_list(RAGGED_ROWS), eval_rouge_l_samples=2, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        again = load_model(str(folder))
+        assert again.config.pad_token_id is None and again.generation_config.pad_token_id is None
+        ids = torch.arange(1, 9).unsqueeze(0)
+        assert torch.equal(again(ids).logits, student.eval()(ids).logits)
+
+
 def test_eos_ids_become_a_sorted_list():
     assert normalize_eos(None) == []
     assert normalize_eos(3) == [3]
@@ -160,6 +241,14 @@ def test_eos_is_the_union_over_tokenizer_and_both_models(tiny_tokenizer, make_gp
     teacher.generation_config.eos_token_id = 7
     assert eos_union(tiny_tokenizer, student, teacher) == [5, 7, EOS_ID]
     assert eos_union(tiny_tokenizer, None) == [EOS_ID]
+
+
+def test_an_end_of_sequence_that_no_model_scores_ends_nothing(make_gpt2):
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    assert eos_union(tokenizer) == [98]
+    assert eos_union(tokenizer, make_gpt2()) == [EOS_ID]
+    assert eos_union(tokenizer, make_gpt2(), make_gpt2(vocab_size=99)) == [EOS_ID, 98]
 
 
 def test_no_eos_anywhere_is_refused():

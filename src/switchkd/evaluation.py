@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
+from switchkd.arguments import context_length
 from switchkd.cache import device_of, prompt_positions
 from switchkd.data import pad_prompts
-from switchkd.engine import context_length, eval_mode, roll_out
+from switchkd.engine import eval_mode, roll_out
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.objective import completion_logits, token_losses
 from switchkd.policies import StudentPolicy
 from switchkd.sampling import check_warping
-from switchkd.vocabulary import require_eos
+from switchkd.vocabulary import readable_pad_id, require_eos
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    pad = readable_pad_id(tokenizer.pad_token_id, eos, model)
     blocked = _blocked_options(settings, eos, pad)
     prompts = list(dataset["prompt_ids"])
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
@@ -197,8 +198,7 @@ def reference_losses(
                 f"the longest prompt and reference have {max(lengths)} tokens, the {role}'s context is {limit}; "
                 "lower max_prompt_length or max_completion_length"
             )
-    eos = require_eos(tokenizer, model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    pad = readable_pad_id(tokenizer.pad_token_id, require_eos(tokenizer, model), model, teacher)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     totals: dict[str, float] = {}
     with eval_mode(model, teacher):

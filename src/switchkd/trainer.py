@@ -31,7 +31,7 @@ from switchkd.preparation import (
 from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
 from switchkd.training_log import Listener, RunningMeans, append_completions
-from switchkd.vocabulary import model_vocabulary_size, require_eos
+from switchkd.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 
 # Row ids of different optimizer steps and ranks must never meet: each step owns this many.
 ROWS_PER_STEP = 1 << 24
@@ -100,11 +100,7 @@ class SwitchTrainer(Trainer):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.eos_token_id = require_eos(tokenizer, student, teacher)
-        # Any id both models read will do, because masks say what is padding. A tokenizer's own padding token can be
-        # newer than the models and stand outside their embeddings.
-        readable = min(model_vocabulary_size(reader) for reader in (student, teacher) if reader is not None)
-        pad = tokenizer.pad_token_id
-        self.pad_token_id: int = pad if pad is not None and pad < readable else 0
+        self.pad_token_id = readable_pad_id(tokenizer.pad_token_id, self.eos_token_id, student, teacher)
         readers = {"student": student, "teacher": teacher}
         train_dataset, eval_dataset, self.prepare_reports = prepare_data(
             train_dataset, eval_dataset, tokenizer, args, readers, method=self.method
@@ -386,6 +382,10 @@ class SwitchTrainer(Trainer):
         path = self._state_file(resume_from_checkpoint)
         if path.exists():
             self.text.load_state_dict(torch.load(path, weights_only=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        forget_unreadable_pad(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
 
     def finish_step(self) -> None:
         """Stop the clock of the training part of an optimizer step."""

@@ -129,6 +129,38 @@ def model_vocabulary_size(model: Any) -> int:
     return int(weight.shape[0]) if weight is not None else int(model.config.get_text_config().vocab_size)
 
 
+def readable_pad_id(pad_token_id: int | None, eos_token_ids: Iterable[int], *models: Any) -> int:
+    """Return an id to pad with that every model can read.
+
+    Masks say what is padding, never ids, so that any readable one will do. The padding token of a tokenizer can be
+    newer than the models and stand outside their embeddings.
+
+    Args:
+        pad_token_id: Taken where it is readable; a tokenizer's, or None.
+        eos_token_ids: The first readable one is taken otherwise.
+        models: Causal language models; None is skipped.
+
+    Returns:
+        0 where nothing else can be read.
+    """
+    width = min(model_vocabulary_size(model) for model in models if model is not None)
+    wanted = [*([] if pad_token_id is None else [pad_token_id]), *eos_token_ids]
+    return next((index for index in wanted if 0 <= index < width), 0)
+
+
+def forget_unreadable_pad(model: Any) -> None:
+    """Take a padding id that the model has no row for out of its configurations, which could not be loaded again.
+
+    transformers' Trainer copies the tokenizer's padding id there, whether or not the model was resized for it.
+    """
+    width = model_vocabulary_size(model)
+    configs: list[Any] = [model.config.get_text_config(), getattr(model, "generation_config", None)]
+    for config in configs:
+        pad = getattr(config, "pad_token_id", None)
+        if isinstance(pad, int) and not 0 <= pad < width:
+            config.pad_token_id = None
+
+
 def normalize_eos(eos_token_id: int | Iterable[int] | None) -> list[int]:
     """Return end-of-sequence ids as a sorted list without repeats; None gives an empty list."""
     if eos_token_id is None:
@@ -140,6 +172,8 @@ def normalize_eos(eos_token_id: int | Iterable[int] | None) -> list[int]:
 
 def eos_union(*sources: Any) -> list[int]:
     """Return every end-of-sequence id that any of the models or tokenizers ends a text with.
+
+    An id that none of the models scores ends nothing and is left out: a tokenizer's may be newer than the models.
 
     Args:
         sources: Models (their generation config, else their config is asked), tokenizers, or None.
@@ -153,7 +187,8 @@ def eos_union(*sources: Any) -> list[int]:
             value = getattr(holder, "eos_token_id", None)
             if value is not None:
                 found.update(normalize_eos(value))
-    return sorted(found)
+    widths = [model_vocabulary_size(source) for source in sources if hasattr(source, "get_output_embeddings")]
+    return sorted(index for index in found if not widths or index < max(widths))
 
 
 def require_eos(*sources: Any) -> list[int]:
@@ -166,6 +201,7 @@ def require_eos(*sources: Any) -> list[int]:
     if not found:
         raise UserError(
             "no end-of-sequence token anywhere: neither the tokenizer nor the models' generation_config name one, so "
-            "no completion would ever end; set tokenizer.eos_token (and save it with the model)"
+            "no completion would ever end (one that no model scores does not count); set tokenizer.eos_token (and save "
+            "it with the model)"
         )
     return found
