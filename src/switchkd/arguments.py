@@ -136,6 +136,18 @@ def checked_eos(eos_token_id: Any, width: int) -> list[int]:
     return found
 
 
+def checked_pad(pad_token_id: Any) -> int:
+    """Return what fills completions after their end: any integer that a tensor of ids can hold.
+
+    Raises:
+        UserError: It is none.
+    """
+    found = checked_integer("pad_token_id", pad_token_id)
+    if not -(2**63) <= found < 2**63:
+        raise UserError(f"pad_token_id {found} does not fit 64 bits")
+    return found
+
+
 def checked_excluded(excluded_ids: Any, width: int) -> tuple[int, ...]:
     """Return excluded ids as a sorted tuple, those beyond the vocabulary too, which are excluded anyway.
 

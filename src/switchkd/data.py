@@ -344,8 +344,7 @@ def _continuation(prompt_ids: list[int], whole: list[int], completion: str, toke
     found = []
     for stand_in in _STAND_INS:
         before, both = _encode([stand_in, stand_in + completion], tokenizer, False)
-        if not stand_in:
-            before = []
+        before = before if stand_in else []  # some write a blank for no text at all
         if both[: len(before)] == before:
             found.append(both[len(before) :])
             if tokenizer.decode([*prompt_ids, *found[-1]], clean_up_tokenization_spaces=False) == text:

@@ -21,6 +21,7 @@ from switchkd.arguments import (
     checked_flag,
     checked_integer,
     checked_model,
+    checked_pad,
     checked_policy,
     checked_prompts,
     checked_row_ids,
@@ -128,7 +129,7 @@ def roll_out(
     excluded = checked_excluded(excluded_ids, size)
     # What the models read in place of padding, which may be an id they have no row for.
     fill = readable_pad_id(None, eos, student, teacher)
-    pad = fill if pad_token_id is None else checked_integer("pad_token_id", pad_token_id)
+    pad = fill if pad_token_id is None else checked_pad(pad_token_id)
     teacher_prompts = None
     if teacher is not None:
         if not excluded:  # whoever excludes ids has compared the tokenizers, and was warned there
