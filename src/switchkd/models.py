@@ -24,6 +24,7 @@ _UNREADABLE = (
     *(OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, EOFError),
     *(SafetensorError, pickle.UnpicklingError),
 )
+_PLACE = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
 # Masks and position tables that old checkpoints hold and newer code computes.
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias|causal_mask)|inv_freq|position_ids)$")
 
@@ -45,7 +46,9 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
     init_kwargs = init_kwargs or {}
     path = _local_folder(name_or_path, role)
     source = str(path or name_or_path)
-    adapter = _reading(f"{role} {name_or_path!r}", lambda: _adapter_config(source, init_kwargs))
+    # Where an adapter's files are looked for, as for those of a model.
+    place = {name: init_kwargs[name] for name in _PLACE if name in init_kwargs}
+    adapter = _reading(f"{role} {name_or_path!r}", lambda: _adapter_config(source, place))
     if adapter is None:
         return _complete_model(source, init_kwargs, f"{role} {name_or_path!r}")
     if not is_peft_available():
@@ -57,7 +60,7 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
         model = _complete_model(source, alone, f"{role} {name_or_path!r}")
     else:
         model = _base_of(adapter, init_kwargs, named)
-    found = _reading(named, lambda: model.load_adapter(source, ignore_mismatched_sizes=True))
+    found = _reading(named, lambda: model.load_adapter(source, adapter_kwargs=place, ignore_mismatched_sizes=True))
     _check_complete(model, vars(found), named, "save the adapter again with the version of peft that reads it here")
     return model
 
@@ -173,10 +176,9 @@ def _first(names: Iterable[str], shown: int = 3) -> str:
     return f"{len(ordered)} tensor{'s' if len(ordered) > 1 else ''} ({', '.join(ordered[:shown])}{more})"
 
 
-def _adapter_config(source: str, init_kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _adapter_config(source: str, place: dict[str, Any]) -> dict[str, Any] | None:
     """The configuration of the adapter that a folder or hub id holds, or None."""
-    places = {name: init_kwargs[name] for name in ("cache_dir", "revision", "token") if name in init_kwargs}
-    file = find_adapter_config_file(source, **places)
+    file = find_adapter_config_file(source, **place)
     if file is None:
         return None
     config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))

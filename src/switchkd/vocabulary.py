@@ -94,7 +94,7 @@ class _Names:
 
 
 # "<|reserved_special_token_5|>", "<unused42>", "[unused1]", "<|extra_0|>": slots that a vocabulary keeps free.
-_RESERVED = re.compile(r"^[<\[].*(reserved|unused|extra)_?.*[>\]]$", re.IGNORECASE)
+_RESERVED = re.compile(r"^[<\[].*(reserved|unused|extra_).*[>\]]$", re.IGNORECASE)
 
 
 def _listed(ids: list[int], shown: dict[int, str]) -> str:
