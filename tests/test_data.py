@@ -1,10 +1,13 @@
 """Laws of preparing data: what becomes a prompt and an answer, what is dropped, and every refusal in one line."""
 
+import json
+
 import pytest
 import torch
+from conftest import build_tokenizer
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from switchkd.data import PrepareReport, alpaca_prompt, encode_prompt, load_records, pad_prompts, prepare
 from switchkd.errors import UserError
@@ -134,6 +137,110 @@ def test_answer_is_what_follows_the_prompt_and_is_encoded_alone_where_the_border
     assert data["prompt_ids"][0] == data["prompt_ids"][1]
     assert tokenizer.decode(merged) == "\na</s>"
     assert data["prompt_ids"][1] + clean[:-1] == tokenizer("p\na")["input_ids"]
+
+
+# ---- the border between prompt and answer
+
+BORDER_PROMPTS = [
+    "colour: ",
+    "colour:",
+    "colour:  ",
+    "Q?\n",
+    "Q?\n\n",
+    "re",
+    "one two ",
+    "\ttab\t",
+    "caf\u00e9 ",
+    "\u4e2d",
+]
+BORDER_ANSWERS = ["red", " red", "  red", "\nred", "\n\nred", "d one", "\u00e9 two", "\u6587 red", ".", " ", "0 a|\n"]
+CORPUS = ["colour: red", "one two red", "read the colour", "tab re", "a red one, two red ones.", "0 1 0 a | b"] * 3
+
+
+def sentencepiece_like(model: str, scheme: str, split: bool, prefix_as_normalizer: bool = False):
+    """A trained tokenizer with "\u2581" for blanks: as LlamaTokenizer, as T5's, or as the file of Llama 2 has it."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    if model == "bpe":
+        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
+    else:
+        backend = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=330, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    backend.pre_tokenizer = metaspace if model == "unigram" else pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.train_from_iterator(CORPUS, trainer)
+    pieces = json.loads(backend.to_str())["model"]
+    if model == "bpe":
+        merges = [tuple(pair) for pair in pieces["merges"]]
+        backend.model = models.BPE(
+            vocab=pieces["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
+    else:
+        backend.model = models.Unigram([(p, score) for p, score in pieces["vocab"]], unk_id=0, byte_fallback=True)
+    backend.pre_tokenizer = metaspace
+    if prefix_as_normalizer:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def llama_tokenizer():
+    """The class of transformers with the trained pieces."""
+    pieces = json.loads(sentencepiece_like("bpe", "first", False).backend_tokenizer.to_str())["model"]
+    return LlamaTokenizer(vocab=pieces["vocab"], merges=[tuple(pair) for pair in pieces["merges"]])
+
+
+BORDER_TOKENIZERS = {
+    "llama": llama_tokenizer,
+    "bpe first": lambda: sentencepiece_like("bpe", "first", False),
+    "bpe always": lambda: sentencepiece_like("bpe", "always", False),
+    "bpe split": lambda: sentencepiece_like("bpe", "always", True),
+    "bpe of a llama 2 file": lambda: sentencepiece_like("bpe", "first", False, prefix_as_normalizer=True),
+    "unigram first": lambda: sentencepiece_like("unigram", "first", True),
+    "unigram always": lambda: sentencepiece_like("unigram", "always", True),
+    "bytes": byte_tokenizer,
+    "characters": build_tokenizer,
+}
+
+
+def assert_the_border_keeps_the_text(tokenizer):
+    for prompt in BORDER_PROMPTS:
+        prompt_ids = encode_prompt(prompt, tokenizer)
+        data, _ = prepare(rows(*({"prompt": prompt, "completion": answer} for answer in BORDER_ANSWERS)), tokenizer)
+        for answer, ids, completion in zip(BORDER_ANSWERS, data["prompt_ids"], data["completion_ids"], strict=True):
+            assert ids == prompt_ids, "the prompt's ids must not depend on the answer"
+            assert completion[-1] == tokenizer.eos_token_id
+            whole = tokenizer(prompt + answer)["input_ids"]
+            assert tokenizer.decode(ids + completion[:-1]) == tokenizer.decode(whole), (prompt, answer)
+            if whole[: len(ids)] == ids:
+                assert ids + completion[:-1] == whole
+
+
+@pytest.mark.parametrize("name", BORDER_TOKENIZERS)
+def test_no_second_blank_is_trained_where_a_prompt_ends_in_one(name):
+    """ "colour: " + "red" was trained as "colour:  red" by tokenizers that put a blank before every text."""
+    tokenizer = BORDER_TOKENIZERS[name]()
+    assert_the_border_keeps_the_text(tokenizer)
+    data, _ = prepare(rows({"prompt": "colour: ", "completion": "red"}), tokenizer)
+    ids = data["prompt_ids"][0] + data["completion_ids"][0][:-1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "colour: red"
+
+
+@pytest.mark.parametrize("name", ["data/tokenizers/gpt2", "data/tokenizers/opt", "models/tinystories-char-student"])
+def test_the_border_of_published_tokenizers_keeps_the_text(shared_dir, name):
+    assert_the_border_keeps_the_text(AutoTokenizer.from_pretrained(shared_dir / name))
 
 
 def test_over_long_prompts_are_dropped_and_counted_never_cut(tokenizer):

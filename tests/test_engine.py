@@ -340,6 +340,35 @@ def test_the_teacher_may_see_another_prompt(draft_length):
 
 
 @pytest.mark.parametrize("draft_length", [1, 4])
+def test_ids_that_one_tokenizer_alone_knows_are_never_written_and_never_compared(draft_length):
+    """Both models have rows for them, and like them; the rest is renormalised."""
+    student, teacher = make_pair("llama")
+    alone = [5, 40, 97]
+    hook = [
+        model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_add(
+            -1, torch.tensor(alone), torch.full((*logits.shape[:-1], 3), 6.0)))
+        for model in (student, teacher)
+    ]  # fmt: skip
+    ids, mask = make_prompts(3)
+    options = {"policy": SWITCH, "max_new_tokens": 40, "temperature": 3.0, "draft_length": draft_length}
+    assert torch.isin(roll_out(student, teacher, ids, mask, **options).completion_ids, torch.tensor(alone)).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout = roll_out(student, teacher, ids, mask, **options, excluded_ids=[*alone, 2000])
+    assert not torch.isin(rollout.completion_ids, torch.tensor(alone)).any()
+    kept = [index for index in range(98) if index not in alone]
+    for row in range(3):
+        cut = [
+            recompute(model, rollout, row, lambda logits: (logits[:, kept] / 3.0).log_softmax(-1))
+            for model in (student, teacher)
+        ]
+        jsd = generalized_jsd(*cut)
+        assert torch.allclose(jsd, rollout.divergence[row][rollout.completion_mask[row]], atol=1e-4)
+    for handle in hook:
+        handle.remove()
+
+
+@pytest.mark.parametrize("draft_length", [1, 4])
 def test_padded_vocabulary_rows_are_never_written_and_never_compared(draft_length):
     """Student of 98 ids, teacher padded to 112: the shared ids are compared, renormalised, with one warning."""
     student, _ = make_pair("gpt2")

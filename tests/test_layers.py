@@ -25,7 +25,7 @@ LAYERS = (
         "predictions",
         "step_loss",
     ),
-    ("verification", "sequential", "block", "engine", "calibration"),
+    ("arguments", "verification", "sequential", "block", "engine", "calibration"),
     ("methods", "models", "records", "data", "batches", "evaluation"),
     (
         "guards",

@@ -182,6 +182,27 @@ def test_padded_vocabulary_rows_are_cut_and_the_rest_renormalised(objective, wid
         assert padded["student"].grad[..., SIZE:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("objective", list(DIVERGENCES))
+def test_ids_that_one_side_alone_knows_are_left_out_and_the_rest_renormalised(objective):
+    """The loss and its gradient are those on logits without the columns, whatever these hold."""
+    data = batch()
+    expected_in = data | {name: data[name].clone() for name in ("student", "teacher")}
+    expected_in["student"].requires_grad_()
+    expected = loss_of(expected_in, objective)
+    expected.backward()
+    spread = [0, 2, 3, 4, 6, 7, 8]  # seven ids at these places, garbage at 1, 5 and 9
+    wide = {}
+    for name in ("student", "teacher"):
+        wide[name] = torch.full((ROWS, PROMPT + COMPLETION, 10), 40.0, dtype=torch.float64)
+        wide[name][..., spread] = data[name]
+    wide["student"].requires_grad_()
+    found = loss_of(data | wide, objective, excluded_ids=(1, 5, 9, 500))
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(wide["student"].grad[..., spread], expected_in["student"].grad)
+    assert wide["student"].grad[..., [1, 5, 9]].abs().sum() == 0
+
+
 @pytest.mark.parametrize("objective", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_raised_before_the_softmax(objective, dtype):

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from switchkd.arguments import context_length
 from switchkd.data import pad_prompts
-from switchkd.engine import context_length
 from switchkd.errors import UserError
 from switchkd.rollout import Author, Rollout
 from switchkd.vocabulary import model_vocabulary_size

@@ -80,6 +80,7 @@ def chunked_loss(
     loss_temperature: float = 1.0,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
+    excluded_ids: tuple[int, ...] = (),
     memory_budget: int = MEMORY_BUDGET,
 ) -> ChunkedLoss:
     """Return `reduce_losses(weights * token_losses(logits, ...), mask, denominator)` without ever holding all logits.
@@ -97,6 +98,7 @@ def chunked_loss(
         loss_temperature: Divides both models' logits before a divergence compares them, > 0.
         weights: Multiply the losses, `[B, C]`, e.g. by author; None is 1 everywhere. They do not enter the count.
         denominator: How many tokens share one optimizer step; the mask's own count if None.
+        excluded_ids: Left out of a divergence, see `token_losses`.
         memory_budget: Bytes for logits and their temporaries.
 
     Raises:
@@ -128,6 +130,7 @@ def chunked_loss(
         objective=objective,
         options=options or {},
         loss_temperature=loss_temperature,
+        excluded_ids=excluded_ids,
         memory_budget=memory_budget,
         learns=torch.is_grad_enabled(),
     )
@@ -155,6 +158,7 @@ class _Task:
     objective: str
     options: Mapping[str, Any]
     loss_temperature: float
+    excluded_ids: tuple[int, ...]
     memory_budget: int
     learns: bool
 
@@ -172,6 +176,7 @@ class _Task:
             teacher_logits=teacher_logits,
             labels=None if self.labels is None else self.labels[rows],
             loss_temperature=self.loss_temperature,
+            excluded_ids=self.excluded_ids,
         )
 
     def read_teacher(self, projection: "_Projection | None", rows: slice) -> Tensor | None:

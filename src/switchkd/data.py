@@ -308,23 +308,45 @@ def _encode_prompts(prompts: list[tuple[str, bool]], tokenizer: Any, places: lis
 
 
 def _encode_completions(examples: list[_Example], prompt_ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
-    """What follows the prompt's ids when prompt and answer are encoded as one text, ended by the end of sequence.
+    """Ids that follow the prompt's so that both together are the text of both, ended by the end of sequence.
 
-    Where the tokenizer merges across the border the answer is encoded alone.
+    The prompt's ids are those of a rollout, whatever answer follows: they are never changed. The answer's are
+
+    - the rest of the ids of the whole text, where these begin with the prompt's;
+    - otherwise, where the tokenizer merges across the border ("colour: " + "red", whose blank belongs to the word), the
+      ids of the answer alone, or, where a tokenizer puts a blank before every text, those of the answer behind some
+      other text, which are then taken off: the first that decode to the whole text behind the prompt's.
+
+    Only where a tokenizer can write no such ids, as one that reads words apart and joins them with blanks, is the
+    answer encoded alone and the text is not kept.
     """
     completions: list[list[int]] = [[] for _ in examples]
     for special in (True, False):
         chosen = [i for i, e in enumerate(examples) if e.completion is not None and e.special == special]
         whole = _encode([f"{examples[i].prompt}{examples[i].completion}" for i in chosen], tokenizer, special)
-        joined = {
-            i: ids[len(prompt_ids[i]) :]
-            for i, ids in zip(chosen, whole, strict=True)
-            if ids[: len(prompt_ids[i])] == prompt_ids[i]
-        }
-        alone = [i for i in chosen if i not in joined]
-        texts = [str(examples[i].completion) for i in alone]
-        joined.update(zip(alone, _encode(texts, tokenizer, False), strict=True))
-        for i, ids in joined.items():
+        for i, both in zip(chosen, whole, strict=True):
+            ids = both[len(prompt_ids[i]) :]
+            if both[: len(prompt_ids[i])] != prompt_ids[i]:
+                ids = _continuation(prompt_ids[i], both, str(examples[i].completion), tokenizer)
             eos = tokenizer.eos_token_id
             completions[i] = ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
     return completions
+
+
+# What stands before an answer that must not be taken for the beginning of a text; nothing at first, then short texts,
+# several because an answer may merge with one of them.
+_STAND_INS = ("", "\n", ".", "0", "a", "|")
+
+
+def _continuation(prompt_ids: list[int], whole: list[int], completion: str, tokenizer: Any) -> list[int]:
+    """Ids of an answer that decode to the whole text behind the prompt's ids; those of the answer alone if none do."""
+    text = tokenizer.decode(whole, clean_up_tokenization_spaces=False)
+    found = []
+    for stand_in in _STAND_INS:
+        before, both = _encode([stand_in, stand_in + completion], tokenizer, False)
+        before = before if stand_in else []  # some write a blank for no text at all
+        if both[: len(before)] == before:
+            found.append(both[len(before) :])
+            if tokenizer.decode([*prompt_ids, *found[-1]], clean_up_tokenization_spaces=False) == text:
+                return found[-1]
+    return found[0]

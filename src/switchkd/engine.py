@@ -5,15 +5,29 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from switchkd import sampling
+from switchkd.arguments import (
+    IdsLike,
+    checked_draft_length,
+    checked_eos,
+    checked_excluded,
+    checked_flag,
+    checked_integer,
+    checked_model,
+    checked_pad,
+    checked_policy,
+    checked_prompts,
+    checked_row_ids,
+    checked_sampling,
+    with_readable_padding,
+)
 from switchkd.block import BlockDecoder
 from switchkd.cache import device_of, unserved_reason
 from switchkd.drafting import DraftLength
@@ -22,15 +36,15 @@ from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Warping
 from switchkd.sequential import decode_sequentially
-from switchkd.vocabulary import model_vocabulary_size, normalize_eos, shared_vocabulary_size
+from switchkd.vocabulary import model_vocabulary_size, readable_pad_id, shared_vocabulary_size
 
 
 @torch.no_grad()
 def roll_out(
     student: nn.Module,
     teacher: nn.Module | None,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor | None = None,
+    prompt_ids: IdsLike,
+    prompt_mask: IdsLike | None = None,
     *,
     policy: Policy,
     max_new_tokens: int = 256,
@@ -41,11 +55,12 @@ def roll_out(
     draft_length: int | Literal["auto"] = "auto",
     eos_token_id: int | Iterable[int] | None = None,
     pad_token_id: int | None = None,
-    row_ids: Tensor | None = None,
-    teacher_prompt_ids: Tensor | None = None,
-    teacher_prompt_mask: Tensor | None = None,
+    row_ids: IdsLike | None = None,
+    teacher_prompt_ids: IdsLike | None = None,
+    teacher_prompt_mask: IdsLike | None = None,
     return_teacher_hidden: bool = False,
     max_active_rows: int | None = None,
+    excluded_ids: Sequence[int] = (),
 ) -> Rollout:
     """Return completions written by student and teacher under `policy`.
 
@@ -57,7 +72,7 @@ def roll_out(
     Args:
         student: A causal language model of transformers.
         teacher: Likewise; None where the policy needs no teacher.
-        prompt_ids: Left-padded prompts, int64 `[B, P]`.
+        prompt_ids: Left-padded prompts `[B, P]`: integers in a tensor, an array or lists, as all ids and masks here.
         prompt_mask: True (or 1) at prompt tokens, `[B, P]`; None if nothing is padded.
         policy: Who writes the next token, see `switchkd.policies`.
         max_new_tokens: Length limit C of a completion, in tokens, >= 1.
@@ -69,13 +84,17 @@ def roll_out(
             by round from measured times, which are remembered for the pair of models. 1 is the sequential reference.
             In float32 the result is the same for all.
         eos_token_id: An id, several, or None to run to the length limit.
-        pad_token_id: Fills completions after their end; the first EOS id, else 0, if None.
-        row_ids: Identity of each row for the randomness, int64 `[B]`; 0 .. B-1 if None.
+        pad_token_id: Fills completions after their end; the first EOS id, else 0, if None. The models never read it,
+            so that it may lie outside their vocabulary.
+        row_ids: Identity of each row for the randomness, integers `[B]`; 0 .. B-1 if None.
         teacher_prompt_ids: Prompts for the teacher where they differ from the student's, left-padded `[B, P']`.
         teacher_prompt_mask: Their mask `[B, P']`.
         return_teacher_hidden: Keep the teacher's last hidden state that predicted each token.
         max_active_rows: How many rows are decoded at once, all if None; waiting prompts take the places of finished
             ones. It bounds memory and changes no text.
+        excluded_ids: Ids that neither model may write and no comparison counts: both distributions are renormalised
+            without them. `switchkd.vocabulary.check_tokenizers` returns those that only one tokenizer knows; without
+            them the models are compared on all leading ids that both score, whatever their names.
 
     Returns:
         A `Rollout` on the student's device, C being the longest completion.
@@ -84,47 +103,58 @@ def roll_out(
         UserError: An argument outside its range, an empty prompt, one that does not fit a model's context, or an
             encoder-decoder model.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p, draft_length)
+    checked_model("student", student)
+    if teacher is not None:
+        checked_model("teacher", teacher)
+    checked_policy(policy)
     if teacher is None and policy.needs_teacher:
         raise UserError(f"{type(policy).__name__} needs a teacher, got None")
+    widths = [model_vocabulary_size(model) for model in (student, teacher) if model is not None]
+    eos = checked_eos(eos_token_id, max(widths))
     if not policy.needs_teacher:
         teacher = None
-    device = device_of(student)
-    prompt_ids, prompt_mask = _check_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student")
-    rows = len(prompt_ids)
-    eos = normalize_eos(eos_token_id)
-    size = model_vocabulary_size(student)
+    temperature, top_k, top_p = checked_sampling(temperature, top_k, top_p)
+    max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 1)
+    draft_length = checked_draft_length(draft_length)
+    seed = checked_integer("seed", seed)
+    if max_active_rows is not None:
+        max_active_rows = checked_integer("max_active_rows", max_active_rows, 1)
+    if checked_flag("return_teacher_hidden", return_teacher_hidden) and teacher is None:
+        raise UserError(f"return_teacher_hidden needs a teacher, which {type(policy).__name__} does not call")
+
+    prompts = checked_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student")
+    rows = len(prompts[0])
+    row_ids = checked_row_ids(row_ids, rows, device_of(student))
+    size = widths[0] if teacher is None else min(widths)
+    excluded = checked_excluded(excluded_ids, size)
+    # What the models read in place of padding, which may be an id they have no row for.
+    fill = readable_pad_id(None, eos, student, teacher)
+    pad = fill if pad_token_id is None else checked_pad(pad_token_id)
     teacher_prompts = None
     if teacher is not None:
-        size = shared_vocabulary_size(size, model_vocabulary_size(teacher))
+        if not excluded:  # whoever excludes ids has compared the tokenizers, and was warned there
+            shared_vocabulary_size(*widths)
         if teacher_prompt_ids is None:
+            if teacher_prompt_mask is not None:
+                raise UserError("teacher_prompt_mask goes with teacher_prompt_ids, which is None")
             teacher_prompt_ids, teacher_prompt_mask = prompt_ids, prompt_mask
-        teacher_prompts = _check_prompts(teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher")
+        teacher_prompts = checked_prompts(teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher")
         if len(teacher_prompts[0]) != rows:
             raise UserError(f"teacher_prompt_ids has {len(teacher_prompts[0])} rows, prompt_ids {rows}")
-    if pad_token_id is None:
-        pad_token_id = eos[0] if eos else 0
-    row_ids = torch.arange(rows, device=device) if row_ids is None else row_ids.to(device, torch.int64)
-    if row_ids.shape != (rows,):
-        raise UserError(f"row_ids must be [{rows}], got {list(row_ids.shape)}")
-
-    if max_active_rows is not None and max_active_rows < 1:
-        raise UserError(f"max_active_rows must be >= 1, got {max_active_rows}")
-    if return_teacher_hidden and teacher is None:
-        raise UserError(f"return_teacher_hidden needs a teacher, which {type(policy).__name__} does not call")
+        teacher_prompts = with_readable_padding(teacher_prompts, widths[1], fill)
 
     job = _Job(
         student=student,
         teacher=teacher,
-        prompts=(prompt_ids, prompt_mask),
+        prompts=with_readable_padding(prompts, widths[0], fill),
         teacher_prompts=teacher_prompts,
         policy=policy,
-        warping=Warping(temperature, top_k, top_p, size),
+        warping=Warping(temperature, top_k, top_p, size, excluded),
         max_new_tokens=max_new_tokens,
         seed=seed,
         row_ids=row_ids,
         eos=eos,
-        pad_token_id=pad_token_id,
+        pad_token_id=fill,
         return_teacher_hidden=return_teacher_hidden,
     )
     started = time.perf_counter()
@@ -134,7 +164,9 @@ def roll_out(
             result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()
         else:
             parts = [decode_sequentially(**vars(part)) for part in job.split(max_active_rows)]
-            result = parts[0] if len(parts) == 1 else _joined(parts, pad_token_id)
+            result = parts[0] if len(parts) == 1 else _joined(parts, fill)
+    result.prompt_ids = prompts[0]
+    result.completion_ids.masked_fill_(~result.completion_mask, pad)
     seconds = time.perf_counter() - started
     result.stats["seconds"] = seconds
     result.stats["tokens_per_s"] = int(result.completion_mask.sum()) / max(seconds, 1e-9)
@@ -243,54 +275,3 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def context_length(model: Any) -> int | None:
-    """Return the most tokens a model's positions reach, or None where its config names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
-def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float, draft_length: Any) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    if draft_length != "auto" and not (isinstance(draft_length, int) and draft_length >= 1):
-        raise UserError(f'draft_length must be "auto" or an integer >= 1, got {draft_length!r}')
-    try:
-        sampling.check_warping(temperature, top_k, top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _check_prompts(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor | None, max_new_tokens: int, role: str
-) -> tuple[Tensor, Tensor]:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UserError(
-            f"the {role}, a {type(model).__name__}, is an encoder-decoder; give a decoder-only language model"
-        )
-    if prompt_ids.dim() != 2 or 0 in prompt_ids.shape:
-        raise UserError(f"{role} prompts must be [B, P] with at least one token, got {list(prompt_ids.shape)}")
-    if prompt_mask is None:
-        prompt_mask = torch.ones_like(prompt_ids)
-    if prompt_mask.shape != prompt_ids.shape:
-        raise UserError(f"{role} prompt mask is {list(prompt_mask.shape)}, its prompts are {list(prompt_ids.shape)}")
-    device = device_of(model)
-    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device, torch.bool)
-    if not bool(prompt_mask.any(-1).all()):
-        row = int((~prompt_mask.any(-1)).nonzero()[0])
-        raise UserError(f"{role} prompt of row {row} is empty; a model needs at least one token to continue")
-    if bool((prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any()):
-        raise UserError(f"{role} prompts must be padded on the left; set tokenizer.padding_side='left'")
-    width = model_vocabulary_size(model)
-    largest = int(prompt_ids.masked_fill(~prompt_mask, 0).max())
-    if largest >= width:
-        raise UserError(f"{role} prompt holds id {largest}, but the model knows only ids below {width}")
-    limit = context_length(model)
-    longest = int(prompt_mask.sum(-1).max())
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UserError(
-            f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
-            "shorten the prompts or max_new_tokens"
-        )
-    return prompt_ids, prompt_mask

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
+from switchkd.arguments import context_length
 from switchkd.batches import collate
 from switchkd.cache import device_of
 from switchkd.data import pad_prompts
-from switchkd.engine import context_length, eval_mode, roll_out
+from switchkd.engine import eval_mode, roll_out
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.objective import CROSS_ENTROPY
 from switchkd.policies import StudentPolicy
 from switchkd.sampling import check_warping
 from switchkd.step_loss import StepLoss
-from switchkd.vocabulary import require_eos
+from switchkd.vocabulary import readable_pad_id, require_eos
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    pad = readable_pad_id(tokenizer.pad_token_id, eos, model)
     blocked = _blocked_options(settings, eos, pad)
     prompts = list(dataset["prompt_ids"])
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
@@ -161,7 +162,13 @@ def write_rows(result: EvaluationResult, path: str | Path) -> None:
 
 @torch.no_grad()
 def reference_losses(
-    model: nn.Module, tokenizer: Any, dataset: Dataset, *, teacher: nn.Module | None = None, batch_size: int = 8
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    teacher: nn.Module | None = None,
+    batch_size: int = 8,
+    excluded_ids: Sequence[int] = (),
 ) -> dict[str, float]:
     """Return losses on the reference completions, means over their tokens, the end of sequence included, in nats.
 
@@ -171,6 +178,7 @@ def reference_losses(
         dataset: Made by `switchkd.data.prepare`, with a completion in every row.
         teacher: Compared with the model at every token, on the ids both have.
         batch_size: Rows read at once; changes nothing but speed.
+        excluded_ids: Left out of the comparison, see `switchkd.vocabulary.check_tokenizers`.
 
     Returns:
         `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and
@@ -192,15 +200,14 @@ def reference_losses(
                 f"the longest prompt and reference have {max(lengths)} tokens, the {role}'s context is {limit}; "
                 "lower max_prompt_length or max_completion_length"
             )
-    eos = require_eos(tokenizer, model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    pad = readable_pad_id(tokenizer.pad_token_id, require_eos(tokenizer, model), model, teacher)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     totals: dict[str, float] = {}
     with eval_mode(model, teacher):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = [{"prompt_ids": prompts[i], "completion_ids": completions[i]} for i in batch]
-            losses = _batch_losses(model, teacher, rows, pad)
+            losses = _batch_losses(model, teacher, rows, pad, tuple(excluded_ids))
             for name, total in losses.items():
                 totals[name] = totals.get(name, 0.0) + total
     tokens = sum(len(ids) for ids in completions)
@@ -208,12 +215,16 @@ def reference_losses(
 
 
 def _batch_losses(
-    model: nn.Module, teacher: nn.Module | None, rows: list[dict[str, Any]], pad: int
+    model: nn.Module, teacher: nn.Module | None, rows: list[dict[str, Any]], pad: int, excluded_ids: tuple[int, ...]
 ) -> dict[str, float]:
     """Sums over the reference tokens of a batch, by the trainer's own way from states to losses."""
     device = device_of(model)
     inputs = {name: value.to(device) for name, value in collate(rows, pad).items()}
-    of_divergence = {"forward_kl": StepLoss("forward_kl"), "jsd": StepLoss("generalized_jsd")} if teacher else {}
+    of_divergence = {
+        name: StepLoss(objective, excluded_ids=excluded_ids)
+        for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd"))
+        if teacher is not None
+    }
     reading = of_divergence.get("forward_kl", StepLoss(CROSS_ENTROPY))
     of_model, of_teacher = reading.predictions(model, teacher, inputs)
     losses = {"cross_entropy": reading.cross_entropy(of_model, inputs)}

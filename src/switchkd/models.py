@@ -1,18 +1,38 @@
 """Loading models and tokenizers, with one clear line where that fails."""
 
+import json
+import pickle
+import re
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.errors import UserError
 
+Loaded = TypeVar("Loaded")
+
+# Whatever a library raises on files that are absent, cut off, not of their kind or do not fit the memory.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+_PLACE = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+# Masks and position tables that old checkpoints hold and newer code computes.
+_COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias|causal_mask)|inv_freq|position_ids)$")
+
 
 def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, role: str = "model") -> Any:
-    """Return a causal language model from a local folder or the hub.
+    """Return a causal language model from a local folder or the hub, every weight of it read from there.
+
+    An adapter of `peft` is loaded together with the base model that it names.
 
     Args:
         name_or_path: A folder, or a hub id.
@@ -20,9 +40,29 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
         role: What the model is for, named in errors.
 
     Raises:
-        UserError: The model cannot be found or read.
+        UserError: The model cannot be found or read, or its file lacks a tensor, holds one that the model has not, or
+            one of another shape: transformers would go on with random weights in its place.
     """
-    return _load(AutoModelForCausalLM, name_or_path, init_kwargs or {}, role)
+    init_kwargs = init_kwargs or {}
+    path = _local_folder(name_or_path, role)
+    source = str(path or name_or_path)
+    # Where an adapter's files are looked for, as for those of a model.
+    place = {name: init_kwargs[name] for name in _PLACE if name in init_kwargs}
+    adapter = _reading(f"{role} {name_or_path!r}", lambda: _adapter_config(source, place))
+    if adapter is None:
+        return _complete_model(source, init_kwargs, f"{role} {name_or_path!r}")
+    if not is_peft_available():
+        raise UserError(f"{role} {name_or_path!r} is an adapter, which needs peft: pip install 'switchkd[peft]'")
+    named = f"adapter {name_or_path!r}"
+    if (Path(source) / "config.json").is_file():
+        # A whole model and an adapter in one folder. Adapters are looked for below `subfolder`: first without it.
+        alone = {**init_kwargs, "adapter_kwargs": {"subfolder": "no adapter yet"}}
+        model = _complete_model(source, alone, f"{role} {name_or_path!r}")
+    else:
+        model = _base_of(adapter, init_kwargs, named)
+    found = _reading(named, lambda: model.load_adapter(source, adapter_kwargs=place, ignore_mismatched_sizes=True))
+    _check_complete(model, vars(found), named, "save the adapter again with the version of peft that reads it here")
+    return model
 
 
 def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
@@ -31,7 +71,8 @@ def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
     Raises:
         UserError: The tokenizer cannot be found or read.
     """
-    tokenizer = _load(AutoTokenizer, name_or_path, {}, role)
+    source = str(_local_folder(name_or_path, role) or name_or_path)
+    tokenizer = _reading(f"{role} {name_or_path!r}", lambda: AutoTokenizer.from_pretrained(source))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -91,13 +132,90 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _load(factory: Any, name_or_path: str, init_kwargs: dict[str, Any], role: str) -> Any:
+def _local_folder(name_or_path: str, role: str) -> Path | None:
+    """The folder of that name, or None for a hub id."""
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
         raise UserError(f"{role} folder {name_or_path} does not exist; give a model folder or a hub id")
+    return path if path.is_dir() else None
+
+
+def _reading(what: str, read: Callable[[], Loaded]) -> Loaded:
+    """Return what `read` returns; whatever it cannot read is told in one line."""
     try:
-        return factory.from_pretrained(str(path) if path.is_dir() else name_or_path, **init_kwargs)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        return read()
+    except UserError:
+        raise
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {role} {name_or_path!r}: {reason}") from error
+        if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
+            reason = f"its weight file is damaged ({reason}); copy or download it again"
+        raise UserError(f"cannot load {what}: {reason}") from error
+
+
+def _complete_model(source: str, init_kwargs: dict[str, Any], what: str) -> Any:
+    """Load a model without adapters and refuse it unless every weight came from its file."""
+    # Other shapes are listed like the rest, instead of an error that names none.
+    options = {**init_kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _reading(what, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    remedy = (
+        "config.json and the weight file do not belong together or the file is not whole: copy both again, or load the "
+        "model yourself and pass the object"
+    )
+    _check_complete(model, found, what, remedy)
+    return model
+
+
+def _check_complete(model: nn.Module, found: dict[str, Any], what: str, remedy: str) -> None:
+    """Refuse a model whose weights do not all come from its file, and a file whose tensors do not all go into it.
+
+    Args:
+        model: As loaded.
+        found: What transformers reports: `missing_keys`, `unexpected_keys`, `mismatched_keys`.
+        what: Named in the error.
+        remedy: The way out.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    # A tied head is the embedding once more: where that is missing it is named already.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    problems = {
+        "lacks": set(found["missing_keys"]) - tied,
+        "has in another shape": {name for name, *_ in found["mismatched_keys"]},
+        "has and the model has not": {
+            name for name in set(found["unexpected_keys"]) - buffers if not _COMPUTED.search(name)
+        },
+    }
+    told = [f"{_first(names)} which the file {problem}" for problem, names in problems.items() if names]
+    if told:
+        raise UserError(f"cannot load {what}: {'; '.join(told)}; {remedy}")
+
+
+def _first(names: Iterable[str], shown: int = 3) -> str:
+    ordered = sorted(names)
+    more = ", ..." if len(ordered) > shown else ""
+    return f"{len(ordered)} tensor{'s' if len(ordered) > 1 else ''} ({', '.join(ordered[:shown])}{more})"
+
+
+def _adapter_config(source: str, place: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the adapter that a folder or hub id holds, or None."""
+    file = find_adapter_config_file(source, **place)
+    if file is None:
+        return None
+    config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+    return config
+
+
+def _base_of(adapter: dict[str, Any], init_kwargs: dict[str, Any], named: str) -> Any:
+    """Load the base model of an adapter."""
+    base = adapter.get("base_model_name_or_path")
+    way_out = "write the right place into base_model_name_or_path of its adapter_config.json"
+    if not base:
+        raise UserError(f"{named} names no base model; {way_out}")
+    if Path(base).expanduser().is_dir():
+        return load_model(base, init_kwargs, role=f"base model of {named},")
+    try:
+        return load_model(base, init_kwargs, role="base model")
+    except UserError as error:
+        reason = str(error.__cause__).splitlines()[0] if error.__cause__ else "no such folder"
+        raise UserError(f"{named} names base {base!r}, which cannot be found ({reason}); {way_out}") from error

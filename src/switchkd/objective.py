@@ -9,6 +9,7 @@ from torch import Tensor
 
 from switchkd.divergences import DIVERGENCES
 from switchkd.errors import UserError
+from switchkd.sampling import restricted
 
 CROSS_ENTROPY = "cross_entropy"
 
@@ -34,6 +35,7 @@ def token_losses(
     teacher_logits: Tensor | None = None,
     labels: Tensor | None = None,
     loss_temperature: float = 1.0,
+    excluded_ids: tuple[int, ...] = (),
 ) -> Tensor:
     """Return the loss of every token, nats, at least float32.
 
@@ -45,6 +47,8 @@ def token_losses(
         labels: int64 `[...]`, for the cross-entropy.
         loss_temperature: Divides both models' logits before a divergence compares them, > 0. The cross-entropy stays
             at 1, and no factor of its square is applied.
+        excluded_ids: Ids that a divergence leaves out on both sides, which are renormalised, as
+            `switchkd.vocabulary.check_tokenizers` returns them.
 
     Returns:
         `[...]`.
@@ -60,7 +64,7 @@ def token_losses(
         raise ValueError(f"{objective} needs teacher_logits")
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student_log_probs, teacher_log_probs = (
-        (_at_least_float32(logits[..., :shared]) / loss_temperature).log_softmax(-1)
+        (_at_least_float32(restricted(logits, shared, excluded_ids)) / loss_temperature).log_softmax(-1)
         for logits in (student_logits, teacher_logits.detach())
     )
     return DIVERGENCES[objective](student_log_probs, teacher_log_probs, **(options or {}))

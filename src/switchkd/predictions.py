@@ -12,6 +12,7 @@ from switchkd.cache import device_of
 from switchkd.chunked import ChunkedLoss, chunked_loss
 from switchkd.heads import OutputHead, hidden_states_of, output_head
 from switchkd.policy_gradient import importance_weights, policy_gradient_losses
+from switchkd.sampling import restricted
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def supervised_loss(
     loss_temperature: float = 1.0,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
+    excluded_ids: tuple[int, ...] = (),
 ) -> ChunkedLoss:
     """Return `reduce_losses(weights * token_losses(...), mask, denominator)` and the losses of the tokens.
 
@@ -80,6 +82,7 @@ def supervised_loss(
             loss_temperature=loss_temperature,
             weights=weights,
             denominator=denominator,
+            excluded_ids=excluded_ids,
         )
     losses = objectives.token_losses(
         student.logits(),
@@ -88,6 +91,7 @@ def supervised_loss(
         teacher_logits=None if teacher is None else teacher.logits().to(student.values.device),
         labels=labels,
         loss_temperature=loss_temperature,
+        excluded_ids=excluded_ids,
     )
     weighted = losses if weights is None else losses * weights
     return ChunkedLoss(objectives.reduce_losses(weighted, mask, denominator), losses.detach())
@@ -102,6 +106,7 @@ def minillm_loss(
     mixture_weight: float,
     clip_range: float,
     denominator: Tensor | float | None = None,
+    excluded_ids: tuple[int, ...] = (),
 ) -> Tensor:
     """Return MiniLLM's loss of text sampled from the blend: single-step term plus policy gradient.
 
@@ -115,14 +120,18 @@ def minillm_loss(
         mixture_weight: The teacher's part of the blend, in [0, 1).
         clip_range: As in PPO; 0 does not clip.
         denominator: How many tokens share one optimizer step; the mask's own count if None.
+        excluded_ids: Left out of both models' distributions; no token of the text is one.
 
     Reference:
         Gu et al., "MiniLLM", arXiv 2306.08543, equation 6.
     """
     student_logits, teacher_logits = student.logits(), teacher.logits().detach()
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student_logits, teacher_logits = (
+        restricted(logits, shared, excluded_ids) for logits in (student_logits, teacher_logits)
+    )
     of_student, of_teacher = (
-        -objectives.token_losses(logits[..., :shared], objective=objectives.CROSS_ENTROPY, labels=labels)
+        -objectives.token_losses(logits, objective=objectives.CROSS_ENTROPY, labels=labels)
         for logits in (student_logits, teacher_logits)
     )
     weights = importance_weights(of_student, of_teacher, mask, teacher_weight=mixture_weight)

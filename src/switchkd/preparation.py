@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,10 @@ def load_models(
     *,
     method: Method,
     needs_teacher: bool,
-) -> tuple[nn.Module, nn.Module | None]:
-    """Return student and teacher, loaded where they are names; None for a teacher that nothing asks.
+) -> tuple[nn.Module, nn.Module | None, list[int]]:
+    """Return student and teacher, loaded where they are names, and the ids that only one of them knows.
+
+    The teacher is None where nothing asks it. Models given as objects bring no tokenizer: nothing is known of them.
 
     Raises:
         UserError: A teacher is missing, is the student itself, or has another tokenizer.
@@ -65,8 +67,9 @@ def load_models(
         if teacher_model is None:
             why = "the teacher is a copy of the student" if own else "no teacher is used"
         raise UserError(f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it")
+    excluded_ids: list[int] = []
     if isinstance(teacher_model, str):
-        check_tokenizers(tokenizer, load_tokenizer(teacher_model, role="teacher tokenizer"))
+        excluded_ids = check_tokenizers(tokenizer, load_tokenizer(teacher_model, role="teacher tokenizer"))
     # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
     student: nn.Module = (
         load_model(model, {"dtype": "float32", **_as_dict(args.model_init_kwargs)}, role="student")
@@ -74,13 +77,13 @@ def load_models(
         else model
     )
     if own:
-        return student, copy.deepcopy(student)
+        return student, copy.deepcopy(student), excluded_ids
     teacher: nn.Module | None = (
         load_model(teacher_model, _as_dict(args.teacher_model_init_kwargs), role="teacher")
         if isinstance(teacher_model, str)
         else teacher_model
     )
-    return student, teacher
+    return student, teacher, excluded_ids
 
 
 def frozen(teacher: nn.Module, device: torch.device, *, offload: bool) -> nn.Module:
@@ -283,8 +286,8 @@ def rollout_rows(student: Any, teacher: Any | None, args: SwitchConfig) -> int:
     return max((trained + MEMORY_BUDGET) // (cached + vocabulary), args.train_batch_size)
 
 
-def sampling_options(args: SwitchConfig) -> dict[str, Any]:
-    """Return the options of `roll_out` that the configuration sets."""
+def sampling_options(args: SwitchConfig, excluded_ids: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the options of `roll_out` that the configuration sets, and the ids that only one model knows."""
     auto: int | str = STEADY_DRAFT_LENGTH if args.full_determinism else "auto"
     return {
         "max_new_tokens": args.max_completion_length,
@@ -293,6 +296,8 @@ def sampling_options(args: SwitchConfig) -> dict[str, Any]:
         "top_k": args.top_k,
         "top_p": args.top_p,
         "draft_length": auto if args.draft_length == "auto" else int(args.draft_length),
+        # Named only where there are some: what describes a file of teacher text stays what it was.
+        **({"excluded_ids": list(excluded_ids)} if excluded_ids else {}),
     }
 
 

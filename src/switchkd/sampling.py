@@ -69,6 +69,26 @@ def warp(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: flo
     return logits.log_softmax(-1)
 
 
+def restricted(logits: Tensor, size: int, excluded_ids: tuple[int, ...] = ()) -> Tensor:
+    """Return logits `[..., V]` cut to the first `size` ids, -inf at the excluded ones: a softmax then renormalises.
+
+    Args:
+        logits: `[..., >= size]`; the result is a view of it where nothing is excluded.
+        size: Leading ids kept, V.
+        excluded_ids: Ids that must be neither written nor compared; those beyond `size` are cut anyway.
+    """
+    logits = logits[..., :size]
+    if not excluded_ids:
+        return logits
+    return logits.index_fill(-1, _index_below(size, excluded_ids, logits.device), -math.inf)
+
+
+@functools.lru_cache(maxsize=8)
+def _index_below(size: int, ids: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([index for index in ids if index < size], dtype=torch.int64, device=device)
+
+
 @dataclass(frozen=True)
 class Warping:
     """How logits become the distribution that is sampled and compared."""
@@ -77,12 +97,12 @@ class Warping:
     top_k: int
     top_p: float
     vocabulary_size: int
+    excluded_ids: tuple[int, ...] = ()
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the log-probabilities `[..., V]`, V being the shared vocabulary."""
-        return warp(
-            logits[..., : self.vocabulary_size], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-        )
+        logits = restricted(logits, self.vocabulary_size, self.excluded_ids)
+        return warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def into(self, out: Tensor, logits: Tensor) -> Tensor:
         """Write the log-probabilities of logits `[N, >= V]` into a tensor `[N, V]` and return it."""

@@ -30,6 +30,7 @@ class StepLoss:
         lm_weight: Adds this times the cross-entropy on the plain text that the micro-batch carries.
         minillm: `(mixture_weight, clip_range)` of MiniLLM's policy gradient, which then replaces the objective on
             rolled-out text; None for every other method.
+        excluded_ids: Left out where models are compared, see `switchkd.vocabulary.check_tokenizers`.
         full_logits: Models compute their logits themselves, because their weights are sharded.
     """
 
@@ -40,6 +41,7 @@ class StepLoss:
     ce_weight: float = 0.0
     lm_weight: float = 0.0
     minillm: tuple[float, float] | None = None
+    excluded_ids: tuple[int, ...] = ()
     full_logits: bool = False
 
     @property
@@ -91,6 +93,7 @@ class StepLoss:
                 mixture_weight=mixture_weight,
                 clip_range=clip_range,
                 denominator=denominator,
+                excluded_ids=self.excluded_ids,
             )
         else:
             weights = author_weights(inputs["author"], self.author_weights) if rolled_out else None
@@ -120,6 +123,7 @@ class StepLoss:
             loss_temperature=self.loss_temperature,
             weights=weights,
             denominator=denominator,
+            excluded_ids=self.excluded_ids,
         )
 
     def cross_entropy(

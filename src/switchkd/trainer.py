@@ -36,7 +36,7 @@ from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
 from switchkd.training_log import Listener, ReferenceTotals, RunningMeans, append_completions
 from switchkd.training_text import row_ids
-from switchkd.vocabulary import model_vocabulary_size, require_eos
+from switchkd.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 
 
 class SwitchTrainer(Trainer):
@@ -94,9 +94,10 @@ class SwitchTrainer(Trainer):
             if not isinstance(model, str):
                 raise UserError("processing_class is needed when the student is given as an object")
             tokenizer = load_tokenizer(model)
-        student, teacher = load_models(
+        student, teacher, excluded_ids = load_models(
             model, teacher_model, tokenizer, args, method=self.method, needs_teacher=self.needs_teacher
         )
+        self.step_loss = replace(self.step_loss, excluded_ids=tuple(excluded_ids))
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
@@ -104,11 +105,7 @@ class SwitchTrainer(Trainer):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.eos_token_id = require_eos(tokenizer, student, teacher)
-        # Any id both models read will do, because masks say what is padding. A tokenizer's own padding token can be
-        # newer than the models and stand outside their embeddings.
-        readable = min(model_vocabulary_size(reader) for reader in (student, teacher) if reader is not None)
-        pad = tokenizer.pad_token_id
-        self.pad_token_id: int = pad if pad is not None and pad < readable else 0
+        self.pad_token_id = readable_pad_id(tokenizer.pad_token_id, self.eos_token_id, student, teacher)
         readers = {"student": student, "teacher": teacher}
         train_dataset, eval_dataset, self.prepare_reports = prepare_data(
             train_dataset, eval_dataset, tokenizer, args, readers, method=self.method
@@ -195,7 +192,8 @@ class SwitchTrainer(Trainer):
         return self.accelerator.reduce(values.float().to(self.args.device), "sum").cpu()
 
     def _sampling(self) -> dict[str, Any]:
-        return {**sampling_options(self.args), "eos_token_id": self.eos_token_id}
+        options = sampling_options(self.args, self.step_loss.excluded_ids)
+        return {**options, "eos_token_id": self.eos_token_id}
 
     def _write_teacher_text(self) -> None:
         path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")
@@ -324,10 +322,7 @@ class SwitchTrainer(Trainer):
     # ---- evaluation on reference text
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return the metrics of an evaluation set, which may be raw: it is prepared as the one of the training."""
         return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
@@ -393,6 +388,10 @@ class SwitchTrainer(Trainer):
         path = self._state_file(resume_from_checkpoint)
         if path.exists():
             self.text.load_state_dict(torch.load(path, weights_only=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        forget_unreadable_pad(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
 
     def finish_step(self) -> None:
         """Stop the clock of the training part of an optimizer step."""

@@ -63,14 +63,16 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.data import load_records, pad_prompts, prepare
     from switchkd.models import default_device, load_model, load_tokenizer
     from switchkd.policies import SwitchPolicy
-    from switchkd.vocabulary import check_tokenizers, require_eos
+    from switchkd.vocabulary import check_tokenizers, readable_pad_id, require_eos
 
     quiet_libraries(options.verbose)
     given = {name: getattr(options, name) for name in POLICY_OPTIONS}
     chosen = {"horizon": options.max_completion_length} | {name: it for name, it in given.items() if it is not None}
     policy = SwitchPolicy(**chosen)
     tokenizer = load_tokenizer(options.model_name_or_path)
-    check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+    excluded_ids = check_tokenizers(
+        tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
+    )
     kwargs, device = {"dtype": options.dtype}, default_device()
     teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
@@ -82,10 +84,12 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_completion_length=options.max_completion_length,
     )
     console.progress(f"prompts: {report}")
+    eos = require_eos(tokenizer, student, teacher)
+    pad = readable_pad_id(tokenizer.pad_token_id, eos, student, teacher)
     found = calibrate(
         student,
         teacher,
-        *pad_prompts(list(data["prompt_ids"]), tokenizer.pad_token_id or 0),
+        *pad_prompts(list(data["prompt_ids"]), pad),
         policy=policy,
         target_teacher_share=options.target_teacher_share,
         max_new_tokens=options.max_completion_length,
@@ -95,9 +99,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        eos_token_id=require_eos(tokenizer, student, teacher),
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad,
         max_active_rows=options.batch_size,
+        excluded_ids=excluded_ids,
     )
     summary = _summary(found)
     console.say(_text(found))

@@ -73,12 +73,16 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     console.say(f"data: {report}")
     kwargs, device = {"dtype": options.dtype}, default_device()
-    teacher = None
+    teacher, excluded_ids = None, []
     if options.teacher_model_name_or_path is not None:
-        check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+        excluded_ids = check_tokenizers(
+            tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
+        )
         teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     model = load_model(options.model_name_or_path, kwargs).to(device)
-    losses = reference_losses(model, tokenizer, data, teacher=teacher, batch_size=options.batch_size)
+    losses = reference_losses(
+        model, tokenizer, data, teacher=teacher, batch_size=options.batch_size, excluded_ids=excluded_ids
+    )
     result = evaluate(
         model,
         tokenizer,

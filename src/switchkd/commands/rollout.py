@@ -67,13 +67,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     quiet_libraries(options.verbose)
     policy = make_policy(options)
-    student, teacher, tokenizer = _models(options, policy)
+    student, teacher, tokenizer, excluded_ids = _models(options, policy)
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
     rollouts, records = [], []
     for start in range(0, len(prompts), options.batch_size):
         # Padding is masked: any id that the models have will do.
         batch = pad_prompts(prompts[start : start + options.batch_size], 0)
-        rollout = _roll_out(options, policy, student, teacher, tokenizer, batch, start)
+        rollout = _roll_out(options, policy, student, teacher, tokenizer, batch, start, excluded_ids)
         rollouts.append(rollout)
         if folder is not None and start == 0:
             folder.claim(vars(options))
@@ -113,18 +113,20 @@ def _check(options: argparse.Namespace) -> None:
     check_policy_options(options)
 
 
-def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any]:
+def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any, list[int]]:
     from switchkd.models import default_device, load_model, load_tokenizer
     from switchkd.vocabulary import check_tokenizers
 
     tokenizer = load_tokenizer(options.model_name_or_path)
     kwargs = {"dtype": options.dtype}
-    teacher = None
+    teacher, excluded_ids = None, []
     if policy.needs_teacher:
-        check_tokenizers(tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer"))
+        excluded_ids = check_tokenizers(
+            tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
+        )
         teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(default_device())
     student = load_model(options.model_name_or_path, kwargs, role="student").to(default_device())
-    return student, teacher, tokenizer
+    return student, teacher, tokenizer, excluded_ids
 
 
 def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -> list[list[int]]:
@@ -145,7 +147,14 @@ def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -
 
 
 def _roll_out(
-    options: argparse.Namespace, policy: "Policy", student: Any, teacher: Any, tokenizer: Any, prompts: Any, first: int
+    options: argparse.Namespace,
+    policy: "Policy",
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    prompts: Any,
+    first: int,
+    excluded_ids: list[int],
 ) -> "Rollout":
     import torch
 
@@ -167,6 +176,7 @@ def _roll_out(
         draft_length="auto" if options.draft_length == "auto" else int(options.draft_length),
         eos_token_id=require_eos(tokenizer, student, teacher),
         row_ids=torch.arange(first, first + len(prompt_ids)),
+        excluded_ids=excluded_ids,
     )
 
 

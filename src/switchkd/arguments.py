@@ -1,0 +1,296 @@
+"""The arguments of `roll_out`, checked: what has one obvious meaning is taken, the rest is one line.
+
+Taken: tensors, arrays and lists; integers of numpy and torch; 8.0 for 8. Nothing here changes what a valid call does.
+"""
+
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from switchkd.cache import device_of
+from switchkd.errors import UserError
+from switchkd.policies import Policy
+from switchkd.sampling import check_warping
+from switchkd.vocabulary import model_vocabulary_size
+
+#: Ids or a mask: a tensor, an array, or lists of equal length.
+IdsLike = Tensor | np.ndarray | Sequence[Any]
+
+
+def context_length(model: Any) -> int | None:
+    """Return the most tokens a model's positions reach, or None where its config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def checked_integer(name: str, value: Any, least: int | None = None) -> int:
+    """Return an integer that may come as a whole float, from numpy or from torch.
+
+    Raises:
+        UserError: It is no whole number, or below `least`.
+    """
+    found = _scalar(value)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if not isinstance(found, int):
+        wanted = "an integer" if least is None else f"an integer >= {least}"
+        raise UserError(f"{name} must be {wanted}, got {_shown(value)}")
+    if least is not None and found < least:
+        raise UserError(f"{name} must be >= {least}, got {found}")
+    return found
+
+
+def checked_sampling(temperature: Any, top_k: Any, top_p: Any) -> tuple[float, int, float]:
+    """Return the three options of sampling as numbers.
+
+    Raises:
+        UserError: One is no number, or lies outside its range.
+    """
+    numbers_found = []
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        found = _scalar(value)
+        if found is None:
+            raise UserError(f"{name} must be a number, got {_shown(value)}")
+        numbers_found.append(float(found))
+    top_k = checked_integer("top_k", top_k)
+    try:
+        check_warping(numbers_found[0], top_k, numbers_found[1])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return numbers_found[0], top_k, numbers_found[1]
+
+
+def checked_model(role: str, model: Any) -> None:
+    """Refuse what is no decoder-only language model.
+
+    Raises:
+        UserError: Says what it is instead.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UserError(
+            f"the {role} must be a causal language model of transformers, got {_shown(model)}; load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"the {role}, a {type(model).__name__}, is an encoder-decoder; give a decoder-only language model"
+        )
+
+
+def checked_policy(policy: Any) -> None:
+    """Refuse what is no policy.
+
+    Raises:
+        UserError: It is a name, a class or something else.
+    """
+    if not isinstance(policy, Policy):
+        hint = f"; write {policy.__name__}()" if isinstance(policy, type) and issubclass(policy, Policy) else ""
+        raise UserError(f"policy must be a policy such as switchkd.SwitchPolicy(), got {_shown(policy)}{hint}")
+
+
+def checked_draft_length(value: Any) -> Any:
+    """Return "auto" or an integer >= 1.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    try:
+        return checked_integer("draft_length", value, 1)
+    except UserError:
+        raise UserError(f'draft_length must be "auto" or an integer >= 1, got {_shown(value)}') from None
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Return a truth value, which may be numpy's.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} must be True or False, got {_shown(value)}")
+    return bool(value)
+
+
+def checked_eos(eos_token_id: Any, width: int) -> list[int]:
+    """Return end-of-sequence ids as a sorted list without repeats; None gives an empty list.
+
+    Args:
+        eos_token_id: An id, several, or None.
+        width: How many ids the models score; one beyond could end nothing.
+
+    Raises:
+        UserError: Something is no id of the models.
+    """
+    found = sorted(set(_several("eos_token_id", eos_token_id)))
+    outside = [index for index in found if not 0 <= index < width]
+    if outside:
+        raise UserError(
+            f"eos_token_id {outside[0]} lies outside the vocabulary, ids 0 to {width - 1}: no text could end with it"
+        )
+    return found
+
+
+def checked_pad(pad_token_id: Any) -> int:
+    """Return what fills completions after their end: any integer that a tensor of ids can hold.
+
+    Raises:
+        UserError: It is none.
+    """
+    found = checked_integer("pad_token_id", pad_token_id)
+    if not -(2**63) <= found < 2**63:
+        raise UserError(f"pad_token_id {found} does not fit 64 bits")
+    return found
+
+
+def checked_excluded(excluded_ids: Any, width: int) -> tuple[int, ...]:
+    """Return excluded ids as a sorted tuple, those beyond the vocabulary too, which are excluded anyway.
+
+    Raises:
+        UserError: Something is no id, or nothing would be left.
+    """
+    found = sorted(set(_several("excluded_ids", excluded_ids)))
+    if found and found[0] < 0:
+        raise UserError(f"excluded_ids must be >= 0, got {found[0]}")
+    if found[:width] == list(range(width)):
+        raise UserError(f"excluded_ids holds every one of the {width} ids that the models share")
+    return tuple(found)
+
+
+def checked_row_ids(row_ids: Any, rows: int, device: torch.device) -> Tensor:
+    """Return the identities of rows, int64 `[B]`; 0 .. B-1 for None.
+
+    Raises:
+        UserError: Another shape, or no integers.
+    """
+    if row_ids is None:
+        return torch.arange(rows, device=device)
+    found = _tensor("row_ids", row_ids)
+    if found.shape != (rows,):
+        raise UserError(f"row_ids must be [{rows}], one for each prompt, got {list(found.shape)}")
+    return _integers("row_ids", found).to(device)
+
+
+def checked_prompts(
+    model: nn.Module, prompt_ids: Any, prompt_mask: Any, max_new_tokens: int, role: str
+) -> tuple[Tensor, Tensor]:
+    """Return left-padded prompts that a model can read, int64 and bool `[B, P]` on its device.
+
+    Under the padding any id may stand.
+
+    Args:
+        model: Reads them.
+        prompt_ids: `[B, P]`.
+        prompt_mask: Likewise, True or 1 at prompt tokens; None if nothing is padded.
+        max_new_tokens: What must fit the context besides.
+        role: student or teacher, named in errors.
+
+    Raises:
+        UserError: Shapes, dtypes, padding or ids that cannot be.
+    """
+    name = "prompt" if role == "student" else f"{role} prompt"
+    ids = _tensor(f"{role} prompts", prompt_ids)
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise UserError(f"{role} prompts must be [B, P] with at least one token, got {list(ids.shape)}")
+    ids = _integers(f"{role} prompts", ids)
+    mask = torch.ones_like(ids) if prompt_mask is None else _tensor(f"{role} prompt mask", prompt_mask)
+    if mask.shape != ids.shape:
+        raise UserError(f"{role} prompt mask is {list(mask.shape)}, its prompts are {list(ids.shape)}")
+    if mask.dtype != torch.bool and (mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all())):
+        raise UserError(f"{role} prompt mask must hold only True and False, or 1 and 0")
+    device = device_of(model)
+    ids, mask = ids.to(device), mask.to(device, torch.bool)
+    if not bool(mask.any(-1).all()):
+        row = int((~mask.any(-1)).nonzero()[0])
+        raise UserError(f"{role} prompt of row {row} is empty; a model needs at least one token to continue")
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise UserError(f"{role} prompts must be padded on the left; set tokenizer.padding_side='left'")
+    width = model_vocabulary_size(model)
+    read = ids[mask]
+    for index in (int(read.min()), int(read.max())):
+        if not 0 <= index < width:
+            raise UserError(f"{role} prompt holds id {index}, but the model knows only ids 0 to {width - 1}")
+    limit = context_length(model)
+    longest = int(mask.sum(-1).max())
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"{name} of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
+            "shorten the prompts or max_new_tokens"
+        )
+    return ids, mask
+
+
+def with_readable_padding(prompts: tuple[Tensor, Tensor], width: int, fill: int) -> tuple[Tensor, Tensor]:
+    """Return prompts whose padding a model can look up, as it does though the mask hides it.
+
+    Args:
+        prompts: Ids and mask, `[B, P]`.
+        width: The model's vocabulary, V.
+        fill: Replaces ids outside of it.
+    """
+    ids, mask = prompts
+    return ids.masked_fill((ids < 0) | (ids >= width), fill), mask
+
+
+def _scalar(value: Any) -> int | float | None:
+    """A number as Python has it, or None for everything else; truth values are no numbers."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = None if isinstance(value, Tensor) and value.is_meta else value.item()
+    if isinstance(value, bool | np.bool_):
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return None
+
+
+def _several(name: str, value: Any) -> list[int]:
+    """Integers from one, from several or from None."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
+        value = _integers(name, _tensor(name, value)).flatten().tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Tensor | np.ndarray):
+        return [checked_integer(name, item) for item in value]
+    return [checked_integer(name, value)]
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """Return a tensor of what a tensor, an array or lists hold."""
+    try:
+        if isinstance(value, np.ndarray):
+            value = torch.tensor(np.ascontiguousarray(value))
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
+            value = torch.stack(list(value))
+        elif not isinstance(value, Tensor):
+            value = torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(
+            f"{name} must be a tensor, an array or lists of equal length, got {_shown(value)}; "
+            "switchkd.data.pad_prompts pads lists of ids"
+        ) from error
+    if value.is_meta or value.layout != torch.strided:
+        raise UserError(f"{name} must be a dense tensor with values, got {_shown(value)}")
+    return value
+
+
+def _integers(name: str, values: Tensor) -> Tensor:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise UserError(f"{name} must hold integers, got {str(values.dtype).removeprefix('torch.')}")
+    return values.to(torch.int64)
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words on one line."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of {value.dtype} {list(value.shape)}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
