@@ -25,7 +25,7 @@ LAYERS = (
         "predictions",
         "step_loss",
     ),
-    ("verification", "sequential", "block", "engine", "calibration"),
+    ("verification", "sequential", "readable", "block", "engine", "calibration"),
     ("methods", "models", "records", "data", "evaluation"),
     ("batches", "plain_text", "teacher_text", "training_text", "training_log", "preparation", "config", "trainer"),
     ("options", "run_folder", "report", "student", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 
-from switchkd.cache import RowReader, unserved_reason
+from switchkd.cache import RowReader
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import SwitchPolicy
+from switchkd.readable import unserved_reason
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "exactness.md"
 ROW = re.compile(r"^\| ([^|]+) \| ((?:eager|sdpa|, )+) \| ([^|]+) \|$", re.MULTILINE)

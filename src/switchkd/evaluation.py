@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.cache import device_of, prompt_positions
+from switchkd.cache import device_of, eval_mode, prompt_positions
 from switchkd.data import pad_prompts
-from switchkd.engine import context_length, eval_mode, roll_out
+from switchkd.engine import context_length, roll_out
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.objective import completion_logits, token_losses
 from switchkd.policies import StudentPolicy
+from switchkd.readable import require_readable
 from switchkd.sampling import check_warping
 from switchkd.vocabulary import require_eos
 
@@ -124,6 +125,7 @@ def evaluate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    require_readable(model, "model", padded=batch_size > 1)
     blocked = _blocked_options(settings, eos, pad)
     prompts = list(dataset["prompt_ids"])
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
@@ -175,7 +177,7 @@ def reference_losses(
         `jsd`, the symmetric Jensen-Shannon divergence, at most ln 2.
 
     Raises:
-        UserError: A row has no completion, or a row exceeds a model's context.
+        UserError: A row has no completion, a row exceeds a model's context, or a model cannot read padded rows.
     """
     _check_prepared(dataset)
     prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
@@ -195,6 +197,8 @@ def reference_losses(
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     totals: dict[str, float] = {}
     with eval_mode(model, teacher):
+        for role, reader in (("model", model), ("teacher", teacher)):
+            require_readable(reader, role, padded=batch_size > 1)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             losses = _batch_losses(model, teacher, [prompts[i] for i in batch], [completions[i] for i in batch], pad)

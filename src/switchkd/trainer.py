@@ -28,6 +28,7 @@ from switchkd.preparation import (
     prepare_data,
     sampling_options,
 )
+from switchkd.readable import require_readable
 from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
 from switchkd.training_log import Listener, RunningMeans, append_completions
@@ -132,6 +133,9 @@ class SwitchTrainer(Trainer):
         if self._is_sharded:
             self.step_loss = replace(self.step_loss, full_logits=True)
         else:
+            with self._teacher_at_hand() as teacher:
+                for role, reader in (("student", self.model), ("teacher", teacher)):
+                    require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
         self.add_callback(Listener(self))
         self.teacher_passes = 0
