@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from switchkd.cache import LEAN, RowReader, device_of, eval_mode, prompt_positions
 from switchkd.errors import UserError
 from switchkd.lean import lean_decoder
-from switchkd.sequential import TokenReader
+from switchkd.sequential import REREAD, TokenReader
 
 SERVED_ATTENTION = ("eager", "sdpa")
 # These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
@@ -110,7 +110,7 @@ def unserved_reason(model: Any, length: int) -> str | None:
         return f"it has layers of type {', '.join(sorted(kinds))}"
     for name, window in _used_windows(config):
         if length > window:
-            return f"its {name.replace('_', ' ')} of {window} tokens is shorter than the {length} needed"
+            return f"its {re.sub('[._]', ' ', name)} of {window} tokens is shorter than the {length} needed"
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
     for one in ropes:
@@ -245,7 +245,10 @@ def _rows_differ(model: Any, length: int, *, lean: bool) -> str | None:
 
 
 def _ask(model: Any) -> tuple[str | None, str | None]:
-    """Why a model cannot be used at all, and why not beside longer rows; None where nothing speaks against it."""
+    """Why a model cannot be used at all, and why not beside longer rows; None where nothing speaks against it.
+
+    A model whose cache is not to be trusted can be used without it.
+    """
     long, short = _tokens(model, 2, 7).unsqueeze(1).unbind(0)
     short = short[:, :4]
 
@@ -274,23 +277,25 @@ def _ask(model: Any) -> tuple[str | None, str | None]:
         return not bool(error <= tolerance)
 
     def alone() -> str | None:
-        ones = torch.ones_like(long)
         if differs(plain(long[:, :4]), plain(long)[:4]):
             return "it looks ahead: a token changes what is predicted before it"
-        if differs(read(long, ones)[0], plain(long)):
+        if differs(read(long, torch.ones_like(long))[0], plain(long)):
             return "position ids that count from 0 change its logits"
-        if differs(write(long, ones)[0], plain(long)[-3:]):
-            return "its logits with a cache differ from a plain pass"
         return None
 
-    def beside() -> str | None:
+    def beside(way: Callable[[Tensor, Tensor], Tensor]) -> str | None:
         ids = torch.cat([nn.functional.pad(short, (3, 0), value=int(long[0, 0])), long])
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
-        for way in (read, write):
-            last = way(ids, mask)[:, -3:]
-            if differs(last[0], plain(short)[-3:]) or differs(last[1], plain(long)[-3:]):
-                return "padding on the left changes its logits"
+        last = way(ids, mask)[:, -3:]
+        if differs(last[0], plain(short)[-3:]) or differs(last[1], plain(long)[-3:]):
+            return "padding on the left changes its logits"
         return None
 
-    return _guarded(alone), _guarded(beside)
+    def cached() -> str | None:
+        return "its cache" if differs(write(long, torch.ones_like(long))[0], plain(long)[-3:]) else None
+
+    refused, refused_padding = _guarded(alone), _guarded(lambda: beside(read))
+    if refused is None and (_guarded(cached) or (not refused_padding and _guarded(lambda: beside(write)))):
+        REREAD.add(model)
+    return refused, refused_padding
