@@ -1,7 +1,7 @@
 """Every causal language model that transformers can build, as tiny as its config allows, and how it is read.
 
-`python tests/architectures.py` writes the table of docs/exactness.md; tests/test_architectures.py holds every line of it
-against what happens.
+`python tests/architectures.py` writes the table of docs/exactness.md; tests/test_architectures.py holds every line of
+it against what happens.
 """
 
 import contextlib
@@ -58,6 +58,8 @@ SHAPE: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "vocab_size_per_layer_input": VOCABULARY,
+    "chunk_size": WINDOW,
+    "mamba_chunk_size": WINDOW,
     "decoder_layers": 2,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 32,
@@ -82,8 +84,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8, "head_dim": 8},
-    "nemotron_h": {"layer_types": ["mamba", "attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8},
+    "nemotron_h": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+    },
     "olmo_hybrid": LINEAR,
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
     "qwen3_5_moe_text": LINEAR,

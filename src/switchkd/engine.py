@@ -129,8 +129,9 @@ def roll_out(
     )
     started = time.perf_counter()
     with eval_mode(student, teacher):
-        for role, model, (_, mask) in job.readers():
-            require_readable(model, role, padded=not bool(mask.all()))
+        for role, model, (ids, mask) in job.readers():
+            length = ids.shape[1] + max_new_tokens
+            require_readable(model, role, padded=not bool(mask.all()), length=length)
         if draft_length != 1 and _served(job):
             chooser = _chooser(student, teacher) if draft_length == "auto" else DraftLength(draft_length)
             result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()

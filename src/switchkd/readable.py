@@ -44,9 +44,8 @@ REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, Index
 class _Findings:
     """What the probes found out about a model."""
 
-    refused: str | None = None
-    refused_padding: str | None = None
-    asked: bool = False
+    # Length of a probe of the plain ways -> why the model cannot be used at all, and why not beside longer rows.
+    asked: dict[int, tuple[str | None, str | None]] = field(default_factory=dict)
     # Length of a probe of rows each at its own position -> what was wrong with it.
     rows: dict[int, str | None] = field(default_factory=dict)
 
@@ -54,7 +53,7 @@ class _Findings:
 _FOUND: WeakKeyDictionary[nn.Module, _Findings] = WeakKeyDictionary()
 
 
-def require_readable(model: Any, role: str, *, padded: bool = True) -> None:
+def require_readable(model: Any, role: str, *, padded: bool = True, length: int = 0) -> None:
     """Refuse a model that would be read wrongly, before any text or loss comes of it.
 
     A model is probed once, in eval mode.
@@ -63,6 +62,7 @@ def require_readable(model: Any, role: str, *, padded: bool = True) -> None:
         model: A language model of transformers; None is not refused.
         role: What the model is for, named in errors.
         padded: Whether rows are padded on the left to the length of the longest.
+        length: Up to how many tokens rows are written one at a time.
 
     Raises:
         UserError: The model is no decoder-only language model, or what it predicts for a row depends on how it is
@@ -81,16 +81,17 @@ def require_readable(model: Any, role: str, *, padded: bool = True) -> None:
             "positions beside padding and again with every new token; use LoRA or another adapter of the weights"
         )
     found = _FOUND.setdefault(model, _Findings())
-    if not found.asked:
-        with eval_mode(model), torch.no_grad():
-            found.refused, found.refused_padding = _ask(model)
-        found.asked = True
+    for probe in _probes(model.config.get_text_config(), length):
+        if probe not in found.asked:
+            with eval_mode(model), torch.no_grad():
+                found.asked[probe] = _ask(model, probe)
+    refused, refused_padding = found.asked[FIRST_PROBE]
     name = type(getattr(model, "get_base_model", lambda: model)()).__name__
-    if found.refused is not None:
-        raise UserError(f"the {role}, a {name}, cannot be used: {found.refused}")
-    if padded and found.refused_padding is not None:
+    if refused is not None:
+        raise UserError(f"the {role}, a {name}, cannot be used: {refused}")
+    if padded and refused_padding is not None:
         raise UserError(
-            f"the {role}, a {name}, cannot be used with rows of different lengths: {found.refused_padding}; "
+            f"the {role}, a {name}, cannot be used with rows of different lengths: {refused_padding}; "
             "give one row at a time or another model"
         )
 
@@ -116,10 +117,15 @@ def unserved_reason(model: Any, length: int) -> str | None:
     for one in ropes:
         if one.get("rope_type") in UNSERVED_ROPE:
             return f"its rotary embedding of type {one['rope_type']!r} depends on the longest row"
+    return next((wrong for probe in _probes(config, length) if (wrong := _probed(model, probe))), None)
+
+
+def _probes(config: Any, length: int) -> list[int]:
+    """How many tokens to probe for rows of `length`: a few, and enough to pass every small limit that the rows pass."""
     passed = max(
-        (limit for limit in _suspects(config) if FIRST_PROBE < limit <= MOST_PROBED and limit < length), default=0
+        (limit for limit in _suspects(config) if FIRST_PROBE < limit <= min(MOST_PROBED, length - 1)), default=0
     )
-    return _probed(model, FIRST_PROBE) or (_probed(model, _past(passed, config)) if passed else None)
+    return [FIRST_PROBE, _past(passed, config)] if passed else [FIRST_PROBE]
 
 
 def last_slot(model: Any, length: int) -> int:
@@ -244,12 +250,12 @@ def _rows_differ(model: Any, length: int, *, lean: bool) -> str | None:
     return f"its cached logits differ from a plain pass over {length} tokens by {largest:.2g}"
 
 
-def _ask(model: Any) -> tuple[str | None, str | None]:
+def _ask(model: Any, length: int) -> tuple[str | None, str | None]:
     """Why a model cannot be used at all, and why not beside longer rows; None where nothing speaks against it.
 
-    A model whose cache is not to be trusted can be used without it.
+    A model whose cache is not to be trusted can be used without it; past the first probe that alone is asked.
     """
-    long, short = _tokens(model, 2, 7).unsqueeze(1).unbind(0)
+    long, short = _tokens(model, 2, length + 1).unsqueeze(1).unbind(0)
     short = short[:, :4]
 
     def plain(ids: Tensor) -> Tensor:
@@ -293,9 +299,18 @@ def _ask(model: Any) -> tuple[str | None, str | None]:
         return None
 
     def cached() -> str | None:
-        return "its cache" if differs(write(long, torch.ones_like(long))[0], plain(long)[-3:]) else None
+        return (
+            "its logits with a cache differ from a plain pass"
+            if differs(write(long, torch.ones_like(long))[0], plain(long)[-3:])
+            else None
+        )
 
+    if length > FIRST_PROBE:
+        if _guarded(cached):
+            REREAD.add(model)
+        return None, None
     refused, refused_padding = _guarded(alone), _guarded(lambda: beside(read))
     if refused is None and (_guarded(cached) or (not refused_padding and _guarded(lambda: beside(write)))):
         REREAD.add(model)
+        refused, refused_padding = _guarded(cached), refused_padding or _guarded(lambda: beside(write))
     return refused, refused_padding

@@ -14,7 +14,6 @@ from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Stream, Warping
 from switchkd.verification import write
 
-
 # Models that predict something else with their cache than without; `switchkd.readable` finds out.
 REREAD: WeakSet[nn.Module] = WeakSet()
 
@@ -102,7 +101,6 @@ class TokenReader:
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         self.device = device_of(model)
-        self.takes_positions = takes_argument(model, "position_ids")
         self.caches = model not in REREAD and takes_argument(model, "past_key_values")
         self.ids = prompt_ids.to(self.device)
         self.mask = prompt_mask.to(self.device, torch.int64)
@@ -123,12 +121,15 @@ class TokenReader:
         self.next_position = self.next_position + 1
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
-        if self.caches:
-            extra["past_key_values"] = self.cache
+        extra = {"past_key_values": self.cache} if self.caches else {}
         with output_layer_input(self.model, enabled=self.keep_hidden) as hidden:
             output = self.model(
-                input_ids=ids, attention_mask=self.mask, use_cache=self.caches, logits_to_keep=1, **extra
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                use_cache=self.caches,
+                logits_to_keep=1,
+                **extra,
             )
         if hidden:
             self.hidden = hidden[0][:, -1]
