@@ -49,17 +49,40 @@ def write(student, teacher, **options):
         return roll_out(student, teacher, PROMPTS, MASK, policy=POLICY, **options)
 
 
-@pytest.mark.parametrize("new_tokens", [6, 30])
-def test_gpt_neo_writes_wrong_text_and_divergences_beyond_its_local_window(new_tokens):
-    """On its edge too: drafts run past the end of the longest row, and GPT-Neo masks by the longest."""
+def test_gpt_neo_writes_wrong_text_and_divergences_beyond_its_local_window():
     student, teacher = gpt_neo(0), gpt_neo(1)
-    reference = write(student, teacher, max_new_tokens=new_tokens, draft_length=1)
+    reference = write(student, teacher, max_new_tokens=30, draft_length=1)
     for length in (3, 8):
-        rollout = write(student, teacher, max_new_tokens=new_tokens, draft_length=length)
-        assert ("rounds" in rollout.stats) == (new_tokens == 6)
+        rollout = write(student, teacher, max_new_tokens=30, draft_length=length)
+        assert "rounds" not in rollout.stats
         assert torch.equal(rollout.completion_ids, reference.completion_ids)
-        assert torch.allclose(rollout.divergence, reference.divergence, atol=1e-5)
         assert torch.allclose(rollout.divergence, divergences_by_hand(student, teacher, rollout), atol=1e-5)
+    assert "rounds" in write(student, teacher, max_new_tokens=6, draft_length=3).stats
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "options"),
+    [(14, {"layers": ("global", "global"), "context": 24}), (WINDOW - 10, {})],
+    ids=["end in a traceback of the model's forward at the end of its context", "change other rows at a window's edge"],
+)
+def test_drafts_past_the_end_of_a_row(new_tokens, options):
+    """GPT-Neo holds its mask in a buffer as long as its context, and counts its window from the longest row."""
+    student, teacher = gpt_neo(0, **options), gpt_neo(0, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.15 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    # Rows of one length that part: where one ends, another still has room for a long draft.
+    prompts = torch.randint(3, 97, (8, 10), generator=torch.Generator().manual_seed(0))
+    arguments = {
+        "policy": SwitchPolicy(initial_threshold=0.15, schedule="constant"),
+        "max_new_tokens": new_tokens,
+    }
+    reference = roll_out(student, teacher, prompts, **arguments, draft_length=1)
+    rollout = roll_out(student, teacher, prompts, **arguments, draft_length=8)
+    assert "rounds" in rollout.stats
+    assert torch.equal(rollout.completion_ids, reference.completion_ids)
+    assert torch.allclose(rollout.divergence, reference.divergence, atol=1e-5)
 
 
 def test_the_loss_from_reused_states_is_off_beyond_gpt_neos_local_window(tmp_path):
@@ -78,16 +101,6 @@ def test_the_loss_from_reused_states_is_off_beyond_gpt_neos_local_window(tmp_pat
             trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
-
-
-def test_drafts_past_the_context_end_in_a_traceback_of_the_models_forward():
-    """GPT-Neo holds its mask in a buffer as long as its context."""
-    options = {"layers": ("global", "global"), "context": 24}
-    student, teacher = gpt_neo(0, **options), gpt_neo(1, **options)
-    reference = write(student, teacher, max_new_tokens=14, draft_length=1)
-    rollout = write(student, teacher, max_new_tokens=14, draft_length=8)
-    assert "rounds" in rollout.stats
-    assert torch.equal(rollout.completion_ids, reference.completion_ids)
 
 
 class HiddenWindow(GPT2LMHeadModel):
