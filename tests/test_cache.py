@@ -5,7 +5,8 @@ import torch
 from conftest import BUILDERS
 
 from switchkd import lean, sampling
-from switchkd.cache import RowReader, unserved_reason
+from switchkd.cache import RowReader
+from switchkd.readable import unserved_reason
 from switchkd.sampling import Stream
 
 ROWS, LENGTH = 4, 90

@@ -15,6 +15,7 @@ from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses, write_rows
 from switchkd.heads import output_head
 from switchkd.metrics import rouge_l
+from switchkd.readable import require_readable
 
 WORDS = ["the", "cat", "sat", "on", "mat"]
 
@@ -348,6 +349,7 @@ def test_reference_losses_never_hold_the_logits_of_a_whole_batch(make_gpt2, tiny
     widths = []
     for model in models:
         output_head(model)
+        require_readable(model, "model")
         model.register_forward_hook(lambda module, args, output: widths.append(output.logits.shape[-1]))
     losses = reference_losses(models[0], tiny_tokenizer, data, teacher=models[1] if teacher else None)
     assert widths and set(widths) == {1} and losses["cross_entropy"] > 0

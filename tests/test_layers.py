@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 LAYERS = (
     ("errors", "rollout", "vocabulary"),
-    ("divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting", "significance"),
+    ("models", "divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting", "significance"),
     (
         "policies",
         "interventions",
@@ -25,8 +25,8 @@ LAYERS = (
         "predictions",
         "step_loss",
     ),
-    ("arguments", "verification", "sequential", "block", "engine", "calibration"),
-    ("methods", "models", "records", "data", "batches", "evaluation"),
+    ("arguments", "verification", "sequential", "readable", "block", "engine", "calibration"),
+    ("methods", "records", "data", "batches", "evaluation"),
     (
         "guards",
         "plain_text",

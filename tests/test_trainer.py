@@ -578,6 +578,8 @@ def test_a_nan_teacher_is_refused_before_training(make_trainer):
     teacher.transformer.h[1].mlp.c_fc.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"1 of \d+ tensors of the teacher hold nan or inf, first transformer.h.1.mlp"):
         make_trainer(build_gpt2(), teacher)
+    with pytest.raises(UserError, match="hold nan or inf, first transformer"):
+        roll_out(build_gpt2(), teacher, torch.tensor([[1, 2]]), policy=SwitchPolicy(), max_new_tokens=4)
 
 
 def test_an_absurd_learning_rate_ends_in_one_line_and_saves_nothing(make_trainer, tmp_path):

@@ -65,7 +65,7 @@ def checked_sampling(temperature: Any, top_k: Any, top_p: Any) -> tuple[float, i
 
 
 def checked_model(role: str, model: Any) -> None:
-    """Refuse what is no decoder-only language model.
+    """Refuse what is no language model of transformers.
 
     Raises:
         UserError: Says what it is instead.
@@ -74,10 +74,6 @@ def checked_model(role: str, model: Any) -> None:
         raise UserError(
             f"the {role} must be a causal language model of transformers, got {_shown(model)}; load it with "
             "AutoModelForCausalLM.from_pretrained"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"the {role}, a {type(model).__name__}, is an encoder-decoder; give a decoder-only language model"
         )
 
 

@@ -18,6 +18,7 @@ from switchkd import sampling
 from switchkd.cache import RowReader
 from switchkd.drafting import DraftLength
 from switchkd.policies import Policy
+from switchkd.readable import last_slot
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import NoiseTable, Stream, Warping
 from switchkd.verification import Verified, verify
@@ -118,9 +119,12 @@ class BlockDecoder:
         self.student = RowReader(student, width, longest)
         self.teacher: RowReader | None = None
         if teacher is not None and teacher_prompts is not None:
-            self.teacher = RowReader(
-                teacher, width, teacher_prompts[0].shape[1] + max_new_tokens, keep_hidden=return_teacher_hidden
-            )
+            taught_longest = teacher_prompts[0].shape[1] + max_new_tokens
+            self.teacher = RowReader(teacher, width, taught_longest, keep_hidden=return_teacher_hidden)
+            # A draft may run past the end of its row. A model's own forward can fail beyond its context, or read the
+            # other rows differently beyond a window.
+            self._student_slots = None if self.student.lean else last_slot(student, longest)
+            self._teacher_slots = None if self.teacher.lean else last_slot(teacher, taught_longest)
         self.pool = _Pool(
             prompts=_unpadded(*prompts),
             teacher_prompts=_unpadded(*teacher_prompts) if self.teacher and teacher_prompts else None,
@@ -237,6 +241,12 @@ class BlockDecoder:
         assert self.teacher is not None and pool.teacher_prompts is not None
         rows = list(pool.active)
         longest = max(self.limit - pool.emitted[row] for row in rows)
+        for slots, prompts in (
+            (self._student_slots, pool.prompts),
+            (self._teacher_slots, pool.teacher_prompts),
+        ):
+            if slots is not None:
+                longest = min(longest, slots - max(self._start(row, prompts) for row in rows))
         length = self.draft_length.next(rows, longest)
         started = time.perf_counter()
         draft = self._draft(length)

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from transformers import Cache
 from switchkd.lean import lean_decoder
 from switchkd.slots import GROWTH, SlotCache
 
-SERVED_ATTENTION = ("eager", "sdpa")
-# These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
-UNSERVED_ROPE = ("dynamic", "longrope")
+# Models whose shorter forward of `switchkd.lean` gave the logits of their own; `switchkd.readable` finds out.
+LEAN: WeakSet[nn.Module] = WeakSet()
 
 
 class RowCache(Cache):
@@ -114,7 +113,7 @@ class RowReader:
     """A model with a `RowCache`: reads tokens for some rows, each at its own position.
 
     Args:
-        model: A causal language model that `unserved_reason` has no objection to.
+        model: A causal language model that `readable.unserved_reason` has no objection to.
         rows: How many rows fit.
         max_length: The most tokens a row can hold, drafts included.
         keep_hidden: Keep the states that enter the output layer, in `hidden`.
@@ -125,7 +124,7 @@ class RowReader:
     ) -> None:
         self.model = model
         if lean is None:
-            lean = model in _LEAN
+            lean = model in LEAN
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._last_position = (limit or 2**62) - 1
         # Drafts may run a little past the end; positions are clamped to the tables.
@@ -215,69 +214,6 @@ class RowReader:
         return output.logits
 
 
-def unserved_reason(model: Any, length: int) -> str | None:
-    """Return why a model cannot be read row by row up to `length` tokens, or None where it can.
-
-    What its config says is checked first; then, once for each model, its logits on two ragged rows are compared with
-    those of a plain pass, so that an architecture nobody thought of falls back instead of writing wrong text.
-    """
-    config = model.config.get_text_config()
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in SERVED_ATTENTION:
-        return f"its attention implementation is {implementation!r}, served are {' and '.join(SERVED_ATTENTION)}"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of type {', '.join(sorted(kinds))}"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and length > window:
-        return f"its sliding window of {window} tokens is shorter than the {length} needed"
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
-    for one in ropes:
-        if one.get("rope_type") in UNSERVED_ROPE:
-            return f"its rotary embedding of type {one['rope_type']!r} depends on the longest row"
-    if model not in _PROBED:
-        _PROBED[model] = _probe(model, lean=False)
-        if _PROBED[model] is None and lean_decoder(model, 8) is not None and _probe(model, lean=True) is None:
-            _LEAN.add(model)
-    return _PROBED[model]
-
-
-# What the probes found; a model is probed once.
-_PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-_LEAN: WeakSet[nn.Module] = WeakSet()
-
-
-def _probe(model: Any, *, lean: bool) -> str | None:
-    """Compare ragged cached passes with one plain pass on a few tokens; return what is wrong with them."""
-    device = device_of(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = (torch.arange(1, 13, device=device).view(2, 6) * 7) % vocabulary
-    try:
-        plain = model(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            position_ids=prompt_positions(torch.ones_like(tokens)),
-            use_cache=False,
-        ).logits
-        reader = RowReader(model, rows=2, max_length=8, lean=lean)
-        reader.read(tokens[:, :2], [0, 0])
-        # Rows part: one goes on from 2, the other back to 1, over slots that hold a stale key.
-        ragged = reader.read(torch.stack([tokens[0, 2:4], tokens[1, 1:3]]), [2, 1])
-        last = reader.read(torch.stack([tokens[0, 4:5], tokens[1, 3:4]]), [4, 3], logits="last")
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        message = " ".join(str(error).split())
-        return f"it does not accept the cache ({type(error).__name__}: {message[:120]})"
-    got = torch.cat([ragged[0], ragged[1], last[:, 0]]).float()
-    expected = torch.stack([*plain[0, 2:4], *plain[1, 1:3], plain[0, 4], plain[1, 3]]).float()
-    half = model.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
-    half = half or torch.is_autocast_enabled(device.type)
-    # Models may exclude ids with -inf: equal values, infinite or not, differ by nothing.
-    largest = float(torch.where(got == expected, 0.0, (got - expected).abs()).max())
-    tolerance = (0.1 if half else 1e-3) * float(expected[expected.isfinite()].std() + 1e-6)
-    return None if largest <= tolerance else f"its cached logits differ from a plain pass by {largest:.2g}"
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device a model's first parameter lies on: where its inputs go."""
     return next(model.parameters()).device
@@ -297,6 +233,19 @@ def takes_argument(model: nn.Module, name: str) -> bool:
 def prompt_positions(mask: Tensor) -> Tensor:
     """Return position ids that count real tokens from 0; padding on the left gets 0, int64 `[B, T]`."""
     return (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
+
+
+@contextlib.contextmanager
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Put models in eval mode and give every module its own mode back afterwards, also after an error."""
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

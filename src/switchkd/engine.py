@@ -1,6 +1,5 @@
 """`roll_out`: write completions under a policy, batched, with the author and evidence of every token."""
 
-import contextlib
 import math
 import time
 import warnings
@@ -29,10 +28,11 @@ from switchkd.arguments import (
     with_readable_padding,
 )
 from switchkd.block import BlockDecoder
-from switchkd.cache import device_of, unserved_reason
+from switchkd.cache import device_of, eval_mode
 from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
 from switchkd.policies import Policy
+from switchkd.readable import require_readable, unserved_reason
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Warping
 from switchkd.sequential import decode_sequentially
@@ -100,8 +100,8 @@ def roll_out(
         A `Rollout` on the student's device, C being the longest completion.
 
     Raises:
-        UserError: An argument outside its range, an empty prompt, one that does not fit a model's context, or an
-            encoder-decoder model.
+        UserError: An argument outside its range, an empty prompt, one that does not fit a model's context, or a model
+            that `readable.require_readable` refuses.
     """
     checked_model("student", student)
     if teacher is not None:
@@ -159,6 +159,9 @@ def roll_out(
     )
     started = time.perf_counter()
     with eval_mode(student, teacher):
+        for role, model, (ids, mask) in job.readers():
+            length = ids.shape[1] + max_new_tokens
+            require_readable(model, role, padded=not bool(mask.all()), length=length)
         if draft_length != 1 and _served(job):
             chooser = _chooser(student, teacher) if draft_length == "auto" else DraftLength(draft_length)
             result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()
@@ -204,6 +207,12 @@ class _Job:
     pad_token_id: int
     return_teacher_hidden: bool
 
+    def readers(self) -> Iterator[tuple[str, nn.Module, tuple[Tensor, Tensor]]]:
+        """Role, model and prompts of each model that reads."""
+        yield "student", self.student, self.prompts
+        if self.teacher is not None and self.teacher_prompts is not None:
+            yield "teacher", self.teacher, self.teacher_prompts
+
     def split(self, rows: int | None) -> list["_Job"]:
         """Return jobs of at most that many rows."""
         if rows is None or rows >= len(self.row_ids):
@@ -224,10 +233,8 @@ _TOLD: WeakSet[nn.Module] = WeakSet()
 def _served(job: _Job) -> bool:
     """Whether both models can be read row by row; one warning, once, for each model that cannot."""
     served = True
-    for role, model, prompts in (("student", job.student, job.prompts), ("teacher", job.teacher, job.teacher_prompts)):
-        if model is None or prompts is None:
-            continue
-        reason = unserved_reason(model, prompts[0].shape[1] + job.max_new_tokens)
+    for role, model, (ids, _) in job.readers():
+        reason = unserved_reason(model, ids.shape[1] + job.max_new_tokens)
         if reason is not None:
             served = False
             if model not in _TOLD:
@@ -262,16 +269,3 @@ def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
         unit=parts[0].unit,
         stats={name: sum(part.stats[name] for part in parts) for name in parts[0].stats},
     )
-
-
-@contextlib.contextmanager
-def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Put models in eval mode and give every module its own mode back afterwards, also after an error."""
-    training = [module for model in models if model is not None for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

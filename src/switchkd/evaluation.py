@@ -16,13 +16,14 @@ from transformers import GenerationConfig
 
 from switchkd.arguments import context_length
 from switchkd.batches import collate
-from switchkd.cache import device_of
+from switchkd.cache import device_of, eval_mode
 from switchkd.data import pad_prompts
-from switchkd.engine import eval_mode, roll_out
+from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.objective import CROSS_ENTROPY
 from switchkd.policies import StudentPolicy
+from switchkd.readable import require_readable
 from switchkd.sampling import check_warping
 from switchkd.step_loss import StepLoss
 from switchkd.vocabulary import readable_pad_id, require_eos
@@ -127,6 +128,7 @@ def evaluate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     pad = readable_pad_id(tokenizer.pad_token_id, eos, model)
+    require_readable(model, "model", padded=batch_size > 1)
     blocked = _blocked_options(settings, eos, pad)
     prompts = list(dataset["prompt_ids"])
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
@@ -185,7 +187,7 @@ def reference_losses(
         `jsd`, the symmetric Jensen-Shannon divergence, at most ln 2.
 
     Raises:
-        UserError: A row has no completion, or a row exceeds a model's context.
+        UserError: A row has no completion, a row exceeds a model's context, or a model cannot read padded rows.
     """
     _check_prepared(dataset)
     prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
@@ -204,6 +206,8 @@ def reference_losses(
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     totals: dict[str, float] = {}
     with eval_mode(model, teacher):
+        for role, reader in (("model", model), ("teacher", teacher)):
+            require_readable(reader, role, padded=batch_size > 1)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = [{"prompt_ids": prompts[i], "completion_ids": completions[i]} for i in batch]

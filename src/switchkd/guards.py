@@ -60,6 +60,19 @@ def refuse_launch(*, gpus: int, writes_text: bool, sharded: bool) -> None:
         )
 
 
+def require_evaluation(method: str, data: Any, strategy: str) -> None:
+    """Refuse a method that watches the evaluation loss where there is not exactly one such loss.
+
+    Raises:
+        UserError: Says what to give.
+    """
+    if data is None or isinstance(data, dict) or strategy == "no":
+        raise UserError(
+            f"method {method!r} watches the evaluation loss: give one evaluation data set and eval_strategy steps or "
+            "epoch"
+        )
+
+
 class StepGuard:
     """Keeps a loss that is nan or inf from reaching the student's weights: one look per optimizer step."""
 

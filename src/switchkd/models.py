@@ -1,6 +1,7 @@
 """Loading models and tokenizers, with one clear line where that fails."""
 
 import json
+import math
 import pickle
 import re
 import warnings
@@ -90,24 +91,24 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_finite(model: nn.Module, role: str, advice: str) -> None:
+def check_finite(model: nn.Module | None, role: str, advice: str) -> None:
     """Refuse a model whose weights hold nan or inf: everything computed with it would be nan in silence.
 
     Args:
-        model: Any module; parameters that lie elsewhere (sharded or on the meta device) are not looked at.
+        model: Any module, or None for none. Parameters that lie elsewhere (on the meta device) are not looked at.
         role: What the model is, named in the error.
         advice: The way out, the end of the error.
 
     Raises:
         UserError: Says how many tensors hold such values, and names the first.
     """
-    tensors = {name: value for name, value in model.named_parameters() if value.numel() and not value.is_meta}
-    # One number a tensor, looked at together: a single transfer where the model lies on an accelerator.
-    sums = [value.detach().abs().amax().float().cpu() for value in tensors.values() if value.is_floating_point()]
-    names = [name for name, value in tensors.items() if value.is_floating_point()]
-    wrong = [name for name, largest in zip(names, sums, strict=True) if not bool(largest.isfinite())]
+    parameters = () if model is None else model.named_parameters()
+    tensors = {name: value for name, value in parameters if value.numel() and not value.is_meta}
+    floating = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
+    # A bias of -inf is how some models exclude an id; nan and inf are never meant.
+    wrong = [name for name, value in floating.items() if not float(value.amax()) < math.inf]
     if wrong:
-        count = f"{len(wrong)} of {len(names)} tensors of the {role}"
+        count = f"{len(wrong)} of {len(floating)} tensors of the {role}"
         raise UserError(f"{count} hold nan or inf, first {wrong[0]}; {advice}")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Stream, Warping
 from switchkd.verification import write
+
+# Models that predict something else with their cache than without; `switchkd.readable` finds out.
+REREAD: WeakSet[nn.Module] = WeakSet()
 
 
 def decode_sequentially(
@@ -89,7 +93,8 @@ class TokenReader:
 
     Works for every causal language model of transformers: it uses the public forward with a 2-D attention mask and
     explicit position ids, which count real tokens from 0 whatever padding stands on the left. A model that takes no
-    `past_key_values` (state-space models name their state otherwise) reads everything anew each time.
+    `past_key_values` (state-space models name their state otherwise), or whose cache gives other logits, reads
+    everything anew each time.
     """
 
     def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, keep_hidden: bool = False) -> None:
@@ -97,8 +102,7 @@ class TokenReader:
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         self.device = device_of(model)
-        self.takes_positions = takes_argument(model, "position_ids")
-        self.caches = takes_argument(model, "past_key_values")
+        self.caches = model not in REREAD and takes_argument(model, "past_key_values")
         self.ids = prompt_ids.to(self.device)
         self.mask = prompt_mask.to(self.device, torch.int64)
         self.next_position = self.mask.sum(-1, keepdim=True)
@@ -118,12 +122,15 @@ class TokenReader:
         self.next_position = self.next_position + 1
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
-        if self.caches:
-            extra["past_key_values"] = self.cache
+        extra = {"past_key_values": self.cache} if self.caches else {}
         with output_layer_input(self.model, enabled=self.keep_hidden) as hidden:
             output = self.model(
-                input_ids=ids, attention_mask=self.mask, use_cache=self.caches, logits_to_keep=1, **extra
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                use_cache=self.caches,
+                logits_to_keep=1,
+                **extra,
             )
         if hidden:
             self.hidden = hidden[0][:, -1]

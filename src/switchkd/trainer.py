@@ -17,10 +17,10 @@ from switchkd.batches import collate, regrouped, rollout_batches
 from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
-from switchkd.guards import StepGuard, check_student, refuse_arguments, refuse_launch
+from switchkd.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
 from switchkd.heads import output_head
 from switchkd.methods import get_method
-from switchkd.models import check_finite, disable_dropout, load_tokenizer, with_adapter
+from switchkd.models import disable_dropout, load_tokenizer, with_adapter
 from switchkd.preparation import (
     at_hand,
     frozen,
@@ -32,6 +32,7 @@ from switchkd.preparation import (
     rollout_rows,
     sampling_options,
 )
+from switchkd.readable import require_readable
 from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
 from switchkd.training_log import Listener, ReferenceTotals, RunningMeans, append_completions
@@ -112,12 +113,8 @@ class SwitchTrainer(Trainer):
         )
         self.plain_text = make_plain_text(lm_dataset, tokenizer, args)
         if self.text.adaptive is not None:
-            if eval_dataset is None or isinstance(eval_dataset, dict) or args.eval_strategy == "no":
-                raise UserError(
-                    f"method {self.method.name!r} watches the evaluation loss: give one evaluation data set and "
-                    "eval_strategy steps or epoch"
-                )
-            args.eval_on_start = True
+            require_evaluation(self.method.name, eval_dataset, args.eval_strategy)
+            args.eval_on_start = True  # the first loss is what later ones are compared with
 
         super().__init__(
             model=student,
@@ -135,10 +132,10 @@ class SwitchTrainer(Trainer):
         if self._is_sharded:
             self.step_loss = replace(self.step_loss, full_logits=True)
         else:
+            with self._teacher_at_hand() as teacher:
+                for role, reader in (("student", self.model), ("teacher", teacher)):
+                    require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
-        check_finite(self.model, "student", "load another checkpoint")
-        if self.teacher_model is not None:
-            check_finite(self.teacher_model, "teacher", "load another checkpoint")
         self.rollout_rows = rollout_rows(student, teacher, args) if self.may_roll_out else None
         self.add_callback(Listener(self))
         self._guard = StepGuard()
