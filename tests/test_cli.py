@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from switchkd import cli, report
 from switchkd.cli import main
 from switchkd.commands import rollout, train
-from switchkd.options import OptionParser, flag, nearest_name
+from switchkd.errors import nearest_name
+from switchkd.options import OptionParser, flag
 from switchkd.run_folder import OWN_FILES, RunFolder, json_line, read_config
 from switchkd.trainer import SwitchTrainer
 

@@ -12,7 +12,7 @@ SOURCE = Path(switchkd.__file__).parent
 LONGEST_FILE = 420
 
 LAYERS = (
-    ("errors", "rollout", "vocabulary"),
+    ("errors", "chunks", "rollout", "vocabulary"),
     ("models", "divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting", "significance"),
     (
         "policies",

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchkd.engine import roll_out
-from switchkd.errors import UserError
-from switchkd.policies import SwitchPolicy, check_count, check_range
+from switchkd.errors import UserError, check_count, check_range
+from switchkd.policies import SwitchPolicy
 from switchkd.rollout import Author, Rollout
 
 #: Below this many nats a divergence is rounding: two models that agree must not be told apart by it.

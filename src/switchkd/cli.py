@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 
-from switchkd.errors import UserError
-from switchkd.options import OptionsMixin, nearest_name
+from switchkd.errors import UserError, nearest_name
+from switchkd.options import OptionsMixin
 from switchkd.run_folder import is_main_process, json_line
 
 COMMANDS = {

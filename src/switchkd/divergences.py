@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from switchkd.sampling import rows_at_once
+from switchkd.chunks import rows_at_once
 
 LN_2 = math.log(2.0)
 #: ln 2 as float32 holds it, a little larger: the largest divergence that is ever recorded or compared.

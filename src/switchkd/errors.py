@@ -1,4 +1,8 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and the checks that raise it."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -7,3 +11,33 @@ class UserError(ValueError):
     The message is one line: what is wrong, with which value, and the way out. The command line prints it after
     `switchkd: error:` and exits with code 2; library users catch it as a `ValueError`.
     """
+
+
+def check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
+    """Refuse a number outside [low, high], with one line."""
+    if not low <= value <= high:
+        raise UserError(f"{name} must lie in [{low:g}, {high_name or f'{high:g}'}], got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not among the choices, with one line."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is not an integer of at least that size, with one line."""
+    if not (isinstance(value, int) and value >= least):
+        raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str:
+    """Return the valid name that looks most like a given one: an option half typed is near the whole."""
+
+    def likeness(other: str) -> float:
+        pairs = zip(name, other, strict=False)
+        common = next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(name), len(other)))
+        alike = difflib.SequenceMatcher(None, name, other[: len(name) + 1]).ratio()
+        return alike + 0.3 * common / max(len(name), 1)
+
+    return max(valid, key=likeness)

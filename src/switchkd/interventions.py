@@ -11,7 +11,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from switchkd.policies import Decision, Policy, SwitchPolicy, check_count, check_range, everywhere, teacher_where
+from switchkd.errors import check_count, check_range
+from switchkd.policies import Decision, Policy, SwitchPolicy, everywhere, teacher_where
 from switchkd.rollout import Author
 
 

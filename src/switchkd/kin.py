@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from switchkd.divergences import LARGEST_JSD, forward_kl, generalized_jsd
-from switchkd.errors import UserError
-from switchkd.policies import Decision, Policy, check_count, check_range, everywhere, teacher_where
+from switchkd.errors import UserError, check_count, check_range
+from switchkd.policies import Decision, Policy, everywhere, teacher_where
 from switchkd.rollout import Author
 
 

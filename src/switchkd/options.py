@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import difflib
 import json
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from switchkd.errors import UserError
+from switchkd.errors import UserError, nearest_name
 
 # What a user of TRL may type by habit, and the name it has here.
 OTHER_NAMES = {
@@ -189,18 +188,6 @@ def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
         return [int(word) for word in words]
     except ValueError:
         raise UserError(f"{name} takes integers joined by commas, got {' '.join(texts)!r}") from None
-
-
-def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """Return the valid name that looks most like a given one: an option half typed is near the whole."""
-
-    def likeness(other: str) -> float:
-        pairs = zip(name, other, strict=False)
-        common = next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(name), len(other)))
-        alike = difflib.SequenceMatcher(None, name, other[: len(name) + 1]).ratio()
-        return alike + 0.3 * common / max(len(name), 1)
-
-    return max(valid, key=likeness)
 
 
 def is_terminal(stream: Any) -> bool:

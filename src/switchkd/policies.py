@@ -10,13 +10,13 @@ the vocabulary work is done once for a whole draft and the rest is arithmetic on
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from switchkd.divergences import LARGEST_JSD, generalized_jsd
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_choice, check_count, check_range
 from switchkd.rollout import Author
 
 Schedule = Literal["exponential", "linear", "constant", "increasing"]
@@ -250,21 +250,3 @@ def everywhere(author: Author, like: Tensor) -> Decision:
 def teacher_where(mask: Tensor) -> Tensor:
     """Return the authors, uint8 `[N]`: the teacher where the mask is True, else the student."""
     return torch.where(mask, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
-
-
-def check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
-    """Refuse a number outside [low, high], with one line."""
-    if not low <= value <= high:
-        raise UserError(f"{name} must lie in [{low:g}, {high_name or f'{high:g}'}], got {value}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not among the choices, with one line."""
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is not an integer of at least that size, with one line."""
-    if not (isinstance(value, int) and value >= least):
-        raise UserError(f"{name} must be an integer >= {least}, got {value!r}")

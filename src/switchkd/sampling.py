@@ -12,14 +12,13 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from switchkd.chunks import rows_at_once
+
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MIX_32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _GOLDEN_32 = 0x9E3779B1 - (1 << 32)
-# On CPU so many numbers are worked on at a time where there are temporaries: larger ones leave the cache, and fresh
-# memory for them costs more than the arithmetic.
-_AT_ONCE = 1 << 18
 
 
 class Stream(IntEnum):
@@ -30,13 +29,6 @@ class Stream(IntEnum):
     RESIDUAL = 3
     POLICY = 4
     SOURCE = 5
-
-
-def rows_at_once(like: Tensor) -> int:
-    """Return how many rows of `[N, V]` are best worked on at a time, >= 1."""
-    if like.device.type != "cpu":
-        return max(len(like), 1)
-    return max(_AT_ONCE // max(like.shape[-1], 1), 1)
 
 
 def warp(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

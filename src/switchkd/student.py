@@ -9,9 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_seed
 
-from switchkd.errors import UserError
+from switchkd.errors import UserError, nearest_name
 from switchkd.models import load_model
-from switchkd.options import nearest_name
 
 
 def student_from_config(

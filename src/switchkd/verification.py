@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from switchkd import sampling
+from switchkd.chunks import rows_at_once
 from switchkd.policies import Policy
 from switchkd.rollout import Author
 from switchkd.sampling import NoiseTable, Stream
@@ -132,7 +133,7 @@ def verify(
         at = hit * length + first[hit]
         replaced = [
             _replacement(policy, student_rows[part], teacher_rows[part], flat[part], noise, index.view(-1)[part])
-            for part in at.split(sampling.rows_at_once(student_rows))
+            for part in at.split(rows_at_once(student_rows))
         ]
         tokens.view(-1)[at] = torch.cat([token for token, _ in replaced])
         stands_after_all = torch.cat([stood for _, stood in replaced])
