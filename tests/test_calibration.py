@@ -16,8 +16,14 @@ from switchkd.commands import calibrate as command
 from switchkd.divergences import LN_2
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.interventions import StudentConfidencePolicy, StudentEntropyPolicy, StudentFirstPolicy, TeacherFirstPolicy
-from switchkd.policies import SwitchPolicy, TeacherPolicy
+from switchkd.policies import (
+    StudentConfidencePolicy,
+    StudentEntropyPolicy,
+    StudentFirstPolicy,
+    SwitchPolicy,
+    TeacherFirstPolicy,
+    TeacherPolicy,
+)
 from switchkd.rollout import Author
 
 OPTIONS = {"max_new_tokens": 16, "eos_token_id": [EOS_ID, 5]}

@@ -11,15 +11,17 @@ from pairs import assert_same, make_pair, make_prompts
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.interventions import (
+from switchkd.policies import (
     RandomPolicy,
     StudentConfidencePolicy,
     StudentEntropyPolicy,
     StudentFirstPolicy,
+    StudentPolicy,
+    SwitchPolicy,
     TeacherFirstPolicy,
-    first_tokens_with_share,
+    TeacherPolicy,
 )
-from switchkd.policies import StudentPolicy, SwitchPolicy, TeacherPolicy
+from switchkd.policies.controls import first_tokens_with_share
 from switchkd.rollout import Author
 
 LENGTHS = (1, 3, "auto")

@@ -11,8 +11,17 @@ from pairs import assert_same, make_pair, make_prompts
 from switchkd.divergences import forward_kl, generalized_jsd, reverse_kl
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.kin import AdaSwitchPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy, largest_weight_within
-from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
+from switchkd.policies import (
+    AdaSwitchPolicy,
+    BlendPolicy,
+    RelayPolicy,
+    SkdPolicy,
+    StudentPolicy,
+    SwitchPolicy,
+    TeacherPolicy,
+    TrustRegionPolicy,
+)
+from switchkd.policies.published import largest_weight_within
 from switchkd.rollout import Author
 
 LENGTHS = (1, 3, "auto")

@@ -16,8 +16,6 @@ LAYERS = (
     ("models", "divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting", "significance"),
     (
         "policies",
-        "interventions",
-        "kin",
         "objective",
         "chunked",
         "policy_gradient",

@@ -7,8 +7,7 @@ import torch
 
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.errors import UserError
-from switchkd.kin import RelayPolicy
-from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
+from switchkd.policies import BlendPolicy, RelayPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
 from switchkd.rollout import Author
 
 

@@ -7,7 +7,7 @@ import torch
 
 from switchkd import sampling
 from switchkd.divergences import generalized_jsd
-from switchkd.interventions import RandomPolicy
+from switchkd.policies import RandomPolicy
 from switchkd.sampling import Stream
 from switchkd.training_text import TextSource
 

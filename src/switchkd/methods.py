@@ -7,16 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from switchkd.errors import UserError
-from switchkd.interventions import (
+from switchkd.objective import CROSS_ENTROPY
+from switchkd.policies import (
+    AdaSwitchPolicy,
+    BlendPolicy,
+    Policy,
     RandomPolicy,
+    RelayPolicy,
+    SkdPolicy,
     StudentConfidencePolicy,
     StudentEntropyPolicy,
     StudentFirstPolicy,
+    StudentPolicy,
+    SwitchPolicy,
     TeacherFirstPolicy,
+    TeacherPolicy,
+    TrustRegionPolicy,
 )
-from switchkd.kin import AdaSwitchPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
-from switchkd.objective import CROSS_ENTROPY
-from switchkd.policies import BlendPolicy, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy
 
 SCHEDULED = ("initial_threshold", "final_ratio", "horizon", "schedule", "minimum_leg", "clock")
 

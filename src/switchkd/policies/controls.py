@@ -1,4 +1,4 @@
-"""Other ways to choose who writes: the controls and ablations that show what SWITCH's own choice is worth.
+"""One writer alone, and other ways to choose who writes: the controls that show what SWITCH's own choice is worth.
 
 Each takes from SWITCH everything but the choice of positions. Where a rule has no threshold, `from_share` gives the
 one with a wanted teacher share, so that strategies are compared at equal share.
@@ -12,8 +12,31 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import check_count, check_range
-from switchkd.policies import Decision, Policy, SwitchPolicy, everywhere, teacher_where
+from switchkd.policies.base import Decision, Policy, everywhere, teacher_where
+from switchkd.policies.switch import SwitchPolicy
 from switchkd.rollout import Author
+
+
+@dataclass(frozen=True)
+class StudentPolicy(Policy):
+    """The student writes everything: on-policy distillation (ImitKD, GKD), and the decoder of evaluation."""
+
+    needs_teacher = False
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        return everywhere(Author.STUDENT, measure), None
+
+
+@dataclass(frozen=True)
+class TeacherPolicy(Policy):
+    """The teacher writes everything, helped by the student's drafts: lossless speculative decoding of the teacher."""
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        return everywhere(Author.TEACHER, measure), None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The kin of SWITCH as policies: SKD, AdaSwitch, relay and trust-region blending.
+"""The policies of related papers: MiniLLM's blend, SKD, AdaSwitch, relay and trust-region blending.
 
 Speculative self-distillation needs none: it is `SwitchPolicy(schedule="constant")` with another prompt for the
-teacher. MiniLLM's teacher-mixed sampling is `policies.BlendPolicy`.
+teacher.
 """
 
 import math
@@ -13,8 +13,35 @@ from torch import Tensor
 
 from switchkd.divergences import LARGEST_JSD, forward_kl, generalized_jsd
 from switchkd.errors import UserError, check_count, check_range
-from switchkd.policies import Decision, Policy, everywhere, teacher_where
+from switchkd.policies.base import Decision, Policy, everywhere, teacher_where
 from switchkd.rollout import Author
+
+
+@dataclass(frozen=True)
+class BlendPolicy(Policy):
+    """Every token is drawn from w teacher + (1 - w) student.
+
+    Args:
+        mixture_weight: w in [0, 1]; 0.2 in MiniLLM.
+
+    Reference:
+        Gu et al., "MiniLLM", arXiv 2306.08543, teacher-mixed sampling, eq. 5.
+    """
+
+    mixture_weight: float = 0.2
+    blends = True
+
+    def __post_init__(self) -> None:
+        check_range("mixture_weight", self.mixture_weight, 0.0, 1.0)
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        return everywhere(Author.TEACHER, measure), None
+
+    def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        weights = torch.tensor([1.0 - self.mixture_weight, self.mixture_weight], device=student_log_probs.device)
+        return torch.logaddexp(student_log_probs + weights[0].log(), teacher_log_probs + weights[1].log())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Who writes the next token: a policy sees two next-token distributions and a position, never a model."""
+
+from switchkd.policies.base import Decision, Policy
+from switchkd.policies.controls import (
+    RandomPolicy,
+    StudentConfidencePolicy,
+    StudentEntropyPolicy,
+    StudentFirstPolicy,
+    StudentPolicy,
+    TeacherFirstPolicy,
+    TeacherPolicy,
+)
+from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
+from switchkd.policies.switch import SwitchPolicy
+
+#: The one registry: name on the command line -> class.
+POLICIES: dict[str, type[Policy]] = {
+    "switch": SwitchPolicy,
+    "student": StudentPolicy,
+    "teacher": TeacherPolicy,
+    "blend": BlendPolicy,
+    "skd": SkdPolicy,
+    "adaswitch": AdaSwitchPolicy,
+    "relay": RelayPolicy,
+    "trb": TrustRegionPolicy,
+    "random": RandomPolicy,
+    "teacher_first": TeacherFirstPolicy,
+    "student_first": StudentFirstPolicy,
+    "student_entropy": StudentEntropyPolicy,
+    "student_confidence": StudentConfidencePolicy,
+}
+
+__all__ = [
+    "POLICIES",
+    "AdaSwitchPolicy",
+    "BlendPolicy",
+    "Decision",
+    "Policy",
+    "RandomPolicy",
+    "RelayPolicy",
+    "SkdPolicy",
+    "StudentConfidencePolicy",
+    "StudentEntropyPolicy",
+    "StudentFirstPolicy",
+    "StudentPolicy",
+    "SwitchPolicy",
+    "TeacherFirstPolicy",
+    "TeacherPolicy",
+    "TrustRegionPolicy",
+]

@@ -1,0 +1,105 @@
+"""Policies: who writes the next token. They see two distributions and a position, never a model.
+
+A policy is a behaviour distribution mu(student, teacher, position, state). The engine asks in three steps, so that
+the vocabulary work is done once for a whole draft and the rest is arithmetic on `[N]` numbers:
+
+1. `measure`: the numbers the decision rests on, from the distributions (stateless).
+2. `decide`: the author and the threshold of each position, from the numbers, the position and the policy's state.
+3. `behaviour`: mu at the positions given to the teacher; the student's own distribution holds elsewhere.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from switchkd.rollout import Author
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided at N positions.
+
+    Attributes:
+        author: `Author` values, uint8 `[N]`.
+        threshold: What the divergence was compared with, nats, float32 `[N]`; nan where there is none.
+    """
+
+    author: Tensor
+    threshold: Tensor
+
+
+class Policy:
+    """Base of all policies; the defaults are those of a stateless choice between student and teacher."""
+
+    #: Whether the teacher's distribution is needed at all.
+    needs_teacher: bool = True
+    #: Whether `decide` reads and returns a state; positions are then walked one by one.
+    stateful: bool = False
+    #: Whether no writer is chosen because mu mixes the two: the token's author is then the student where the draft
+    #: was kept and the teacher where it was replaced.
+    blends: bool = False
+    #: Whether `decide` looked at the drafted token itself. A position given to the teacher is then drawn anew from
+    #: the behaviour; coupling it to a draft that was singled out would bias it.
+    redraws: bool = False
+    #: Whether `decide` reads `uniform`.
+    random: bool = False
+    #: What `measure` counts in: "nats", or "rank" for a place in an ordered vocabulary.
+    unit: str = "nats"
+
+    def at_progress(self, progress: float) -> Self:
+        """Return the policy of a moment of training; the policy itself where nothing is annealed.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1]. Always ask the policy training began with.
+        """
+        return self
+
+    def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
+        """Return the state of fresh rows, `[rows, ...]`, or None for a stateless policy."""
+        return None
+
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
+        """Return what the decision rests on.
+
+        Args:
+            student_log_probs: `[N, V]`, warped as sampled.
+            teacher_log_probs: `[N, V]`, warped as sampled.
+            drafted: The student's draft, int64 `[N]`; a policy that reads it sets `redraws`.
+
+        Returns:
+            float32 `[N]`, nats where it is a divergence; nan where the policy compares nothing. It is recorded in
+            `Rollout.divergence`.
+        """
+        return torch.full(student_log_probs.shape[:-1], math.nan, device=student_log_probs.device)
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        """Return the decisions and the new state.
+
+        Args:
+            measure: float32 `[N]` of `measure`.
+            position: Completion position of each token, counted from 0, int64 `[N]`.
+            state: `[N, ...]`, or None for a stateless policy.
+            uniform: Noise in (0, 1) of each row and position, float64 `[N]`, for a policy that sets `random`.
+        """
+        raise TypeError(f"{type(self).__name__} does not define decide()")
+
+    def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """Return ln mu `[n, V]` at positions given to the teacher; the teacher's own distribution by default."""
+        return teacher_log_probs
+
+
+def everywhere(author: Author, like: Tensor) -> Decision:
+    """Return a decision for one author at every position, without a threshold."""
+    return Decision(
+        torch.full_like(like, int(author), dtype=torch.uint8), torch.full_like(like, math.nan, dtype=torch.float32)
+    )
+
+
+def teacher_where(mask: Tensor) -> Tensor:
+    """Return the authors, uint8 `[N]`: the teacher where the mask is True, else the student."""
+    return torch.where(mask, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)

@@ -1,0 +1,111 @@
+"""SWITCH: the teacher writes exactly where the two next-token distributions differ too much."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from switchkd.divergences import LARGEST_JSD, generalized_jsd
+from switchkd.errors import UserError, check_choice, check_count, check_range
+from switchkd.policies.base import Decision, Policy, teacher_where
+from switchkd.rollout import Author
+
+Schedule = Literal["exponential", "linear", "constant", "increasing"]
+
+
+Clock = Literal["position", "since_teacher"]
+
+
+@dataclass(frozen=True)
+class SwitchPolicy(Policy):
+    """The teacher writes exactly where the Jensen-Shannon divergence exceeds the threshold of the position.
+
+    With tau_0 = `initial_threshold`, r = `final_ratio`, h = `horizon` the threshold at position t is
+
+    - exponential: tau_0 r^(t/h), the paper's tau_0 e^(-lambda t) with lambda = -ln(r)/h;
+    - linear: tau_0 (1 - (1 - r) min(t/h, 1));
+    - constant: tau_0;
+    - increasing: tau_0 r^(1 - min(t/h, 1)), the control that trusts the student late instead of early.
+
+    A threshold of at least ln 2 throughout is the student alone; 0 is the teacher alone.
+
+    Two options make it differ from the paper's rule. A minimum leg of m tokens lets nobody take the pen back before
+    the writer has written m tokens in a row, against ping-pong at noisy positions; 1 is the paper's rule. The clock
+    "since_teacher" puts n for t, the tokens the student has written since the teacher last did (since the start
+    before that), so that a threshold that falls with drift starts anew after each intervention.
+
+    Args:
+        initial_threshold: tau_0 in nats, in [0, ln 2].
+        final_ratio: r in (0, 1].
+        horizon: h in tokens, > 0; where r is reached. The paper's reading B is r = 0.1 at the completion limit.
+        schedule: One of the four above.
+        minimum_leg: m in tokens, >= 1.
+        clock: "position", or "since_teacher".
+
+    Raises:
+        UserError: An option outside its range.
+
+    Reference:
+        Koo et al., "SWITCH: Studying with Teacher", arXiv 2410.19503, section 3. The values of tau_0 and lambda are
+        not published; the defaults are chosen here. Minimum leg and drift clock are not from the paper.
+    """
+
+    initial_threshold: float = 0.3
+    final_ratio: float = 0.1
+    horizon: float = 256
+    schedule: Schedule = "exponential"
+    minimum_leg: int = 1
+    clock: Clock = "position"
+    _rate: float = field(init=False, repr=False, default=0.0)
+
+    #: The largest value that `measure` can take, nats, and how messages name it.
+    largest_threshold: ClassVar[tuple[float, str]] = (LARGEST_JSD, "ln 2 nats")
+
+    def __post_init__(self) -> None:
+        check_range("initial_threshold", self.initial_threshold, 0.0, *self.largest_threshold)
+        if not 0.0 < self.final_ratio <= 1.0:
+            raise UserError(f"final_ratio must lie in (0, 1], got {self.final_ratio}")
+        if not self.horizon > 0:
+            raise UserError(f"horizon must be > 0 tokens, got {self.horizon}")
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_count("minimum_leg", self.minimum_leg, 1)
+        check_choice("clock", self.clock, get_args(Clock))
+        object.__setattr__(self, "_rate", math.log(self.final_ratio))
+        object.__setattr__(self, "stateful", self.minimum_leg > 1 or self.clock == "since_teacher")
+
+    def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
+        """Return [tokens since the teacher wrote, who holds the pen, for how many tokens], int64 `[rows, 3]`."""
+        return torch.zeros(rows, 3, dtype=torch.int64, device=device) if self.stateful else None
+
+    def threshold(self, position: Tensor) -> Tensor:
+        """Return tau_t in nats, float32, for completion positions (or another clock) counted from 0."""
+        progress = position.to(torch.float64) / self.horizon
+        if self.schedule == "exponential":
+            factor = (self._rate * progress).exp()
+        elif self.schedule == "linear":
+            factor = 1.0 - (1.0 - self.final_ratio) * progress.clamp(max=1.0)
+        elif self.schedule == "increasing":
+            factor = (self._rate * (1.0 - progress.clamp(max=1.0))).exp()
+        else:
+            factor = torch.ones_like(progress)
+        return (self.initial_threshold * factor).to(torch.float32)
+
+    def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
+        return generalized_jsd(student_log_probs, teacher_log_probs).to(torch.float32)
+
+    def decide(
+        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Decision, Tensor | None]:
+        if state is None:
+            threshold = self.threshold(position)
+            return Decision(teacher_where(measure > threshold), threshold), None
+        since_teacher, writer, leg = state.unbind(-1)
+        threshold = self.threshold(position if self.clock == "position" else since_teacher)
+        wanted = teacher_where(measure > threshold)
+        held = (writer != int(Author.NONE)) & (leg < self.minimum_leg)
+        author = torch.where(held, writer.to(torch.uint8), wanted)
+        leg = torch.where(author == writer, leg + 1, 1)
+        since_teacher = torch.where(author == Author.TEACHER, 0, since_teacher + 1)
+        return Decision(author, threshold), torch.stack([since_teacher, author.to(torch.int64), leg], dim=-1)
