@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from switchkd.chunked import MEMORY_BUDGET, chunked_loss
-from switchkd.heads import OutputHead
+from switchkd.models.heads import OutputHead
 from switchkd.objective import reduce_losses, token_losses
 
 CONTENDERS = ("plain", "chunked", "trl", "kl_div")

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from switchkd import objective
 from switchkd.chunked import MEMORY_BUDGET, TEMPORARIES, chunk_sizes, chunked_loss
 from switchkd.divergences import DIVERGENCES
-from switchkd.heads import OutputHead, hidden_states_of, output_head
-from switchkd.models import disable_dropout
+from switchkd.models.forward import disable_dropout
+from switchkd.models.heads import OutputHead, hidden_states_of, output_head
 from switchkd.objective import CROSS_ENTROPY, completion_logits, reduce_losses, token_losses
 
 OBJECTIVES = [*DIVERGENCES, CROSS_ENTROPY]

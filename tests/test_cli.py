@@ -427,7 +427,7 @@ def test_student_from_the_teachers_layers(models: Path, tmp_path: Path, run: Run
 
 
 def test_taking_every_layer_gives_the_same_model(models: Path) -> None:
-    from switchkd.student import student_from_layers
+    from switchkd.models.untrained import student_from_layers
 
     ids = torch.arange(1, 9).unsqueeze(0)
     for name in ("llama", "teacher"):

@@ -12,11 +12,11 @@ from enumeration import NextTokenTable, assert_frequencies_match, make_tables
 from pairs import assert_same, make_pair, make_prompts
 
 from switchkd.block import BlockDecoder
-from switchkd.cache import prompt_positions
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.drafting import DraftLength
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
+from switchkd.models.forward import prompt_positions
 from switchkd.policies import BlendPolicy, Decision, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy
 from switchkd.rollout import Author
 from switchkd.sampling import Warping

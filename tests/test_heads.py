@@ -29,7 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from switchkd.heads import OutputHead, hidden_states_of, output_head
+from switchkd.models.heads import OutputHead, hidden_states_of, output_head
 
 VOCABULARY = 61
 SIZES = {

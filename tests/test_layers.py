@@ -12,8 +12,8 @@ SOURCE = Path(switchkd.__file__).parent
 LONGEST_FILE = 420
 
 LAYERS = (
-    ("errors", "chunks", "rollout", "vocabulary"),
-    ("models", "divergences", "sampling", "slots", "lean", "cache", "heads", "metrics", "drafting", "significance"),
+    ("errors", "chunks", "rollout"),
+    ("models", "divergences", "sampling", "slots", "lean", "cache", "metrics", "drafting", "significance"),
     (
         "policies",
         "objective",
@@ -35,7 +35,7 @@ LAYERS = (
         "config",
         "trainer",
     ),
-    ("options", "run_folder", "report", "student", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),
+    ("options", "run_folder", "report", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The package's own names, and `python -m`: not part of any layer.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from switchkd.cli import main
 from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
-from switchkd.models import load_model
+from switchkd.models.loading import load_model
 from switchkd.trainer import SwitchTrainer
 
 Tensors = dict[str, torch.Tensor]

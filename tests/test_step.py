@@ -13,7 +13,7 @@ from switchkd import predictions
 from switchkd.batches import collate, regrouped, rollout_batches
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.heads import output_head
+from switchkd.models.heads import output_head
 from switchkd.objective import completion_logits, reduce_losses, token_losses
 from switchkd.plain_text import PlainText
 from switchkd.policies import StudentPolicy, SwitchPolicy

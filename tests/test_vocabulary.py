@@ -15,9 +15,8 @@ from switchkd.data import prepare
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses
-from switchkd.models import load_model
-from switchkd.policies import SwitchPolicy
-from switchkd.vocabulary import (
+from switchkd.models.loading import load_model
+from switchkd.models.vocabulary import (
     check_tokenizers,
     eos_union,
     model_vocabulary_size,
@@ -25,6 +24,7 @@ from switchkd.vocabulary import (
     require_eos,
     shared_vocabulary_size,
 )
+from switchkd.policies import SwitchPolicy
 
 
 def test_equal_tokenizers_pass(tiny_tokenizer):

@@ -11,20 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchkd.cache import device_of
 from switchkd.errors import UserError
+from switchkd.models.forward import context_length, device_of
+from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.policies import Policy
 from switchkd.sampling import check_warping
-from switchkd.vocabulary import model_vocabulary_size
 
 #: Ids or a mask: a tensor, an array, or lists of equal length.
 IdsLike = Tensor | np.ndarray | Sequence[Any]
-
-
-def context_length(model: Any) -> int | None:
-    """Return the most tokens a model's positions reach, or None where its config names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
 def checked_integer(name: str, value: Any, least: int | None = None) -> int:

@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from switchkd.arguments import context_length
 from switchkd.data import pad_prompts
 from switchkd.errors import UserError
+from switchkd.models.forward import context_length
+from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.rollout import Author, Rollout
-from switchkd.vocabulary import model_vocabulary_size
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:

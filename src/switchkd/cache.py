@@ -4,9 +4,7 @@ The slot of a key *is* its position, so rolling back is "do not advance": stale 
 position until they are overwritten. Prompts need no padding, and finished rows can be dropped.
 """
 
-import contextlib
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from switchkd.lean import lean_decoder
+from switchkd.models.forward import device_of, output_layer_input
 from switchkd.slots import GROWTH, SlotCache
 
 # Models whose shorter forward of `switchkd.lean` gave the logits of their own; `switchkd.readable` finds out.
@@ -212,51 +211,3 @@ class RowReader:
         if hidden:
             self.hidden = hidden[0]
         return output.logits
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device a model's first parameter lies on: where its inputs go."""
-    return next(model.parameters()).device
-
-
-def takes_argument(model: nn.Module, name: str) -> bool:
-    """Return whether a model's forward has an explicit argument of that name."""
-    # The wrappers of adapters and of distributed training take **kwargs; what counts is the model inside.
-    inner: Any = model
-    while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
-        inner = inner.module
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return name in inspect.signature(inner.forward).parameters
-
-
-def prompt_positions(mask: Tensor) -> Tensor:
-    """Return position ids that count real tokens from 0; padding on the left gets 0, int64 `[B, T]`."""
-    return (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
-
-
-@contextlib.contextmanager
-def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Put models in eval mode and give every module its own mode back afterwards, also after an error."""
-    training = [module for model in models if model is not None for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def output_layer_input(model: Any, *, enabled: bool = True) -> Iterator[list[Tensor]]:
-    """Collect what enters the model's output layer, `[B, n, H]` a pass: the states that predict tokens."""
-    collected: list[Tensor] = []
-    if not enabled:
-        yield collected
-        return
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: collected.append(inputs[0]))
-    try:
-        yield collected
-    finally:
-        hook.remove()

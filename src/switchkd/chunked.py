@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchkd import objective as objectives
-from switchkd.heads import OutputHead
+from switchkd.models.heads import OutputHead
 
 #: What logits and their temporaries may take, bytes; the gradient of the head's weight comes on top.
 MEMORY_BUDGET = 256 * 2**20

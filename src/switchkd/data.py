@@ -21,8 +21,8 @@ from datasets import Dataset, Features, Value
 from torch import Tensor
 
 from switchkd.errors import UserError
+from switchkd.models.vocabulary import require_eos
 from switchkd.records import READ_COLUMNS, load_records
-from switchkd.vocabulary import require_eos
 
 __all__ = ["PrepareReport", "alpaca_prompt", "encode_prompt", "load_records", "pad_prompts", "prepare"]
 

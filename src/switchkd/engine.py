@@ -28,15 +28,15 @@ from switchkd.arguments import (
     with_readable_padding,
 )
 from switchkd.block import BlockDecoder
-from switchkd.cache import device_of, eval_mode
 from switchkd.drafting import DraftLength
 from switchkd.errors import UserError
+from switchkd.models.forward import device_of, eval_mode
+from switchkd.models.vocabulary import model_vocabulary_size, readable_pad_id, shared_vocabulary_size
 from switchkd.policies import Policy
 from switchkd.readable import require_readable, unserved_reason
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Warping
 from switchkd.sequential import decode_sequentially
-from switchkd.vocabulary import model_vocabulary_size, readable_pad_id, shared_vocabulary_size
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
-from switchkd.models import check_finite
+from switchkd.models.forward import check_finite
 
 # Arguments of `transformers.Trainer` that cannot act here, and what to use instead.
 UNSUPPORTED = {

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from switchkd import objective as objectives
-from switchkd.cache import device_of
 from switchkd.chunked import ChunkedLoss, chunked_loss
-from switchkd.heads import OutputHead, hidden_states_of, output_head
+from switchkd.models.forward import device_of
+from switchkd.models.heads import OutputHead, hidden_states_of, output_head
 from switchkd.policy_gradient import importance_weights, policy_gradient_losses
 from switchkd.sampling import restricted
 

@@ -22,13 +22,13 @@ from switchkd.config import (
 from switchkd.data import prepare
 from switchkd.errors import UserError
 from switchkd.methods import Method
-from switchkd.models import load_model, load_tokenizer
+from switchkd.models.loading import load_model, load_tokenizer
+from switchkd.models.vocabulary import check_tokenizers, model_vocabulary_size
 from switchkd.plain_text import PlainText
 from switchkd.records import as_dataset
 from switchkd.rollout import Author
 from switchkd.step_loss import StepLoss
 from switchkd.training_text import TextSource
-from switchkd.vocabulary import check_tokenizers, model_vocabulary_size
 
 # What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the
 # vocabulary (both models' logits and log-probabilities, the noise and a temporary).

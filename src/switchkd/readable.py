@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from switchkd.cache import LEAN, RowReader, device_of, eval_mode, prompt_positions
+from switchkd.cache import LEAN, RowReader
 from switchkd.errors import UserError
 from switchkd.lean import lean_decoder
-from switchkd.models import check_finite
+from switchkd.models.forward import check_finite, device_of, eval_mode, prompt_positions
 from switchkd.sequential import REREAD, TokenReader
 
 SERVED_ATTENTION = ("eager", "sdpa")

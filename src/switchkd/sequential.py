@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.cache import device_of, output_layer_input, prompt_positions, takes_argument
+from switchkd.models.forward import device_of, output_layer_input, prompt_positions, takes_argument
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Stream, Warping

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchkd.cache import prompt_positions
 from switchkd.chunked import ChunkedLoss
-from switchkd.heads import output_head
+from switchkd.models.forward import prompt_positions
+from switchkd.models.heads import output_head
 from switchkd.objective import CROSS_ENTROPY
 from switchkd.predictions import Predictions, author_weights, minillm_loss, predict, supervised_loss
 from switchkd.rollout import Author

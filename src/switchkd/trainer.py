@@ -18,9 +18,11 @@ from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, r
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
 from switchkd.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
-from switchkd.heads import output_head
 from switchkd.methods import get_method
-from switchkd.models import disable_dropout, load_tokenizer, with_adapter
+from switchkd.models.forward import disable_dropout
+from switchkd.models.heads import output_head
+from switchkd.models.loading import load_tokenizer, with_adapter
+from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 from switchkd.preparation import (
     at_hand,
     frozen,
@@ -37,7 +39,6 @@ from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
 from switchkd.training_log import Listener, ReferenceTotals, RunningMeans, append_completions
 from switchkd.training_text import row_ids
-from switchkd.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 
 
 class SwitchTrainer(Trainer):

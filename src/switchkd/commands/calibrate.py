@@ -61,9 +61,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from switchkd.calibration import calibrate
     from switchkd.data import load_records, pad_prompts, prepare
-    from switchkd.models import default_device, load_model, load_tokenizer
+    from switchkd.models.loading import default_device, load_model, load_tokenizer
+    from switchkd.models.vocabulary import check_tokenizers, readable_pad_id, require_eos
     from switchkd.policies import SwitchPolicy
-    from switchkd.vocabulary import check_tokenizers, readable_pad_id, require_eos
 
     quiet_libraries(options.verbose)
     given = {name: getattr(options, name) for name in POLICY_OPTIONS}

@@ -57,8 +57,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from switchkd.data import load_records, prepare
     from switchkd.evaluation import evaluate, reference_losses
-    from switchkd.models import default_device, load_model, load_tokenizer
-    from switchkd.vocabulary import check_tokenizers
+    from switchkd.models.loading import default_device, load_model, load_tokenizer
+    from switchkd.models.vocabulary import check_tokenizers
 
     quiet_libraries(options.verbose)
     records = load_records(options.dataset_name, split=options.dataset_test_split)

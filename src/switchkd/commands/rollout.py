@@ -114,8 +114,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any, list[int]]:
-    from switchkd.models import default_device, load_model, load_tokenizer
-    from switchkd.vocabulary import check_tokenizers
+    from switchkd.models.loading import default_device, load_model, load_tokenizer
+    from switchkd.models.vocabulary import check_tokenizers
 
     tokenizer = load_tokenizer(options.model_name_or_path)
     kwargs = {"dtype": options.dtype}
@@ -159,7 +159,7 @@ def _roll_out(
     import torch
 
     from switchkd.engine import roll_out
-    from switchkd.vocabulary import require_eos
+    from switchkd.models.vocabulary import require_eos
 
     prompt_ids, prompt_mask = prompts
     return roll_out(

@@ -16,11 +16,11 @@ from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, json_ob
 from switchkd.config import SwitchConfig, resolve_policy_options
 from switchkd.data import load_records
 from switchkd.errors import UserError
-from switchkd.models import load_tokenizer
+from switchkd.models.loading import load_tokenizer
+from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.options import integers
 from switchkd.report import table
 from switchkd.run_folder import RunFolder, plain, read_config
-from switchkd.student import student_from_config, student_from_layers
 from switchkd.trainer import SwitchTrainer
 
 __all__ = ["parser", "run"]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_seed
 
 from switchkd.errors import UserError, nearest_name
-from switchkd.models import load_model
+from switchkd.models.loading import load_model
 
 
 def student_from_config(

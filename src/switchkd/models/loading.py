@@ -1,7 +1,6 @@
 """Loading models and tokenizers, with one clear line where that fails."""
 
 import json
-import math
 import pickle
 import re
 import warnings
@@ -78,38 +77,6 @@ def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout layer to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # OPT, LLaMA and others call the functional form with the probability kept as a plain attribute.
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def check_finite(model: nn.Module | None, role: str, advice: str) -> None:
-    """Refuse a model whose weights hold nan or inf: everything computed with it would be nan in silence.
-
-    Args:
-        model: Any module, or None for none. Parameters that lie elsewhere (on the meta device) are not looked at.
-        role: What the model is, named in the error.
-        advice: The way out, the end of the error.
-
-    Raises:
-        UserError: Says how many tensors hold such values, and names the first.
-    """
-    parameters = () if model is None else model.named_parameters()
-    tensors = {name: value for name, value in parameters if value.numel() and not value.is_meta}
-    floating = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
-    # A bias of -inf is how some models exclude an id; nan and inf are never meant.
-    wrong = [name for name, value in floating.items() if not float(value.amax()) < math.inf]
-    if wrong:
-        count = f"{len(wrong)} of {len(floating)} tensors of the {role}"
-        raise UserError(f"{count} hold nan or inf, first {wrong[0]}; {advice}")
 
 
 def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
