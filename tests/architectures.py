@@ -16,9 +16,9 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-from switchkd.cache import LEAN
+from switchkd.engine.readable import require_readable, unserved_reason
+from switchkd.engine.readers import LEAN
 from switchkd.errors import UserError
-from switchkd.readable import require_readable, unserved_reason
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "exactness.md"
 BEGIN, END = "<!-- begin: written by tests/architectures.py -->", "<!-- end -->"

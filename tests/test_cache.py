@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import BUILDERS
 
-from switchkd import lean, sampling
-from switchkd.cache import RowReader
-from switchkd.readable import unserved_reason
+from switchkd import sampling
+from switchkd.engine import lean
+from switchkd.engine.readable import unserved_reason
+from switchkd.engine.readers import RowReader
 from switchkd.sampling import Stream
 
 ROWS, LENGTH = 4, 90

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from switchkd.drafting import LONGEST_DRAFT, MEMORY, DraftLength, PassTime
+from switchkd.engine.draft_length import LONGEST_DRAFT, MEMORY, DraftLength, PassTime
 
 
 def settled(keep_rate: float, student_s: float, teacher_fixed_s: float, teacher_slope_s: float, rows: int = 4):

@@ -11,10 +11,10 @@ from conftest import BUILDERS, EOS_ID, build_gpt2, build_llama
 from enumeration import NextTokenTable, assert_frequencies_match, make_tables
 from pairs import assert_same, make_pair, make_prompts
 
-from switchkd.block import BlockDecoder
 from switchkd.divergences import LN_2, generalized_jsd
-from switchkd.drafting import DraftLength
 from switchkd.engine import roll_out
+from switchkd.engine.block import BlockDecoder
+from switchkd.engine.draft_length import DraftLength
 from switchkd.errors import UserError
 from switchkd.models.forward import prompt_positions
 from switchkd.policies import BlendPolicy, Decision, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy

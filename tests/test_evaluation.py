@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd.data import load_records, prepare
+from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses, write_rows
 from switchkd.metrics import rouge_l
 from switchkd.models.heads import output_head
-from switchkd.readable import require_readable
 
 WORDS = ["the", "cat", "sat", "on", "mat"]
 

@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 LAYERS = (
     ("errors", "chunks", "rollout"),
-    ("models", "divergences", "sampling", "slots", "lean", "cache", "metrics", "drafting", "significance"),
+    ("models", "divergences", "sampling", "metrics", "significance"),
     (
         "policies",
         "objective",
@@ -23,7 +23,7 @@ LAYERS = (
         "predictions",
         "step_loss",
     ),
-    ("arguments", "verification", "sequential", "readable", "block", "engine", "calibration"),
+    ("engine", "calibration"),
     ("methods", "records", "data", "batches", "evaluation"),
     (
         "guards",

@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 from switchkd.data import prepare
 from switchkd.divergences import generalized_jsd
 from switchkd.engine import roll_out
+from switchkd.engine.readable import _used_windows, require_readable, unserved_reason
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses
 from switchkd.policies import SwitchPolicy
-from switchkd.readable import _used_windows, require_readable, unserved_reason
 
 WINDOW = 16
 POLICY = SwitchPolicy(initial_threshold=0.2, schedule="constant")

@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 
-from switchkd.cache import RowReader
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.engine import roll_out
+from switchkd.engine.readable import unserved_reason
+from switchkd.engine.readers import RowReader
 from switchkd.errors import UserError
 from switchkd.policies import SwitchPolicy
-from switchkd.readable import unserved_reason
 
 NEW_TOKENS = 12
 

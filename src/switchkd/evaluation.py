@@ -17,13 +17,13 @@ from transformers import GenerationConfig
 from switchkd.batches import collate
 from switchkd.data import pad_prompts
 from switchkd.engine import roll_out
+from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.objective import CROSS_ENTROPY
 from switchkd.policies import StudentPolicy
-from switchkd.readable import require_readable
 from switchkd.sampling import check_warping
 from switchkd.step_loss import StepLoss
 

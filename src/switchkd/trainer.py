@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from switchkd.batches import collate, regrouped, rollout_batches
 from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
+from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
 from switchkd.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
@@ -34,7 +35,6 @@ from switchkd.preparation import (
     rollout_rows,
     sampling_options,
 )
-from switchkd.readable import require_readable
 from switchkd.rollout import Author, Rollout
 from switchkd.teacher_text import with_teacher_text
 from switchkd.training_log import Listener, ReferenceTotals, RunningMeans, append_completions

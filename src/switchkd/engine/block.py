@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.cache import RowReader
-from switchkd.drafting import DraftLength
+from switchkd.engine.draft_length import DraftLength
+from switchkd.engine.readable import last_slot
+from switchkd.engine.readers import RowReader
+from switchkd.engine.verification import Verified, verify
 from switchkd.policies import Policy
-from switchkd.readable import last_slot
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import NoiseTable, Stream, Warping
-from switchkd.verification import Verified, verify
 
 # Noise for a whole draft is made at once if it is at most so many numbers; else step by step, to bound memory.
 MOST_NOISE = 1 << 20

@@ -1,21 +1,16 @@
 """The reference decoder: both models, one token at a time, with the caches transformers gives them."""
 
 import math
-from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.models.forward import device_of, output_layer_input, prompt_positions, takes_argument
+from switchkd.engine.readers import TokenReader
+from switchkd.engine.verification import write
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Stream, Warping
-from switchkd.verification import write
-
-# Models that predict something else with their cache than without; `switchkd.readable` finds out.
-REREAD: WeakSet[nn.Module] = WeakSet()
 
 
 def decode_sequentially(
@@ -86,55 +81,3 @@ def decode_sequentially(
             "kept": kept_count,
         },
     )
-
-
-class TokenReader:
-    """A model and its transformers cache, fed one column of tokens at a time; `logits` predict the next column.
-
-    Works for every causal language model of transformers: it uses the public forward with a 2-D attention mask and
-    explicit position ids, which count real tokens from 0 whatever padding stands on the left. A model that takes no
-    `past_key_values` (state-space models name their state otherwise), or whose cache gives other logits, reads
-    everything anew each time.
-    """
-
-    def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, keep_hidden: bool = False) -> None:
-        self.model = model
-        self.keep_hidden = keep_hidden
-        self.hidden: Tensor | None = None
-        self.device = device_of(model)
-        self.caches = model not in REREAD and takes_argument(model, "past_key_values")
-        self.ids = prompt_ids.to(self.device)
-        self.mask = prompt_mask.to(self.device, torch.int64)
-        self.next_position = self.mask.sum(-1, keepdim=True)
-        self.cache: Any = None
-        self.passes = 0
-        self.logits = self._forward(self.ids, prompt_positions(self.mask))
-
-    def append(self, tokens: Tensor) -> None:
-        """Read one token per row, int64 `[B]`."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        column = tokens.to(self.device).unsqueeze(1)
-        if self.caches:
-            self.logits = self._forward(column, self.next_position)
-        else:
-            self.ids = torch.cat([self.ids, column], dim=1)
-            self.logits = self._forward(self.ids, prompt_positions(self.mask))
-        self.next_position = self.next_position + 1
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra = {"past_key_values": self.cache} if self.caches else {}
-        with output_layer_input(self.model, enabled=self.keep_hidden) as hidden:
-            output = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                use_cache=self.caches,
-                logits_to_keep=1,
-                **extra,
-            )
-        if hidden:
-            self.hidden = hidden[0][:, -1]
-        if self.caches:
-            self.cache = output.past_key_values
-        self.passes += 1
-        return output.logits[:, -1]

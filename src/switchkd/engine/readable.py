@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from switchkd.cache import LEAN, RowReader
+from switchkd.engine.lean import lean_decoder
+from switchkd.engine.readers import LEAN, REREAD, RowReader, TokenReader
 from switchkd.errors import UserError
-from switchkd.lean import lean_decoder
 from switchkd.models.forward import check_finite, device_of, eval_mode, prompt_positions
-from switchkd.sequential import REREAD, TokenReader
 
 SERVED_ATTENTION = ("eager", "sdpa")
 # These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.

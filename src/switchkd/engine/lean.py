@@ -2,7 +2,7 @@
 
 A decoding pass over a few tokens costs transformers more time in Python, mask preparation and casts than in arithmetic.
 For GPT-2, OPT and LLaMA-like models the same weights are read here in the same order with fewer calls. The model is not
-changed, and `switchkd.cache` compares the result with the model's own logits before it is used.
+changed, and `switchkd.engine.readable` compares the result with the model's own logits before it is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from switchkd.slots import SlotCache
+from switchkd.engine.caches import SlotCache
 
 Map = Callable[[Tensor], Tensor]
 # Adds a map of the second argument to the first: the residual stream and what a sublayer adds to it.

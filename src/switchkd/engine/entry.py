@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from switchkd.arguments import (
+from switchkd.engine.arguments import (
     IdsLike,
     checked_draft_length,
     checked_eos,
@@ -27,16 +27,16 @@ from switchkd.arguments import (
     checked_sampling,
     with_readable_padding,
 )
-from switchkd.block import BlockDecoder
-from switchkd.drafting import DraftLength
+from switchkd.engine.block import BlockDecoder
+from switchkd.engine.draft_length import DraftLength
+from switchkd.engine.readable import require_readable, unserved_reason
+from switchkd.engine.sequential import decode_sequentially
 from switchkd.errors import UserError
 from switchkd.models.forward import device_of, eval_mode
 from switchkd.models.vocabulary import model_vocabulary_size, readable_pad_id, shared_vocabulary_size
 from switchkd.policies import Policy
-from switchkd.readable import require_readable, unserved_reason
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import Warping
-from switchkd.sequential import decode_sequentially
 
 
 @torch.no_grad()
