@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from switchkd.chunked import MEMORY_BUDGET, chunked_loss
 from switchkd.models.heads import OutputHead
 from switchkd.objective import reduce_losses, token_losses
+from switchkd.objective.chunked import MEMORY_BUDGET, chunked_loss
 
 CONTENDERS = ("plain", "chunked", "trl", "kl_div")
 DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd")

@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchkd import objective
-from switchkd.chunked import MEMORY_BUDGET, TEMPORARIES, chunk_sizes, chunked_loss
 from switchkd.divergences import DIVERGENCES
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import OutputHead, hidden_states_of, output_head
 from switchkd.objective import CROSS_ENTROPY, completion_logits, reduce_losses, token_losses
+from switchkd.objective import loss as objective
+from switchkd.objective.chunked import MEMORY_BUDGET, TEMPORARIES, chunk_sizes, chunked_loss
 
 OBJECTIVES = [*DIVERGENCES, CROSS_ENTROPY]
 ROWS, LENGTH, WIDTH, TEACHER_WIDTH, VOCABULARY = 3, 7, 8, 12, 41

@@ -17,11 +17,7 @@ LAYERS = (
     (
         "policies",
         "objective",
-        "chunked",
-        "policy_gradient",
         "replay",
-        "predictions",
-        "step_loss",
     ),
     ("engine", "calibration"),
     ("methods", "records", "data", "batches", "evaluation"),

@@ -8,7 +8,7 @@ import torch
 
 from switchkd.divergences import reverse_kl
 from switchkd.errors import UserError
-from switchkd.policy_gradient import future_returns, importance_weights, policy_gradient_losses
+from switchkd.objective.policy_gradient import future_returns, importance_weights, policy_gradient_losses
 
 SIZE, EOS, FIRST = 3, 0, 1
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from switchkd import objective
 from switchkd.errors import UserError
 from switchkd.methods import METHODS, Method
+from switchkd.objective import loss as objective
 from switchkd.policies import Policy, SwitchPolicy
 from switchkd.sampling import check_warping
 

@@ -23,9 +23,9 @@ from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.objective import CROSS_ENTROPY
+from switchkd.objective.step import StepLoss
 from switchkd.policies import StudentPolicy
 from switchkd.sampling import check_warping
-from switchkd.step_loss import StepLoss
 
 
 @dataclass(frozen=True)

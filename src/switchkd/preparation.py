@@ -10,7 +10,6 @@ from datasets import Dataset
 from torch import nn
 
 from switchkd.batches import check_readable
-from switchkd.chunked import MEMORY_BUDGET
 from switchkd.config import (
     SwitchConfig,
     resolve_fraction,
@@ -24,10 +23,11 @@ from switchkd.errors import UserError
 from switchkd.methods import Method
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.vocabulary import check_tokenizers, model_vocabulary_size
+from switchkd.objective.chunked import MEMORY_BUDGET
+from switchkd.objective.step import StepLoss
 from switchkd.plain_text import PlainText
 from switchkd.records import as_dataset
 from switchkd.rollout import Author
-from switchkd.step_loss import StepLoss
 from switchkd.training_text import TextSource
 
 # What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the

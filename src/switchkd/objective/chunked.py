@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchkd import objective as objectives
 from switchkd.models.heads import OutputHead
+from switchkd.objective import loss as objectives
 
 #: What logits and their temporaries may take, bytes; the gradient of the head's weight comes on top.
 MEMORY_BUDGET = 256 * 2**20

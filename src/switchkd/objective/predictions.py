@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchkd import objective as objectives
-from switchkd.chunked import ChunkedLoss, chunked_loss
 from switchkd.models.forward import device_of
 from switchkd.models.heads import OutputHead, hidden_states_of, output_head
-from switchkd.policy_gradient import importance_weights, policy_gradient_losses
+from switchkd.objective import loss as objectives
+from switchkd.objective.chunked import ChunkedLoss, chunked_loss
+from switchkd.objective.policy_gradient import importance_weights, policy_gradient_losses
 from switchkd.sampling import restricted
 
 

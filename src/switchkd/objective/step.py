@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchkd.chunked import ChunkedLoss
 from switchkd.models.forward import prompt_positions
 from switchkd.models.heads import output_head
-from switchkd.objective import CROSS_ENTROPY
-from switchkd.predictions import Predictions, author_weights, minillm_loss, predict, supervised_loss
+from switchkd.objective.chunked import ChunkedLoss
+from switchkd.objective.loss import CROSS_ENTROPY
+from switchkd.objective.predictions import Predictions, author_weights, minillm_loss, predict, supervised_loss
 from switchkd.rollout import Author
 
 Inputs = Mapping[str, Tensor]
