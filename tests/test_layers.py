@@ -20,10 +20,9 @@ LAYERS = (
         "replay",
     ),
     ("engine", "calibration"),
-    ("methods", "records", "data", "batches", "evaluation"),
+    ("methods", "data", "evaluation"),
     (
         "guards",
-        "plain_text",
         "teacher_text",
         "training_text",
         "training_log",

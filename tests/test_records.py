@@ -8,9 +8,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from switchkd.data import prepare
+from switchkd.data import load_records, prepare
 from switchkd.errors import UserError
-from switchkd.records import load_records
 
 
 def rows(*records: dict) -> Dataset:

@@ -9,12 +9,12 @@ from conftest import EOS_ID, RAGGED_ROWS, build_gpt2
 from datasets import Dataset
 from test_trainer import MIDDLE, largest_difference, parameters, trained, watch_batches
 
-from switchkd.batches import collate, regrouped, rollout_batches
+from switchkd.data.batches import collate, regrouped, rollout_batches
+from switchkd.data.plain_text import PlainText
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.models.heads import output_head
 from switchkd.objective import completion_logits, predictions, reduce_losses, token_losses
-from switchkd.plain_text import PlainText
 from switchkd.policies import StudentPolicy, SwitchPolicy
 from switchkd.rollout import Author
 

@@ -11,7 +11,7 @@ from conftest import BUILDERS, EOS_ID, RAGGED_ROWS, build_gpt2, build_llama, bui
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from switchkd.batches import collate
+from switchkd.data.batches import collate
 from switchkd.divergences import LN_2
 from switchkd.engine import roll_out
 from switchkd.errors import UserError

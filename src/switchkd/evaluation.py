@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.batches import collate
 from switchkd.data import pad_prompts
+from switchkd.data.batches import collate
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError

@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from switchkd.batches import check_readable
 from switchkd.config import (
     SwitchConfig,
     resolve_fraction,
@@ -19,14 +18,15 @@ from switchkd.config import (
     rolls_out,
 )
 from switchkd.data import prepare
+from switchkd.data.batches import check_readable
+from switchkd.data.plain_text import PlainText
+from switchkd.data.records import as_dataset
 from switchkd.errors import UserError
 from switchkd.methods import Method
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.vocabulary import check_tokenizers, model_vocabulary_size
 from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
-from switchkd.plain_text import PlainText
-from switchkd.records import as_dataset
 from switchkd.rollout import Author
 from switchkd.training_text import TextSource
 

@@ -13,8 +13,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from switchkd.batches import collate, regrouped, rollout_batches
 from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
+from switchkd.data.batches import collate, regrouped, rollout_batches
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate

@@ -9,9 +9,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.batches import prompts_of
 from switchkd.calibration import ShareController, calibrate
 from switchkd.data import pad_prompts
+from switchkd.data.batches import prompts_of
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy, SwitchPolicy

@@ -20,11 +20,9 @@ import torch
 from datasets import Dataset, Features, Value
 from torch import Tensor
 
+from switchkd.data.records import READ_COLUMNS
 from switchkd.errors import UserError
 from switchkd.models.vocabulary import require_eos
-from switchkd.records import READ_COLUMNS, load_records
-
-__all__ = ["PrepareReport", "alpaca_prompt", "encode_prompt", "load_records", "pad_prompts", "prepare"]
 
 COLUMN_SETS = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("prompt",))
 _BATCH = 1000

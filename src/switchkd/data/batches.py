@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from switchkd.data import pad_prompts
+from switchkd.data.prompts import pad_prompts
 from switchkd.errors import UserError
 from switchkd.models.forward import context_length
 from switchkd.models.vocabulary import model_vocabulary_size
