@@ -14,7 +14,7 @@ from switchkd.data import load_records, prepare
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses, write_rows
-from switchkd.metrics import rouge_l
+from switchkd.evaluation.metrics import rouge_l
 from switchkd.models.heads import output_head
 
 WORDS = ["the", "cat", "sat", "on", "mat"]

@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 LAYERS = (
     ("errors", "chunks", "rollout"),
-    ("models", "divergences", "sampling", "metrics", "significance"),
+    ("models", "divergences", "sampling", "significance"),
     (
         "policies",
         "objective",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from switchkd.metrics import LENGTH_EDGES, bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
+from switchkd.evaluation.metrics import LENGTH_EDGES, bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 
 TEXTS = ["the cat sat on the mat", "a dog", "Watergate began in 1972, and ended a presidency."]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from switchkd.errors import UserError
-from switchkd.metrics import bucket_names, length_bucket, mean_and_std
+from switchkd.evaluation.metrics import bucket_names, length_bucket, mean_and_std
 from switchkd.report import BLUE, GREY, ORANGE, table
 from switchkd.significance import Difference, difference_of_gains, paired_difference, verdict
 

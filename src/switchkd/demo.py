@@ -18,7 +18,7 @@ from switchkd.data import pad_prompts, prepare
 from switchkd.demo_task import generate, save_splits, train_tokenizer
 from switchkd.engine import roll_out
 from switchkd.evaluation import EvaluationResult, evaluate, write_rows
-from switchkd.metrics import bucket_names, length_bucket, mean_and_std
+from switchkd.evaluation.metrics import bucket_names, length_bucket, mean_and_std
 from switchkd.policies import SwitchPolicy
 from switchkd.report import plot_summary, position_curves, rollout_text, table
 from switchkd.rollout import Author

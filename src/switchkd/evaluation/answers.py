@@ -19,7 +19,7 @@ from switchkd.data.batches import collate
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
-from switchkd.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
+from switchkd.evaluation.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.objective import CROSS_ENTROPY
