@@ -24,8 +24,8 @@ from pairs import gpt2_pair, tinystories_pair
 from transformers import DynamicCache
 
 import switchkd
-from switchkd.calibration import calibrate
 from switchkd.policies import StudentPolicy, SwitchPolicy, TeacherPolicy
+from switchkd.training.calibration import calibrate
 
 SHARES = (0.10, 0.30, 0.53, 0.80)
 

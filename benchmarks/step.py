@@ -40,7 +40,7 @@ from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, Train
 from transformers.utils import logging
 
 from switchkd import SwitchConfig, SwitchPolicy, SwitchTrainer
-from switchkd.calibration import calibrate
+from switchkd.training.calibration import calibrate
 
 SHARES = {"switch_10": 0.10, "switch_53": 0.53}
 CONTENDERS = ("trl", "student", *SHARES)

@@ -167,8 +167,8 @@ RAGGED_ROWS = [
 
 def build_trainer(folder: Path, student: Any, teacher: Any = None, **options: Any) -> Any:
     """A `SwitchTrainer` on the ragged rows: plain SGD at rate 1, so that parameters move by the gradient."""
-    from switchkd.config import SwitchConfig
-    from switchkd.trainer import SwitchTrainer
+    from switchkd.training.config import SwitchConfig
+    from switchkd.training.trainer import SwitchTrainer
 
     names = (
         "train_dataset",

@@ -10,7 +10,6 @@ import torch
 from conftest import EOS_ID, RAGGED_ROWS, build_gpt2
 from pairs import make_pair, make_prompts
 
-from switchkd.calibration import Calibration, ShareController, calibrate, share_by_position
 from switchkd.cli import Console
 from switchkd.commands import calibrate as command
 from switchkd.divergences import LN_2
@@ -25,6 +24,7 @@ from switchkd.policies import (
     TeacherPolicy,
 )
 from switchkd.rollout import Author
+from switchkd.training.calibration import Calibration, ShareController, calibrate, share_by_position
 
 OPTIONS = {"max_new_tokens": 16, "eos_token_id": [EOS_ID, 5]}
 

@@ -26,7 +26,7 @@ from switchkd.commands import rollout, train
 from switchkd.errors import nearest_name
 from switchkd.options import OptionParser, flag
 from switchkd.run_folder import OWN_FILES, RunFolder, json_line, read_config
-from switchkd.trainer import SwitchTrainer
+from switchkd.training.trainer import SwitchTrainer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -122,7 +122,7 @@ def test_help_of_a_command_names_its_options(run: Run) -> None:
 def test_help_of_train_lists_every_option_of_this_package_once(run: Run) -> None:
     _, out, _ = run("train", "--help")
     from switchkd.commands.train_options import RunArguments
-    from switchkd.config import SwitchConfig
+    from switchkd.training.config import SwitchConfig
 
     own = {item.name for item in dataclasses.fields(RunArguments)} | set(SwitchConfig.__annotations__)
     for name in own - {"remove_unused_columns"}:
@@ -529,8 +529,8 @@ def test_rollout_writes_its_folder_only_when_asked(models: Path, tmp_path: Path,
 
 def test_the_command_line_knows_every_policy_and_all_of_its_options() -> None:
     from switchkd.commands.policy_options import FLAGS, POLICIES
-    from switchkd.config import SwitchConfig
     from switchkd.methods import METHODS
+    from switchkd.training.config import SwitchConfig
 
     own = {name: method for name, method in METHODS.items() if method.policy_options and name not in ("ssd", "minillm")}
     assert {*own, "student", "teacher", "blend"} == set(POLICIES)
@@ -935,8 +935,8 @@ def test_examples_are_shipped() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_shipped_example_is_a_valid_config(path: Path, tmp_path: Path) -> None:
     from switchkd.commands.train_options import read_options
-    from switchkd.config import resolve_fraction, resolve_objective, resolve_policy
     from switchkd.methods import get_method
+    from switchkd.training.config import resolve_fraction, resolve_objective, resolve_policy
 
     options = train.parser().resolve(["--config", str(path), "--output_dir", str(tmp_path), "--bf16", "false"])
     run_args, config = read_options(options)

@@ -11,12 +11,12 @@ from conftest import EOS_ID, RAGGED_ROWS, TINY_VOCABULARY, build_gpt2, build_lla
 from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
-from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy_options
 from switchkd.data import prepare
 from switchkd.errors import UserError
-from switchkd.guards import refuse_launch
 from switchkd.methods import METHODS
-from switchkd.trainer import SwitchTrainer
+from switchkd.training.config import SwitchConfig, refuse_idle_options, resolve_policy_options
+from switchkd.training.guards import refuse_launch
+from switchkd.training.trainer import SwitchTrainer
 
 MIDDLE = {"initial_threshold": 0.42, "schedule": "constant"}
 

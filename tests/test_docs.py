@@ -7,10 +7,10 @@ import pytest
 from conftest import RAGGED_ROWS, build_gpt2
 from datasets import Dataset
 
-from switchkd.config import SwitchConfig
 from switchkd.divergences import DIVERGENCES
 from switchkd.objective import objective_options
-from switchkd.training_log import LOGGED_MEANS, LOGGED_STATES
+from switchkd.training.config import SwitchConfig
+from switchkd.training.log import LOGGED_MEANS, LOGGED_STATES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])

@@ -17,19 +17,10 @@ LAYERS = (
     (
         "policies",
         "objective",
-        "replay",
     ),
-    ("engine", "calibration"),
+    ("engine",),
     ("methods", "data", "evaluation"),
-    (
-        "guards",
-        "teacher_text",
-        "training_text",
-        "training_log",
-        "preparation",
-        "config",
-        "trainer",
-    ),
+    ("training",),
     ("options", "run_folder", "report", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from switchkd.cli import main
-from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
 from switchkd.models.loading import load_model
-from switchkd.trainer import SwitchTrainer
+from switchkd.training.config import SwitchConfig
+from switchkd.training.trainer import SwitchTrainer
 
 Tensors = dict[str, torch.Tensor]
 LAST_LAYER = "model.layers.1."

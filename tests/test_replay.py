@@ -10,8 +10,8 @@ from pairs import make_pair, make_prompts
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import SwitchPolicy
-from switchkd.replay import AdaptiveFraction, ReplayStore
 from switchkd.rollout import Rollout
+from switchkd.training.replay import AdaptiveFraction, ReplayStore
 
 
 def generator(seed=0):

@@ -9,7 +9,7 @@ from switchkd import sampling
 from switchkd.divergences import generalized_jsd
 from switchkd.policies import RandomPolicy
 from switchkd.sampling import Stream
-from switchkd.training_text import TextSource
+from switchkd.training.text import TextSource
 
 CHI_SQUARE_LIMIT = 5.0  # standard deviations above the mean: about one false alarm in a million tests
 

@@ -6,12 +6,12 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchkd.config import SwitchConfig
     from switchkd.engine import roll_out
     from switchkd.errors import UserError
     from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
     from switchkd.rollout import Author, Rollout
-    from switchkd.trainer import SwitchTrainer
+    from switchkd.training.config import SwitchConfig
+    from switchkd.training.trainer import SwitchTrainer
 
 __version__ = version("switchkd")
 
@@ -21,9 +21,9 @@ _HOMES = {
     "BlendPolicy": "policies",
     "Rollout": "rollout",
     "StudentPolicy": "policies",
-    "SwitchConfig": "config",
+    "SwitchConfig": "training.config",
     "SwitchPolicy": "policies",
-    "SwitchTrainer": "trainer",
+    "SwitchTrainer": "training.trainer",
     "TeacherPolicy": "policies",
     "UserError": "errors",
     "roll_out": "engine",

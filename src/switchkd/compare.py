@@ -145,8 +145,8 @@ def check(tasks: Sequence[Task]) -> None:
         UserError: Names the run.
     """
     from switchkd.commands import train_options
-    from switchkd.config import refuse_idle_options
     from switchkd.methods import get_method
+    from switchkd.training.config import refuse_idle_options
 
     parser = train_options.parser()
     scorer = import_module("switchkd.commands.evaluate").parser()

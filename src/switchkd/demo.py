@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, ProgressCallback, set_seed
 
-from switchkd.config import SwitchConfig
 from switchkd.data import pad_prompts, prepare
 from switchkd.demo_task import generate, save_splits, train_tokenizer
 from switchkd.engine import roll_out
@@ -23,7 +22,8 @@ from switchkd.policies import SwitchPolicy
 from switchkd.report import plot_summary, position_curves, rollout_text, table
 from switchkd.rollout import Author
 from switchkd.run_folder import RunFolder
-from switchkd.trainer import SwitchTrainer
+from switchkd.training.config import SwitchConfig
+from switchkd.training.trainer import SwitchTrainer
 
 Say = Callable[[str], None]
 

@@ -11,7 +11,7 @@ from switchkd.report import table
 from switchkd.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from switchkd.calibration import Calibration
+    from switchkd.training.calibration import Calibration
 
 POLICY_OPTIONS = POLICIES["switch"]
 
@@ -59,11 +59,11 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.calibration import calibrate
     from switchkd.data import load_records, pad_prompts, prepare
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers, readable_pad_id, require_eos
     from switchkd.policies import SwitchPolicy
+    from switchkd.training.calibration import calibrate
 
     quiet_libraries(options.verbose)
     given = {name: getattr(options, name) for name in POLICY_OPTIONS}

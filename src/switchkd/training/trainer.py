@@ -13,18 +13,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from switchkd.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
 from switchkd.data.batches import collate, regrouped, rollout_batches
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
-from switchkd.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
 from switchkd.methods import get_method
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
-from switchkd.preparation import (
+from switchkd.rollout import Author, Rollout
+from switchkd.training.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
+from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
+from switchkd.training.log import Listener, ReferenceTotals, RunningMeans, append_completions
+from switchkd.training.setup import (
     at_hand,
     frozen,
     load_models,
@@ -35,10 +37,8 @@ from switchkd.preparation import (
     rollout_rows,
     sampling_options,
 )
-from switchkd.rollout import Author, Rollout
-from switchkd.teacher_text import with_teacher_text
-from switchkd.training_log import Listener, ReferenceTotals, RunningMeans, append_completions
-from switchkd.training_text import row_ids
+from switchkd.training.teacher_text import with_teacher_text
+from switchkd.training.text import row_ids
 
 
 class SwitchTrainer(Trainer):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
 from switchkd.models.forward import check_finite
+from switchkd.training.config import SwitchConfig
 
 # Arguments of `transformers.Trainer` that cannot act here, and what to use instead.
 UNSUPPORTED = {

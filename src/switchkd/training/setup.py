@@ -9,14 +9,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from switchkd.config import (
-    SwitchConfig,
-    resolve_fraction,
-    resolve_objective,
-    resolve_policy,
-    resolve_policy_options,
-    rolls_out,
-)
 from switchkd.data import prepare
 from switchkd.data.batches import check_readable
 from switchkd.data.plain_text import PlainText
@@ -28,7 +20,15 @@ from switchkd.models.vocabulary import check_tokenizers, model_vocabulary_size
 from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
 from switchkd.rollout import Author
-from switchkd.training_text import TextSource
+from switchkd.training.config import (
+    SwitchConfig,
+    resolve_fraction,
+    resolve_objective,
+    resolve_policy,
+    resolve_policy_options,
+    rolls_out,
+)
+from switchkd.training.text import TextSource
 
 # What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the
 # vocabulary (both models' logits and log-probabilities, the noise and a temporary).

@@ -9,14 +9,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.calibration import ShareController, calibrate
 from switchkd.data import pad_prompts
 from switchkd.data.batches import prompts_of
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy, SwitchPolicy
-from switchkd.replay import AdaptiveFraction, ReplayStore
 from switchkd.rollout import Rollout
+from switchkd.training.calibration import ShareController, calibrate
+from switchkd.training.replay import AdaptiveFraction, ReplayStore
 
 Source = Literal["dataset", "fresh", "replay"]
 Prompts = tuple[Tensor, Tensor]
