@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import RAGGED_ROWS, build_gpt2
 from datasets import Dataset
+from helpers.tiny import RAGGED_ROWS, build_gpt2
 
 from switchkd.divergences import DIVERGENCES
 from switchkd.objective import objective_options

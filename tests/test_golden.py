@@ -32,8 +32,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RAGGED_ROWS, build_gpt2, build_tokenizer, build_trainer
 from datasets import Dataset
+from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer, build_trainer
 
 import switchkd
 from switchkd.methods import METHODS

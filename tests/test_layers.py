@@ -11,17 +11,17 @@ import switchkd
 SOURCE = Path(switchkd.__file__).parent
 LONGEST_FILE = 420
 
+# Floors of the house, lowest first: files of the root and folders. Imports go down or stay on their floor.
 LAYERS = (
-    ("errors", "chunks", "rollout"),
-    ("models", "divergences", "sampling", "significance"),
-    (
-        "policies",
-        "objective",
-    ),
+    ("errors", "chunks", "rollout", "divergences", "sampling"),
+    ("models", "policies", "cli"),
+    ("objective", "data", "methods"),
     ("engine",),
-    ("methods", "data", "evaluation"),
+    ("evaluation",),
     ("training",),
-    ("options", "run_folder", "report", "demo_task", "demo", "compare", "compare_report", "cli", "commands"),
+    ("commands",),
+    ("compare",),
+    ("demo",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The package's own names, and `python -m`: not part of any layer.

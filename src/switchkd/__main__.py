@@ -1,7 +1,31 @@
-"""`python -m switchkd` is the command `switchkd`."""
+"""The command `switchkd`, also as `python -m switchkd`: the table of its commands."""
 
 import sys
+from collections.abc import Sequence
 
-from switchkd.cli import main
+from switchkd.cli.main import run
 
-sys.exit(main())
+#: Name -> the module that is the command, and its line of help.
+COMMANDS = {
+    "demo": ("switchkd.demo.command", "distil a small student with SWITCH, no download, and report what it gained"),
+    "train": ("switchkd.commands.train", "distil a student on your models and data"),
+    "rollout": ("switchkd.commands.rollout", "write completions with the teacher in the loop and show who wrote what"),
+    "evaluate": ("switchkd.commands.evaluate", "score a model's own answers: ROUGE-L over several decoding seeds"),
+    "calibrate": (
+        "switchkd.commands.calibrate",
+        "find the threshold that gives a wanted teacher share on your prompts",
+    ),
+    "compare": (
+        "switchkd.compare.command",
+        "train and score methods side by side, several seeds each, and say which differences are real",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with its arguments, those of the process if None, and return the exit code."""
+    return run(COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,11 +3,11 @@
 import argparse
 from typing import Any
 
-from switchkd.cli import Console, quiet_libraries
+from switchkd.cli.console import Console, quiet_libraries
+from switchkd.cli.display import table
+from switchkd.cli.options import OptionParser, integers, is_terminal
+from switchkd.cli.run_folder import RunFolder
 from switchkd.errors import UserError
-from switchkd.options import OptionParser, integers, is_terminal
-from switchkd.report import table
-from switchkd.run_folder import RunFolder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -6,8 +6,8 @@ from typing import Any
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from switchkd.options import is_terminal
-from switchkd.run_folder import RunFolder
+from switchkd.cli.options import is_terminal
+from switchkd.cli.run_folder import RunFolder
 
 # What a progress line shows: key of the log, and how.
 SHOWN = {

@@ -3,12 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from switchkd.cli import Console, quiet_libraries
+from switchkd.cli.console import Console, quiet_libraries
+from switchkd.cli.display import rollout_text
+from switchkd.cli.options import OptionParser, wants_color
+from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.policy_options import POLICIES, add_policy_options, check_policy_options, make_policy
 from switchkd.errors import UserError
-from switchkd.options import OptionParser, wants_color
-from switchkd.report import rollout_text
-from switchkd.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from switchkd.policies import Policy

@@ -10,16 +10,16 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from switchkd.cli import Console, quiet_libraries
+from switchkd.cli.console import Console, quiet_libraries
+from switchkd.cli.display import table
+from switchkd.cli.options import integers
+from switchkd.cli.run_folder import RunFolder, plain, read_config
 from switchkd.commands.progress import RunCallback
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, json_object, parser, read_options
 from switchkd.data import load_records
 from switchkd.errors import UserError
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
-from switchkd.options import integers
-from switchkd.report import table
-from switchkd.run_folder import RunFolder, plain, read_config
 from switchkd.training.config import SwitchConfig, resolve_policy_options
 from switchkd.training.trainer import SwitchTrainer
 

@@ -10,9 +10,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_reporting_integration_callbacks
 
+from switchkd.cli.options import OptionsMixin, truth
 from switchkd.errors import UserError
 from switchkd.methods import get_method
-from switchkd.options import OptionsMixin, truth
 from switchkd.training.config import SwitchConfig
 
 # Of transformers' 120 options `--help` lists those that every run thinks about.

@@ -1,0 +1,1 @@
+"""The frame of the command line: nothing here imports torch or transformers."""

@@ -1,0 +1,85 @@
+"""Where text for people goes, and what other libraries may say there."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from switchkd.cli.run_folder import is_main_process, json_line
+
+
+@dataclass
+class Console:
+    """Where text for people goes: standard output, or standard error when `--json` keeps the former for machines."""
+
+    json: bool = False
+    verbose: bool = False
+
+    @property
+    def stream(self) -> TextIO:
+        """The stream for people."""
+        return sys.stderr if self.json else sys.stdout
+
+    def say(self, text: str = "") -> None:
+        """Print text for people; a reader that went away (`| head`) does not end the run."""
+        if is_main_process():
+            write(self.stream, text + "\n")
+
+    def progress(self, text: str) -> None:
+        """Print a passing remark to standard error."""
+        if is_main_process():
+            write(sys.stderr, text + "\n")
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Print the JSON line that `--json` asks for."""
+        if self.json and is_main_process():
+            write(sys.stdout, json_line(value) + "\n")
+
+
+@contextlib.contextmanager
+def quiet(console: Console) -> Iterator[None]:
+    """Show this package's warnings as one line each, and those of others only when asked for."""
+    home = str(Path(__file__).parents[1])
+
+    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if console.verbose or filename.startswith(home):
+            console.progress(f"switchkd: warning: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        if not console.verbose:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"switchkd\b")
+        warnings.showwarning = show
+        yield
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Keep the load bars and remarks of transformers and datasets off the terminal; call it after importing them."""
+    import datasets
+    import transformers
+    from huggingface_hub.utils import enable_progress_bars
+
+    if verbose:
+        return
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    # A download of gigabytes does want a bar; transformers' switch turned that one off as well.
+    enable_progress_bars()
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write text to a stream; a reader that went away (`| head`) does not end the run."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # Nobody reads on. Point the stream at nothing, or the interpreter complains again when it exits.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)

@@ -1,0 +1,92 @@
+"""The command `switchkd`: finds the command asked for, and turns mistakes into one line.
+
+Nothing heavy is imported here: `switchkd --help` must not wait for torch.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any, Protocol, cast
+
+from switchkd.cli.console import Console, quiet, write
+from switchkd.cli.options import OptionsMixin
+from switchkd.errors import UserError, nearest_name
+
+HELP = """usage: switchkd COMMAND [options]
+
+Distil large language models with the teacher in the loop.
+
+commands:
+{commands}
+
+options:
+  -h, --help     this text; `switchkd COMMAND --help` lists a command's options
+  --version      print the version
+
+first steps:
+  switchkd demo
+  switchkd rollout --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --prompt "Once upon a time"
+  switchkd train --config train.yaml --output_dir runs/mine
+  switchkd evaluate --model_name_or_path runs/mine --dataset_name test.jsonl
+"""
+
+
+class Command(Protocol):
+    """What the module of a command offers."""
+
+    def parser(self) -> Any:
+        """Return the command's `OptionParser`."""
+
+    def run(self, options: argparse.Namespace, console: "Console") -> dict[str, Any]:
+        """Do the work and return what `--json` prints."""
+
+
+def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a mistake that one line explains, 130 for Ctrl-C.
+
+    Args:
+        commands: Name -> the module that is the command, imported when it is asked for, and its line of help.
+        argv: Arguments; those of the process if None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character of the text gets an escape, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(commands, arguments)
+    except UserError as error:
+        if "--verbose" in arguments:
+            traceback.print_exc()
+        write(sys.stderr, f"switchkd: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        write(sys.stderr, "switchkd: interrupted\n")
+        return 130
+
+
+def _run(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, commands))
+        listing = "\n".join(f"  {name:<{width}}     {summary}" for name, (_, summary) in commands.items())
+        write(sys.stdout if arguments else sys.stderr, HELP.format(commands=listing))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        write(sys.stdout, f"switchkd {version('switchkd')}\n")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}; the nearest is {nearest_name(name, commands)!r}")
+    command = cast(Command, import_module(commands[name][0]))
+    parser: OptionsMixin = command.parser()
+    if "-h" in rest or "--help" in rest:
+        write(sys.stdout, cast(argparse.ArgumentParser, parser).format_help())
+        return 0
+    options = parser.resolve(rest)
+    console = Console(json=options.json, verbose=options.verbose)
+    with quiet(console):
+        console.result(command.run(options, console))
+    return 0

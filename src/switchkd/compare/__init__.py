@@ -1,0 +1,1 @@
+"""Methods side by side, several training seeds each, and which differences are real."""

@@ -1,0 +1,235 @@
+"""`switchkd compare`: methods x training seeds from one file, with the answer to "is the difference real?"."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from switchkd.cli.console import Console
+from switchkd.cli.options import OptionParser, integers
+from switchkd.cli.run_folder import RunFolder
+from switchkd.compare.tasks import WARM_START, Task, check, execute, plan
+from switchkd.errors import UserError
+
+SECTIONS = {
+    "train": "options of `switchkd train` that all runs share",
+    "runs": "label -> options on top; `method` is the label unless it is given",
+    "students": "name -> options that make the student",
+    "warm_start": "options of the training that all runs of a student and seed begin with",
+    "evaluate": "options of `switchkd evaluate`",
+}
+
+
+def parser() -> OptionParser:
+    """Return the options of `switchkd compare`."""
+    result = OptionParser(
+        prog="switchkd compare",
+        usage="switchkd compare --config compare.yaml --output_dir DIR",
+        description="Train and score several methods with several training seeds, and say which differences are real. "
+        "Goes on where it was stopped: finished runs are not run again.",
+    )
+    group = result.add_argument_group("what to compare (sections of the config file; JSON as flags)")
+    for name, help in SECTIONS.items():
+        group.add_argument(f"--{name}", metavar="JSON", help=help)
+    group.add_argument("--seeds", nargs="+", default=["0,1,2"], metavar="N,N,...", help="training seeds")
+    group.add_argument("--baseline", metavar="RUN", help="whom every run is compared with (default: the first run)")
+    group.add_argument("--pairs", nargs="+", metavar="RUN:RUN", help="more pairs to compare, also by answer length")
+    machine = result.add_argument_group("machine")
+    machine.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads of each (default: all cores over jobs)")
+    result.add_shared_options("where to write (default: the first free one of runs/compare, runs/compare-2, ...)")
+    return result
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Run what is not done yet, then print and write what was found."""
+    folder = RunFolder(options.output_dir, "compare")
+    sections = {name: _section(name, getattr(options, name)) for name in SECTIONS}
+    seeds = integers(options.seeds, "seeds") or []
+    runs = sections["runs"]
+    if not runs:
+        raise UserError("give runs, what to compare: a mapping from labels to options, in the config file")
+    for name in ("jobs", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be >= 1, got {value}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds must be different integers, got {' '.join(options.seeds)}")
+    baseline, pairs = _pairs(options, runs)
+    tasks = plan(
+        output_dir=folder.path,
+        seeds=seeds,
+        train=sections["train"] or {},
+        runs=runs,
+        evaluate=sections["evaluate"] or {},
+        students=sections["students"],
+        warm_start=sections["warm_start"],
+    )
+    check(tasks)
+    goes_on = folder.holds_run("switchkd compare")
+    if not goes_on:
+        folder.check(overwrite=options.overwrite_output_dir)
+    folder.claim({**vars(options), **sections, "seeds": seeds}, keep=goes_on)
+    if goes_on and options.overwrite_output_dir:
+        for task in tasks:
+            shutil.rmtree(task.folder, ignore_errors=True)
+    failed = _run_all(tasks, options, console)
+    summary = _report(folder, tasks, baseline, pairs, console)
+    if failed:
+        for name, error in failed.items():
+            console.progress(f"failed: {name}: {error}")
+        raise UserError(
+            f"{len(failed)} of {len(tasks)} runs failed, the first with: {next(iter(failed.values()))}; what is done "
+            f"is in {folder.path}, and the same command tries the others again"
+        )
+    return {**summary, "output_dir": str(folder.path)}
+
+
+def _section(name: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if not isinstance(value, dict):
+        raise UserError(f"{name} must be a mapping, {SECTIONS[name]}; got {str(value)[:60]!r}")
+    if name in ("runs", "students"):
+        wrong = next((key for key, item in value.items() if not isinstance(item, dict | None)), None)
+        if wrong is not None:
+            raise UserError(f"{name}: {wrong!r} must be a mapping of options, got {value[wrong]!r}")
+    return value
+
+
+def _pairs(options: argparse.Namespace, runs: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    baseline = options.baseline or next(iter(runs))
+    pairs = [tuple(pair.split(":")) for text in options.pairs or [] for pair in text.split(",")]
+    names = {*runs, *([WARM_START] if options.warm_start else [])}
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"pairs are two runs joined by a colon, first:second, got {':'.join(pair)!r}")
+    for name in (baseline, *(name for pair in pairs for name in pair)):
+        if name not in names:
+            raise UserError(f"no run {name!r}; the runs are {', '.join(runs)}")
+    return baseline, [(first, second) for first, second in pairs]
+
+
+def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Console) -> dict[str, str]:
+    """Run what is not done, warm starts first; return the error of each run that failed."""
+    waiting = [task for task in tasks if task.result() is None]
+    done = len(tasks) - len(waiting)
+    if done:
+        console.say(f"{done} of {len(tasks)} runs are done already")
+    threads = options.threads
+    if threads is None and options.jobs > 1:
+        threads = max(multiprocessing.cpu_count() // options.jobs, 1)
+    failed: dict[str, str] = {}
+    clock = _Clock(len(tasks), done)
+    for phase in ([t for t in waiting if t.label == WARM_START], [t for t in waiting if t.label != WARM_START]):
+        if not phase:
+            continue
+        missing = {(name.student, name.seed) for name in tasks if name.label == WARM_START and name.result() is None}
+        ready = [task for task in phase if task.label == WARM_START or (task.student, task.seed) not in missing]
+        for task in (task for task in phase if task not in ready):
+            failed[task.name] = "its warm start failed"
+        pool = ProcessPoolExecutor(
+            options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+        )
+        try:
+            futures = {pool.submit(execute, task, threads): task for task in ready}
+            for future in as_completed(futures):
+                task = futures[future]
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    result = {"error": "its process ended without a word (out of memory?)"}
+                if "error" in result:
+                    failed[task.name] = result["error"]
+                    console.say(f"{clock.next()} {task.name}: FAILED, {result['error']}")
+                else:
+                    console.say(f"{clock.next()} {task.name}: {_line(result)}{clock.left(options.jobs)}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+        pool.shutdown()
+    return failed
+
+
+class _Clock:
+    """Counts runs and guesses how long the rest takes."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.number, self.began, self.ended = total, done, time.perf_counter(), 0
+
+    def next(self) -> str:
+        self.number, self.ended = self.number + 1, self.ended + 1
+        return f"[{self.number}/{self.total}]"
+
+    def left(self, jobs: int) -> str:
+        waiting = self.total - self.number
+        seconds = waiting * (time.perf_counter() - self.began) / self.ended
+        return f", about {seconds / 60:.0f} min left" if waiting and seconds > 90 else ""
+
+
+def _line(result: Mapping[str, Any]) -> str:
+    share = result["train"].get("teacher_share")
+    taught = f", teacher {share:.0%}" if share is not None else ""
+    return (
+        f"{result['train']['steps']} steps, ROUGE-L {result['evaluate']['rouge_l']:.1f}{taught}, "
+        f"{result['seconds']:.0f} s"
+    )
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C, which reaches every process of the terminal, to the first one, and end when that one is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # tqdm's own lock is shared between processes; a worker that is ended would leave it behind, with a warning.
+    tqdm.set_lock(threading.RLock())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _report(
+    folder: RunFolder, tasks: Sequence[Task], baseline: str, pairs: Sequence[tuple[str, str]], console: Console
+) -> dict[str, Any]:
+    from switchkd.compare.findings import Comparison, plot, read_rows, sentences, tables, write_csv
+
+    finished = [(task, result) for task in tasks if (result := task.result()) is not None]
+    if not finished:
+        return {"runs": 0}
+    found = [result for _, result in finished]
+    rows = {(task.student, task.label, task.seed): read_rows(task.folder) for task, _ in finished}
+    comparison = Comparison(found, rows)
+    text, words = tables(comparison), sentences(comparison, baseline, pairs)
+    console.say(f"\nROUGE-L: mean +- standard deviation over training seeds\n\n{text}\n\n" + "\n".join(words))
+    write_csv(comparison, folder.path / "results.csv")
+    folder.write_json("results.json", {"results": found, "words": words})
+    (folder.path / "report.txt").write_text(f"{text}\n\n" + "\n".join(words) + "\n", encoding="utf-8")
+    plot(comparison, baseline, folder.path / "comparison.png")
+    console.say(f"\nreport.txt, results.csv, results.json, comparison.png in {folder.path}")
+    scores = {
+        student: {
+            label: [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
+            for label in comparison.labels
+        }
+        for student in comparison.students
+    }
+    return {"runs": len(found), "rouge_l": scores, "words": [line.strip() for line in words if line.strip()]}

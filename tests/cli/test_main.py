@@ -1,0 +1,146 @@
+"""The frame of the command line: help, start, errors, terminals."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from helpers.command_line import (
+    Run,
+    environment,
+    one_line_error,
+    rollout_options,
+)
+from helpers.tiny import TINY_VOCABULARY, build_gpt2, build_tokenizer
+
+from switchkd.__main__ import COMMANDS, main
+from switchkd.cli.console import Console
+from switchkd.cli.run_folder import RunFolder, json_line
+from switchkd.commands import rollout
+
+# ---- help and start
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["rollout", "--help"], ["evaluate", "--help"]])
+def test_help_answers_without_loading_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, time; started = time.perf_counter(); from switchkd.__main__ import main;"
+        "code = main(sys.argv[1:]);"
+        "print(time.perf_counter() - started, file=sys.stderr);"
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "switchkd" in done.stdout
+    assert float(done.stderr) < 1.5
+
+
+def test_help_of_a_command_names_its_options(run: Run) -> None:
+    for name in COMMANDS:
+        code, out, _ = run(name, "--help")
+        assert code == 0 and f"usage: switchkd {name}" in out
+        for option in ("--config", "--output_dir", "--json", "--verbose"):
+            assert option in out, (name, option)
+
+
+def test_help_of_train_lists_every_option_of_this_package_once(run: Run) -> None:
+    _, out, _ = run("train", "--help")
+    from switchkd.commands.train_options import RunArguments
+    from switchkd.training.config import SwitchConfig
+
+    own = {item.name for item in dataclasses.fields(RunArguments)} | set(SwitchConfig.__annotations__)
+    for name in own - {"remove_unused_columns"}:
+        assert out.count(f"  --{name} ") == 1, name
+    assert "TrainingArguments" in out
+
+
+def test_without_a_command_the_help_goes_to_standard_error(run: Run) -> None:
+    code, out, err = run()
+    assert (code, out) == (2, "") and "commands:" in err
+
+
+def test_unknown_command_names_the_nearest(run: Run) -> None:
+    assert "'evaluate'" in one_line_error(*run("evalute"))
+
+
+# ---- terminals
+
+
+def test_our_warnings_are_one_line_and_those_of_others_wait_for_verbose(
+    models: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = models.parent / "wide"
+    build_gpt2(seed=2, vocab_size=len(TINY_VOCABULARY) + 6).save_pretrained(wide)
+    build_tokenizer().save_pretrained(wide)
+    policy = rollout.make_policy
+    monkeypatch.setattr(
+        rollout,
+        "make_policy",
+        lambda options: warnings.warn_explicit("noise", UserWarning, "x.py", 1) or policy(options),
+    )
+    options = rollout_options(models, "--prompt", "a", "--teacher_model_name_or_path", wide)
+    code, _, err = run(*options)
+    assert code == 0
+    assert err.startswith("switchkd: warning: student and teacher score 98 and 104 ids") and err.count("\n") == 1
+    assert "noise" in run(*options, "--verbose")[2]
+
+
+def test_verbose_shows_where_an_error_came_from(run: Run) -> None:
+    code, _, err = run("rollout", "--verbose")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("switchkd: error: ")
+
+
+def test_a_terminal_without_unicode_gets_escapes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    console = Console()
+    assert main(["--version"]) == 0  # sets how streams treat what they cannot show
+    console.say("é 日本")
+    assert buffer.getvalue().splitlines()[-1] == rb"\xe9 \u65e5\u672c"
+
+
+def test_nan_is_null_in_json() -> None:
+    assert (
+        json_line({"a": float("nan"), "b": [1.5, float("inf")], "c": "é"}) == '{"a":null,"b":[1.5,null],"c":"\\u00e9"}'
+    )
+
+
+def test_only_the_first_process_of_a_launch_speaks_and_writes(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    console = Console(json=True)
+    console.say("a"), console.progress("b"), console.result({})
+    folder = RunFolder(str(tmp_path / "run"), "train")
+    folder.check(), folder.claim({}), folder.append("metrics.jsonl", [{}])
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_leaves_is_no_error(models: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "switchkd",
+        *map(str, rollout_options(models, "--prompt", "a", "--num_samples", 3)),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=120) == 0
+
+
+def test_the_installed_command_refuses_in_one_line(tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "switchkd"
+    if not script.exists():
+        pytest.skip("switchkd is not installed as a console script beside this Python")
+    done = subprocess.run(
+        [script, "train", "--dataset_name", tmp_path / "missing.jsonl", "--student_layer", "0"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert one_line_error(done.returncode, done.stdout, done.stderr).endswith("'student_layers'")

@@ -1,0 +1,70 @@
+"""`switchkd evaluate`: scores, rows, one line for a mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.command_line import Run, evaluate_options, write_rows
+
+from switchkd.cli.run_folder import read_config
+
+
+def test_evaluate_writes_summary_and_rows(models: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "scores"
+    options = evaluate_options(models, models / "student", folder, "--max_samples", 3, "--json")
+    code, out, err = run(*options, "--teacher_model_name_or_path", models / "teacher")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert set(summary["scores"]) == {"10", "20"} and summary["examples"] == 3
+    assert summary["reference_losses"]["forward_kl"] > 0
+    assert json.loads((folder / "summary.json").read_text()) == {
+        name: value for name, value in summary.items() if name != "output_dir"
+    }
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["index"]) for row in rows] == [(seed, index) for seed in (10, 20) for index in range(3)]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in metrics] == [10, 20]
+    config = read_config(folder)
+    assert config is not None and config["seeds"] == [10, 20]
+    assert "ROUGE-L" in err and "cross-entropy" in err and "KL(teacher, model)" in err
+
+
+def test_evaluate_without_a_folder_takes_a_free_one(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = evaluate_options(
+        models, models / "llama", tmp_path, "--seeds", 1, "--max_samples", 1, "--max_new_tokens", 2
+    )
+    del options[options.index("--output_dir") : options.index("--output_dir") + 2]
+    assert run(*options)[0] == run(*options)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["evaluate", "evaluate-2"]
+    config = tmp_path / "runs" / "evaluate" / "config.yaml"
+    assert run("evaluate", "--config", config, "--output_dir", tmp_path / "again")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seeds", "1,x"], "seeds takes integers"),
+        (["--seeds", "1,1"], "seeds must be one or more different integers"),
+        (["--max_samples", "0"], "max_samples must be >= 1"),
+        (["--max_new_tokens", "500"], "context of 128"),
+        (["--dataset_name", "missing.jsonl"], "no file or folder missing.jsonl"),
+        (["--top_p", "2"], "top_p"),
+        (["--dtype", "int8"], "dtype must be one of"),
+    ],
+)
+def test_wrong_evaluations_are_one_line(models: Path, tmp_path: Path, run: Run, more: list[str], message: str) -> None:
+    folder = tmp_path / "run"
+    code, out, err = run(*evaluate_options(models, models / "student", folder, *more, "--json"))
+    assert (code, out) == (2, "") and message in err.splitlines()[-1]
+    assert not folder.exists()
+
+
+def test_data_without_answers_cannot_be_scored(models: Path, tmp_path: Path, run: Run) -> None:
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    code, _, err = run(
+        *evaluate_options(models, models / "student", tmp_path / "run", "--dataset_name", data, "--json")
+    )
+    assert code == 2 and "row 1 of the prepared data set has no reference" in err.splitlines()[-1]

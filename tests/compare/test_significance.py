@@ -1,0 +1,145 @@
+"""Laws of the paired bootstrap: it finds what is there, claims nothing where nothing is, and says what it ignores."""
+
+import math
+
+import numpy as np
+import pytest
+from numpy.random import default_rng
+
+from switchkd.compare.significance import Difference, difference_of_gains, paired_difference, t_quantile, verdict
+
+# Deviations of training seeds, prompts and single scores: seeds alone, all three, prompts alone.
+NOISES = [(1.0, 0.0, 0.01), (1.0, 3.0, 5.0), (0.3, 5.0, 10.0), (0.0, 10.0, 1.0)]
+
+
+def simulated(rng: np.random.Generator, seeds: int, prompts: int, noise: tuple[float, float, float]) -> np.ndarray:
+    """Differences [S, N] of two methods that are equally good."""
+    by_seed, by_prompt, single = noise
+    return (
+        by_seed * rng.normal(size=(seeds, 1))
+        + by_prompt * rng.normal(size=(1, prompts))
+        + single * rng.normal(size=(seeds, prompts))
+    )
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_without_a_difference_the_interval_covers_zero_about_95_percent_of_the_time(seeds, noise):
+    rng, cases = default_rng(0), 250
+    covered = 0
+    for case in range(cases):
+        scores = simulated(rng, seeds, 60, noise)
+        found = paired_difference(scores, np.zeros_like(scores), resamples=2000, random_seed=case)
+        covered += found.low <= 0 <= found.high
+    # The standard error of a share of 0.95 over 250 cases is 0.014. Noise of single scores is counted with the seeds
+    # and with the prompts, so the interval may be wider than needed; it must not be narrower.
+    assert covered / cases >= 0.91
+    assert covered / cases < 1.0
+
+
+def test_a_shift_without_noise_is_found_exactly():
+    rng = default_rng(1)
+    second = rng.uniform(0, 100, size=(3, 50))
+    found = paired_difference(second + 1.5, second)
+    assert (found.mean, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert (found.wrong_side, found.seeds_ahead, found.is_clear) == (0.0, 3, True)
+
+
+def test_equal_scores_differ_by_nothing():
+    scores = default_rng(2).uniform(0, 100, size=(3, 50))
+    found = paired_difference(scores, scores)
+    assert (found.mean, found.low, found.high, found.wrong_side) == (0, 0, 0, 1.0)
+    assert not found.is_clear
+
+
+def test_swapping_the_methods_mirrors_everything():
+    rng = default_rng(3)
+    first, second = rng.normal(1, 5, size=(3, 80)), rng.normal(0, 5, size=(3, 80))
+    one, other = paired_difference(first, second), paired_difference(second, first)
+    assert (other.mean, other.low, other.high) == pytest.approx((-one.mean, -one.high, -one.low))
+    assert (other.wrong_side, other.seeds_ahead) == (one.wrong_side, one.seeds_ahead)
+
+
+def test_pairing_removes_what_both_methods_share():
+    rng = default_rng(4)
+    hard = rng.uniform(0, 100, size=(1, 200)) * np.ones((3, 1))
+    first = hard + 1 + rng.normal(0, 0.5, size=(3, 200))
+    assert paired_difference(first, hard).is_clear
+    mixed = rng.permuted(hard, axis=1)
+    assert not paired_difference(first, mixed).is_clear
+
+
+def test_more_seeds_narrow_the_interval_when_seeds_are_what_varies():
+    rng = default_rng(5)
+    widths = []
+    for seeds in (2, 3, 5, 10):
+        found = [paired_difference(simulated(rng, seeds, 60, NOISES[0]), np.zeros((seeds, 60))) for _ in range(20)]
+        widths.append(np.mean([one.high - one.low for one in found]))
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 3 * widths[-1]
+
+
+def test_the_order_of_seeds_and_prompts_does_not_matter():
+    rng = default_rng(6)
+    scores = simulated(rng, 3, 90, NOISES[1]) + 2
+    moved = scores[[2, 0, 1]][:, rng.permutation(90)]
+    one, other = (paired_difference(values, np.zeros_like(values), resamples=20_000) for values in (scores, moved))
+    assert one.mean == pytest.approx(other.mean)
+    # What is left is the draw of 20,000 resamples.
+    assert one.low == pytest.approx(other.low, abs=0.3)
+    assert one.high == pytest.approx(other.high, abs=0.3)
+
+
+def test_one_training_seed_is_compared_over_prompts_and_said_to_be_one():
+    rng = default_rng(7)
+    second = rng.uniform(0, 100, size=(1, 200))
+    found = paired_difference(second + 2 + rng.normal(0, 3, size=(1, 200)), second)
+    assert found.seeds == 1 and found.is_clear
+    # The only source of chance left is the prompts': the normal interval of their mean.
+    assert found.high - found.low == pytest.approx(2 * 1.97 * 3 / np.sqrt(200), rel=0.2)
+    text = verdict("switch", "sft", found)
+    assert "one training seed only" in text and "unknown" in text and "chance between prompts" in text
+
+
+def test_gains_that_grow_are_told_from_gains_that_do_not():
+    rng = default_rng(8)
+    long, short = rng.normal(5, 3, size=(3, 80)), rng.normal(1, 3, size=(3, 70))
+    found = difference_of_gains(long, short)
+    assert found.mean == pytest.approx(long.mean() - short.mean()) and found.low > 0
+    assert not difference_of_gains(short + 0.01, short.copy()).is_clear
+
+
+def difference(mean: float, low: float, high: float, seeds: int = 3) -> Difference:
+    return Difference(mean, low, high, wrong_side=0.01, seeds=seeds, prompts=240, seeds_ahead=seeds)
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (
+            difference(1.9, 0.4, 3.1),
+            "switch is ahead of sft by 1.9 points, 95% interval 0.4 to 3.1: larger than chance",
+        ),
+        (difference(-1.9, -3.1, -0.4), "switch is behind sft by 1.9 points, 95% interval 0.4 to 3.1: larger than"),
+        (difference(0.9, -0.4, 2.1), "switch and sft cannot be told apart: +0.9 points, 95% interval -0.4 to +2.1"),
+    ],
+)
+def test_the_verdict_says_which_is_ahead_or_that_it_cannot_be_told(found, text):
+    assert verdict("switch", "sft", found).startswith(text)
+    assert "3 of 3 seeds agree" in verdict("switch", "sft", found)
+
+
+@pytest.mark.parametrize("shapes", [((3, 5), (3, 4)), ((0, 5), (0, 5)), ((3, 1), (3, 1)), ((5,), (5,))])
+def test_scores_that_are_not_paired_by_seed_and_prompt_are_refused(shapes):
+    with pytest.raises(ValueError, match="scores must be"):
+        paired_difference(*(np.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("degrees", [1.0, 1.3, 1.5, 2.0, 3.5, 12.0])
+def test_intervals_of_few_seeds_were_up_to_a_fifth_too_wide(degrees):
+    """Student's density between -t and t integrates to 95%, also between whole degrees of freedom."""
+    angle = np.linspace(0.0, np.arctan(t_quantile(degrees) / np.sqrt(degrees)), 20_001)
+    inside = 2.0 * np.trapezoid(np.cos(angle) ** (degrees - 1.0), angle)
+    norm = np.sqrt(np.pi) * math.gamma(degrees / 2.0) / math.gamma((degrees + 1.0) / 2.0)
+    assert inside / norm == pytest.approx(0.95, abs=1e-5)
+    assert t_quantile(math.inf) == pytest.approx(1.959964)
