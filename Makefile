@@ -9,15 +9,15 @@ DEMO_DIR ?= runs/demo
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
 
-test: $(VENV)/.installed-test  ## Install, then run every test, the slow ones included.
+test: install  ## Install, then run every test, the slow ones included.
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-lint  ## Style and types.
+lint: install  ## Style and types.
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
-install: $(VENV)/.installed-test $(VENV)/.installed-lint
+install: $(VENV)/.installed-dev  ## All that `make test` and `make lint` need.
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "switchkd needs Python 3.11 or newer; set PYTHON=")'
@@ -27,12 +27,8 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) -e ".[test]"
-	touch $@
-
-$(VENV)/.installed-lint: $(VENV)/.installed
-	$(PIP) -e ".[lint]"
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
 	touch $@
 
 clean:
