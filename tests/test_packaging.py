@@ -67,3 +67,15 @@ def test_the_citation_names_this_version() -> None:
     paper = citation["preferred-citation"]
     assert paper["title"] in readme
     assert " and ".join(f"{person['family-names']}, {person['given-names']}" for person in paper["authors"]) in readme
+
+
+def test_ci_runs_what_contributors_run_on_every_python_that_is_declared() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    job = jobs["lint-and-test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    declared = [
+        text.removeprefix("Programming Language :: Python :: ")
+        for text in PROJECT["classifiers"]
+        if re.fullmatch(r"Programming Language :: Python :: \d\.\d+", text)
+    ]
+    assert job["strategy"]["matrix"]["python"] == declared
