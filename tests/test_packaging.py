@@ -2,11 +2,16 @@
 
 import ast
 import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -79,3 +84,55 @@ def test_ci_runs_what_contributors_run_on_every_python_that_is_declared() -> Non
         if re.fullmatch(r"Programming Language :: Python :: \d\.\d+", text)
     ]
     assert job["strategy"]["matrix"]["python"] == declared
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a fresh copy of the source, without a network and without what earlier builds left."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(SOURCE, folder / "src" / "switchkd", ignore=shutil.ignore_patterns("__pycache__"))
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(folder / "dist"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_source_and_nothing_else(wheel: Path) -> None:
+    source = [path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.suffix for path in source} == {".py", ".typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert packed == {path.relative_to(SOURCE.parent).as_posix() for path in source}
+        for path in source:
+            assert archive.read(path.relative_to(SOURCE.parent).as_posix()) == path.read_bytes()
+
+
+def test_the_wheel_says_who_made_it_and_that_it_is_typed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    for line in ("Author: The switchkd developers", "License-Expression: Apache-2.0", "Classifier: Typing :: Typed"):
+        assert line in metadata.splitlines()
+    for kind in ("Homepage", "Documentation", "Repository", "Changelog"):
+        assert f"Project-URL: {kind}, https://" in metadata
+
+
+def test_the_installed_wheel_starts(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "installed"
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    where = "import switchkd; print(switchkd.__file__)"
+    for call, answer in (
+        ([sys.executable, "-c", where], str(target / "switchkd" / "__init__.py")),
+        ([sys.executable, "-m", "switchkd", "--version"], f"switchkd {PROJECT['version']}"),
+        ([str(target / "bin" / "switchkd"), "--version"], f"switchkd {PROJECT['version']}"),
+    ):
+        done = subprocess.run(call, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+        assert (done.returncode, done.stdout.strip()) == (0, answer), done.stderr
