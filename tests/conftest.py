@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 import transformers
 from helpers.command_line import Run, write_rows
 from helpers.tiny import (
@@ -29,8 +28,6 @@ from helpers.tiny import (
 )
 
 from switchkd.__main__ import main
-
-torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:

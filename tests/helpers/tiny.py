@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+torch.set_num_threads(1)
+
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 EOS_TOKEN = "<eos>"
 TINY_VOCABULARY = ["<unk>", *CHARACTERS, EOS_TOKEN]
