@@ -2,8 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from switchkd.errors import UserError
@@ -25,8 +25,6 @@ from switchkd.policies import (
     TrustRegionPolicy,
 )
 
-SCHEDULED = ("initial_threshold", "final_ratio", "horizon", "schedule", "minimum_leg", "clock")
-
 
 @dataclass(frozen=True)
 class Method:
@@ -38,8 +36,8 @@ class Method:
         objective: `cross_entropy` or the name of a divergence.
         source: Paper.
         objective_options: Keyword options of that divergence.
-        policy: Makes the rollout policy; None where the text is the dataset's.
-        policy_options: Names of the config fields passed to `policy`.
+        policy: Class of the rollout policy; None where the text is the dataset's.
+        tunable: Options of the policy that a config may set, each a field of the same name; all of them if None.
         policy_defaults: Arguments of `policy` that differ from its own defaults.
         on_policy_fraction: Share of optimizer steps whose text is rolled out, in [0, 1]; the others use the dataset.
         adaptive_fraction: That share is only the start; it grows each time the evaluation loss gets worse.
@@ -54,8 +52,8 @@ class Method:
     objective: str
     source: str
     objective_options: Mapping[str, Any] = field(default_factory=dict)
-    policy: Callable[..., Policy] | None = None
-    policy_options: tuple[str, ...] = ()
+    policy: type[Policy] | None = None
+    tunable: tuple[str, ...] | None = None
     policy_defaults: Mapping[str, Any] = field(default_factory=dict)
     on_policy_fraction: float = 0.0
     adaptive_fraction: bool = False
@@ -68,6 +66,14 @@ class Method:
     def may_roll_out(self) -> bool:
         """Whether steps of this method can train on rolled-out text."""
         return self.policy is not None and not self.teacher_text
+
+    @property
+    def policy_options(self) -> tuple[str, ...]:
+        """Names of the config fields that are passed to the policy."""
+        if self.tunable is not None or self.policy is None:
+            return self.tunable or ()
+        policy: Any = self.policy  # every policy is a dataclass, which their base does not say
+        return tuple(option.name for option in fields(policy) if option.init)
 
     def default_options(self) -> dict[str, Any]:
         """Return the policy's options with the values that hold where the config has None."""
@@ -138,7 +144,6 @@ METHODS: dict[str, Method] = {
             summary="text sampled from 0.8 student + 0.2 teacher, reverse KL of whole texts by policy gradient",
             objective="reverse_kl",
             policy=BlendPolicy,
-            policy_options=("mixture_weight",),
             on_policy_fraction=1.0,
             policy_gradient=True,
             source="Gu et al., arXiv 2306.08543",
@@ -158,7 +163,6 @@ METHODS: dict[str, Method] = {
             summary="the student writes, the teacher takes over where the two differ too much; reverse KL",
             objective="reverse_kl",
             policy=SwitchPolicy,
-            policy_options=SCHEDULED,
             on_policy_fraction=1.0,
             source="Koo et al., arXiv 2410.19503",
         ),
@@ -167,7 +171,6 @@ METHODS: dict[str, Method] = {
             summary="student-written text; the teacher replaces drafted tokens outside its top K; forward KL",
             objective="forward_kl",
             policy=SkdPolicy,
-            policy_options=("teacher_top_k",),
             on_policy_fraction=1.0,
             source="Xu et al., arXiv 2410.11325",
         ),
@@ -176,7 +179,6 @@ METHODS: dict[str, Method] = {
             summary="student up to one position far harder than those before, teacher after it; forward KL",
             objective="forward_kl",
             policy=AdaSwitchPolicy,
-            policy_options=("divergence_multiple", "divergence_window"),
             on_policy_fraction=1.0,
             source="Peng et al., arXiv 2510.07842",
         ),
@@ -186,7 +188,7 @@ METHODS: dict[str, Method] = {
             objective="generalized_jsd",
             objective_options={"teacher_weight": 0.5},
             policy=SwitchPolicy,
-            policy_options=("initial_threshold", "minimum_leg"),
+            tunable=("initial_threshold", "minimum_leg"),
             policy_defaults={"schedule": "constant"},
             on_policy_fraction=1.0,
             own_teacher=True,
@@ -197,7 +199,6 @@ METHODS: dict[str, Method] = {
             summary="student-written text with a few short legs of the teacher; reverse KL",
             objective="reverse_kl",
             policy=RelayPolicy,
-            policy_options=("trigger_threshold", "leg_length", "leg_budget"),
             on_policy_fraction=1.0,
             source="Xu et al., arXiv 2607.26057",
         ),
@@ -206,7 +207,6 @@ METHODS: dict[str, Method] = {
             summary="text sampled from a blend within a KL budget that falls to zero; reverse KL",
             objective="reverse_kl",
             policy=TrustRegionPolicy,
-            policy_options=("kl_budget", "kl_budget_warmup"),
             on_policy_fraction=1.0,
             source="Plyusov et al., arXiv 2605.31159",
         ),
@@ -215,7 +215,6 @@ METHODS: dict[str, Method] = {
             summary="control: the teacher writes random positions; reverse KL",
             objective="reverse_kl",
             policy=RandomPolicy,
-            policy_options=("teacher_share",),
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -224,7 +223,6 @@ METHODS: dict[str, Method] = {
             summary="control: the teacher writes the first tokens, the student the rest; reverse KL",
             objective="reverse_kl",
             policy=TeacherFirstPolicy,
-            policy_options=("teacher_tokens",),
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -233,7 +231,6 @@ METHODS: dict[str, Method] = {
             summary="control: the student writes the first tokens, the teacher the rest; reverse KL",
             objective="reverse_kl",
             policy=StudentFirstPolicy,
-            policy_options=("switch_position",),
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -242,7 +239,6 @@ METHODS: dict[str, Method] = {
             summary="control: the teacher writes where the student's entropy is high; reverse KL",
             objective="reverse_kl",
             policy=StudentEntropyPolicy,
-            policy_options=SCHEDULED,
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -251,7 +247,6 @@ METHODS: dict[str, Method] = {
             summary="control: the teacher writes where the student's likeliest token is unlikely; reverse KL",
             objective="reverse_kl",
             policy=StudentConfidencePolicy,
-            policy_options=SCHEDULED,
             on_policy_fraction=1.0,
             source="control of switch",
         ),

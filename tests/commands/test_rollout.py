@@ -52,20 +52,6 @@ def test_rollout_writes_its_folder_only_when_asked(models: Path, tmp_path: Path,
     }
 
 
-def test_the_command_line_knows_every_policy_and_all_of_its_options() -> None:
-    from switchkd.commands.policy_options import FLAGS, POLICIES
-    from switchkd.methods import METHODS
-    from switchkd.training.config import SwitchConfig
-
-    own = {name: method for name, method in METHODS.items() if method.policy_options and name not in ("ssd", "minillm")}
-    assert {*own, "student", "teacher", "blend"} == set(POLICIES)
-    for name, method in own.items():
-        # What is annealed over a training has no meaning in one rollout.
-        assert set(POLICIES[name]) == set(method.policy_options) - {"kl_budget_warmup"}
-    for name, (kind, _, _) in FLAGS.items():
-        assert str(SwitchConfig.__annotations__[name]) == f"{kind.__name__} | None"
-
-
 @pytest.mark.parametrize(
     ("policy", "options"),
     [

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 from numpy.random import default_rng
 
 from switchkd.compare.significance import Difference, difference_of_gains, paired_difference, t_quantile, verdict
@@ -139,7 +140,7 @@ def test_scores_that_are_not_paired_by_seed_and_prompt_are_refused(shapes):
 def test_intervals_of_few_seeds_were_up_to_a_fifth_too_wide(degrees):
     """Student's density between -t and t integrates to 95%, also between whole degrees of freedom."""
     angle = np.linspace(0.0, np.arctan(t_quantile(degrees) / np.sqrt(degrees)), 20_001)
-    inside = 2.0 * np.trapezoid(np.cos(angle) ** (degrees - 1.0), angle)
+    inside = 2.0 * trapezoid(np.cos(angle) ** (degrees - 1.0), angle)
     norm = np.sqrt(np.pi) * math.gamma(degrees / 2.0) / math.gamma((degrees + 1.0) / 2.0)
     assert inside / norm == pytest.approx(0.95, abs=1e-5)
     assert t_quantile(math.inf) == pytest.approx(1.959964)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from switchkd.divergences import DIVERGENCES
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import OutputHead, hidden_states_of, output_head
-from switchkd.objective import CROSS_ENTROPY, completion_logits, reduce_losses, token_losses
+from switchkd.objective import CROSS_ENTROPY, Objective, completion_logits, reduce_losses, token_losses
 from switchkd.objective import loss as objective
 from switchkd.objective.chunked import MEMORY_BUDGET, TEMPORARIES, chunk_sizes, chunked_loss
 
@@ -107,13 +107,14 @@ class Problem:
         return reduce_losses(weighted, self.mask, self.denominator), torch.where(self.mask, losses.detach(), 0.0)
 
     def chunked(self, **over):
+        # The cross-entropy has no temperature.
+        temperature = 1.0 if self.objective == CROSS_ENTROPY else self.loss_temperature
         arguments = {
             "mask": self.mask,
-            "objective": self.objective,
+            "objective": Objective(self.objective, temperature=temperature),
             "teacher_hidden": self.teacher_hidden,
             "teacher_head": self.teacher_head,
             "labels": self.labels,
-            "loss_temperature": self.loss_temperature,
             "weights": self.weights,
             "denominator": self.denominator,
         }
@@ -180,7 +181,9 @@ def test_options_reach_the_divergence(name):
         teacher_logits=problem.teacher_head.logits(problem.teacher_head.module(problem.teacher_hidden)),
         labels=problem.labels,
     )
-    torch.testing.assert_close(problem.chunked(options=options).loss, reduce_losses(losses, problem.mask))
+    torch.testing.assert_close(
+        problem.chunked(objective=Objective(name, options)).loss, reduce_losses(losses, problem.mask)
+    )
 
 
 def test_extreme_states_give_finite_gradients():

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from switchkd.data import prepare
 from switchkd.errors import UserError
 from switchkd.methods import METHODS
-from switchkd.training.config import SwitchConfig, refuse_idle_options, resolve_policy_options
+from switchkd.training.config import SwitchConfig, own_fields
 from switchkd.training.guards import refuse_launch
+from switchkd.training.resolve import resolve
 from switchkd.training.trainer import SwitchTrainer
 
 MIDDLE = {"initial_threshold": 0.42, "schedule": "constant"}
@@ -202,7 +203,7 @@ def test_every_option_of_the_project_has_a_stated_effect():
 
 
 def test_every_option_has_help():
-    own = SwitchConfig.__annotations__
+    own = own_fields()
     missing = [
         f.name for f in dataclasses.fields(SwitchConfig) if f.name in own and len(f.metadata.get("help", "")) < 10
     ]
@@ -341,11 +342,11 @@ def test_the_values_a_method_takes_anyway_may_be_written_out(make_trainer):
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.may_roll_out])
 def test_a_runs_own_resolved_options_are_not_refused_by_the_next_run(name):
     """At on_policy_fraction 0 the written-out policy options were called idle for 10 of the 16 rolling methods."""
-    method = METHODS[name]
     for fraction in (0.0, 1.0):
-        first = SwitchConfig(use_cpu=True, method=name, on_policy_fraction=fraction)
-        resolved = resolve_policy_options(method, first)
-        refuse_idle_options(method, SwitchConfig(use_cpu=True, method=name, on_policy_fraction=fraction, **resolved))
+        options = {"use_cpu": True, "method": name, "on_policy_fraction": fraction}
+        plan = resolve(SwitchConfig(**options))
+        written = {**options, **plan.policy_options, **plan.objective.options, "divergence": plan.objective.name}
+        assert resolve(SwitchConfig(**written)) == plan
 
 
 @pytest.mark.parametrize("name", ["data_collator", "compute_metrics", "compute_loss_func", "model_init"])
@@ -503,8 +504,7 @@ def test_prepared_and_raw_data_train_alike(make_trainer):
 
 
 def launch(trainer):
-    writes_text = trainer.may_roll_out or trainer.method.teacher_text
-    refuse_launch(gpus=trainer.args.n_gpu, writes_text=writes_text, sharded=trainer._is_sharded)
+    refuse_launch(gpus=trainer.args.n_gpu, writes_text=trainer.plan.writes_text, sharded=trainer._is_sharded)
 
 
 def test_fsdp_and_zero3_are_refused_because_rollouts_would_hang(make_trainer, monkeypatch):

@@ -94,8 +94,8 @@ def plain_step(trainer, inputs, count):
     forward = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "position_ids": positions}
     losses = token_losses(
         completion_logits(student(**forward).logits, length),
-        objective=trainer.step_loss.objective,
-        options=trainer.step_loss.options,
+        objective=trainer.step_loss.objective.name,
+        options=trainer.step_loss.objective.options,
         teacher_logits=completion_logits(teacher(**forward).logits, length),
     )
     loss = reduce_losses(losses, inputs["completion_mask"], count)

@@ -7,13 +7,13 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser
 from switchkd.cli.run_folder import RunFolder
-from switchkd.commands.policy_options import POLICIES, add_policy_options
+from switchkd.commands.policy_options import OPTIONS, add_policy_options
 from switchkd.errors import UserError
 
 if TYPE_CHECKING:
     from switchkd.training.calibration import Calibration
 
-POLICY_OPTIONS = POLICIES["switch"]
+POLICY_OPTIONS = tuple(name for name, option in OPTIONS.items() if "switch" in option.policies)
 
 
 def parser() -> OptionParser:

@@ -7,7 +7,7 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import rollout_text
 from switchkd.cli.options import OptionParser, wants_color
 from switchkd.cli.run_folder import RunFolder
-from switchkd.commands.policy_options import POLICIES, add_policy_options, check_policy_options, make_policy
+from switchkd.commands.policy_options import NAMES, add_policy_options, check_policy_options, make_policy
 from switchkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def parser() -> OptionParser:
     prompts.add_argument("--num_prompts", type=int, default=4, metavar="N", help="how many prompts of the data set")
     prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions of every prompt")
     policy = result.add_argument_group("who writes")
-    policy.add_argument("--policy", default="switch", metavar="NAME", help=", ".join(POLICIES))
+    policy.add_argument("--policy", default="switch", metavar="NAME", help=", ".join(NAMES))
     add_policy_options(policy)
     sampling = result.add_argument_group("sampling")
     sampling.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="length limit, tokens")
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    choices = {"policy": list(POLICIES), "template": ["none", "alpaca", "chat"]}
+    choices = {"policy": list(NAMES), "template": ["none", "alpaca", "chat"]}
     choices |= {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
     for name, valid in choices.items():
         if getattr(options, name) not in valid:

@@ -20,7 +20,7 @@ from switchkd.data import load_records
 from switchkd.errors import UserError
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
-from switchkd.training.config import SwitchConfig, resolve_policy_options
+from switchkd.training.config import SwitchConfig, own_fields
 from switchkd.training.trainer import SwitchTrainer
 
 __all__ = ["parser", "run"]
@@ -185,10 +185,10 @@ def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     """Every option with the value that holds, the method's own included; `--config` reads it again."""
     config = trainer.args
     values = config.to_dict()
-    values |= {"divergence": trainer.step_loss.objective, "on_policy_fraction": trainer.text.fraction}
-    values |= trainer.step_loss.options
-    values |= resolve_policy_options(trainer.method, config)
-    own = {name: values[name] for name in SwitchConfig.__annotations__ if name in values}
+    plan = trainer.plan
+    values |= {"divergence": plan.objective.name, "on_policy_fraction": plan.fraction}
+    values |= {**plan.objective.options, **plan.policy_options}
+    own = {name: values[name] for name in own_fields() if name in values}
     return {**dataclasses.asdict(args), **own, **values}
 
 

@@ -13,7 +13,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from switchkd.cli.options import OptionsMixin, truth
 from switchkd.errors import UserError
 from switchkd.methods import get_method
-from switchkd.training.config import SwitchConfig
+from switchkd.policy_options import POLICY_OPTIONS
+from switchkd.training.config import SwitchConfig, own_fields
 
 # Of transformers' 120 options `--help` lists those that every run thinks about.
 SHOWN_TRAINING_ARGUMENTS = (
@@ -32,6 +33,9 @@ SHOWN_TRAINING_ARGUMENTS = (
     "report_to",
     "resume_from_checkpoint",
 )
+
+# Of TrainingArguments, but with the one value that works here.
+FIXED = {"remove_unused_columns", "logging_nan_inf_filter"}
 
 OWN_HELP = {
     "output_dir": "Folder of the run. Default: the first free one of runs/train, runs/train-2, ...",
@@ -103,7 +107,9 @@ def parser() -> TrainParser:
         "that most runs set.",
     )
     method = result.add_argument_group("method and rollouts")
+    policy = result.add_argument_group("who writes (each option belongs to the methods named first)")
     training = result.add_argument_group("training (transformers.TrainingArguments)")
+    own = set(own_fields())
     # HfArgumentParser puts every option of a dataclass into one group; help is easier to read in three.
     options: Any = result._optionals._group_actions
     for action in list(options):
@@ -118,7 +124,9 @@ def parser() -> TrainParser:
             action.help = argparse.SUPPRESS
         elif action.dest in SHOWN_TRAINING_ARGUMENTS:
             training._group_actions.append(action)
-        elif action.dest in SwitchConfig.__annotations__ and action.dest != "remove_unused_columns":
+        elif action.dest in POLICY_OPTIONS:
+            policy._group_actions.append(action)
+        elif action.dest in own - FIXED:
             method._group_actions.append(action)
         else:
             action.help = argparse.SUPPRESS

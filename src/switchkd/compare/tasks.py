@@ -145,8 +145,7 @@ def check(tasks: Sequence[Task]) -> None:
         UserError: Names the run.
     """
     from switchkd.commands import train_options
-    from switchkd.methods import get_method
-    from switchkd.training.config import refuse_idle_options
+    from switchkd.training.resolve import resolve
 
     parser = train_options.parser()
     scorer = import_module("switchkd.commands.evaluate").parser()
@@ -159,7 +158,7 @@ def check(tasks: Sequence[Task]) -> None:
         try:
             options = parser.resolve([*_flags(task.train), "--output_dir", str(task.folder / "train")])
             _, config = train_options.read_options(options)
-            refuse_idle_options(get_method(config.method), config)
+            resolve(config)
             scorer.resolve([*_flags(task.evaluate), "--model_name_or_path", "x"])
         except UserError as error:
             raise UserError(f"{task.name}: {error}") from None

@@ -22,7 +22,7 @@ from switchkd.errors import UserError
 from switchkd.evaluation.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
-from switchkd.objective import CROSS_ENTROPY
+from switchkd.objective import CROSS_ENTROPY, Objective
 from switchkd.objective.step import StepLoss
 from switchkd.policies import StudentPolicy
 from switchkd.sampling import check_warping
@@ -224,11 +224,11 @@ def _batch_losses(
     device = device_of(model)
     inputs = {name: value.to(device) for name, value in collate(rows, pad).items()}
     of_divergence = {
-        name: StepLoss(objective, excluded_ids=excluded_ids)
+        name: StepLoss(Objective(objective, excluded_ids=excluded_ids))
         for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd"))
         if teacher is not None
     }
-    reading = of_divergence.get("forward_kl", StepLoss(CROSS_ENTROPY))
+    reading = of_divergence.get("forward_kl", StepLoss(Objective(CROSS_ENTROPY)))
     of_model, of_teacher = reading.predictions(model, teacher, inputs)
     losses = {"cross_entropy": reading.cross_entropy(of_model, inputs)}
     losses |= {name: loss.compare(of_model, of_teacher, inputs) for name, loss in of_divergence.items()}

@@ -2,6 +2,7 @@
 
 from switchkd.objective.loss import (
     CROSS_ENTROPY,
+    Objective,
     check_objective,
     completion_logits,
     objective_options,
@@ -11,6 +12,7 @@ from switchkd.objective.loss import (
 
 __all__ = [
     "CROSS_ENTROPY",
+    "Objective",
     "check_objective",
     "completion_logits",
     "objective_options",

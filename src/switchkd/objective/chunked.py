@@ -4,7 +4,7 @@ Only supervised positions are projected. The gradient is computed in the forward
 logits are there; the backward scales it. Values and gradients are those of `switchkd.objective` up to rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchkd.models.heads import OutputHead
-from switchkd.objective import loss as objectives
+from switchkd.objective.loss import Objective, at_least_float32, per_token
 
 #: What logits and their temporaries may take, bytes; the gradient of the head's weight comes on top.
 MEMORY_BUDGET = 256 * 2**20
@@ -72,15 +72,12 @@ def chunked_loss(
     student_head: OutputHead,
     *,
     mask: Tensor,
-    objective: str,
-    options: Mapping[str, Any] | None = None,
+    objective: Objective | str,
     teacher_hidden: Tensor | None = None,
     teacher_head: OutputHead | None = None,
     labels: Tensor | None = None,
-    loss_temperature: float = 1.0,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
-    excluded_ids: tuple[int, ...] = (),
     memory_budget: int = MEMORY_BUDGET,
 ) -> ChunkedLoss:
     """Return `reduce_losses(weights * token_losses(logits, ...), mask, denominator)` without ever holding all logits.
@@ -89,16 +86,13 @@ def chunked_loss(
         student_hidden: The states that predict each token, `[B, C, H]`.
         student_head: Its parameters get their gradients too, where they want them.
         mask: True at supervised tokens, `[B, C]`.
-        objective: `cross_entropy` or a name in `switchkd.divergences.DIVERGENCES`.
-        options: Keyword options of that divergence.
+        objective: What is learned, or its name where it has no options.
         teacher_hidden: `[B, C, H']`, in any precision and on any device: it is moved chunk by chunk. No gradient
             reaches it.
         teacher_head: May score more or fewer ids: both sides are cut to the shared ones and renormalised.
         labels: int64 `[B, C]`, for the cross-entropy.
-        loss_temperature: Divides both models' logits before a divergence compares them, > 0.
         weights: Multiply the losses, `[B, C]`, e.g. by author; None is 1 everywhere. They do not enter the count.
         denominator: How many tokens share one optimizer step; the mask's own count if None.
-        excluded_ids: Left out of a divergence, see `token_losses`.
         memory_budget: Bytes for logits and their temporaries.
 
     Raises:
@@ -112,9 +106,10 @@ def chunked_loss(
     ):
         if value is not None and shape != mask.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the mask {tuple(mask.shape)}")
-    compares = objective != objectives.CROSS_ENTROPY
+    objective = Objective.of(objective)
+    compares = objective.reads_teacher
     if compares and (teacher_hidden is None or teacher_head is None):
-        raise ValueError(f"{objective} needs teacher_hidden and teacher_head")
+        raise ValueError(f"{objective.name} needs teacher_hidden and teacher_head")
     if not compares and labels is None:
         raise ValueError("cross_entropy needs labels")
 
@@ -128,19 +123,12 @@ def chunked_loss(
         labels=None if compares or labels is None else labels.flatten()[positions],
         weights=None if weights is None else weights.flatten()[positions].detach(),
         objective=objective,
-        options=options or {},
-        loss_temperature=loss_temperature,
-        excluded_ids=excluded_ids,
         memory_budget=memory_budget,
         learns=torch.is_grad_enabled(),
     )
     learned = [parameter for parameter in student_head.module.parameters() if parameter.requires_grad]
     total, losses = _ChunkedTotal.apply(task, states, *learned)
-    loss = objectives.reduce_losses(
-        total.unsqueeze(0),
-        torch.ones(1, dtype=torch.bool, device=total.device),
-        len(positions) if denominator is None else denominator,
-    )
+    loss = per_token(total, len(positions) if denominator is None else denominator)
     token_losses = losses.new_zeros(mask.numel()).index_copy_(0, positions, losses)
     return ChunkedLoss(loss, token_losses.view(mask.shape))
 
@@ -155,29 +143,18 @@ class _Task:
     positions: Tensor  # [N], rows of teacher_states
     labels: Tensor | None  # [N]
     weights: Tensor | None  # [N]
-    objective: str
-    options: Mapping[str, Any]
-    loss_temperature: float
-    excluded_ids: tuple[int, ...]
+    objective: Objective
     memory_budget: int
     learns: bool
 
     def losses(self, student_raw: Tensor, teacher_raw: Tensor | None, rows: slice) -> Tensor:
         """Return the losses of some positions, from what the two output layers give for them, `[n, V]`."""
-        student_logits = self.student_head.logits(_at_least_float32(student_raw))
+        student_logits = self.student_head.logits(at_least_float32(student_raw))
         teacher_logits = None
         if teacher_raw is not None:
             assert self.teacher_head is not None
-            teacher_logits = self.teacher_head.logits(_at_least_float32(teacher_raw.to(student_raw.device)))
-        return objectives.token_losses(
-            student_logits,
-            objective=self.objective,
-            options=self.options,
-            teacher_logits=teacher_logits,
-            labels=None if self.labels is None else self.labels[rows],
-            loss_temperature=self.loss_temperature,
-            excluded_ids=self.excluded_ids,
-        )
+            teacher_logits = self.teacher_head.logits(at_least_float32(teacher_raw.to(student_raw.device)))
+        return self.objective(student_logits, teacher_logits, None if self.labels is None else self.labels[rows])
 
     def read_teacher(self, projection: "_Projection | None", rows: slice) -> Tensor | None:
         if projection is None:
@@ -246,7 +223,7 @@ def _losses_and_gradient(
     """Return the losses of a block, and write their gradient over the student's projected logits."""
     if not learns:
         return task.losses(student_raw, teacher_raw, rows)
-    leaf = _at_least_float32(student_raw).detach().requires_grad_()
+    leaf = at_least_float32(student_raw).detach().requires_grad_()
     with torch.enable_grad():
         losses = task.losses(leaf, teacher_raw, rows)
         weighted = losses if task.weights is None else losses * task.weights[rows]
@@ -332,7 +309,3 @@ class _PlainProjection(_Projection):
 
 def _projection(head: OutputHead, width: int, learned: Sequence[Tensor] = (), *, learns: bool = False) -> _Projection:
     return (_PlainProjection if head.is_plain else _Projection)(head, width, learned, learns=learns)
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

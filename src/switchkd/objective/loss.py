@@ -1,7 +1,9 @@
 """What is learned from a completion: the only shift, the only mask and the only reduction of the package."""
 
 import inspect
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,17 +59,68 @@ def token_losses(
         if labels is None:
             raise ValueError("cross_entropy needs labels")
         losses = torch.nn.functional.cross_entropy(
-            _at_least_float32(student_logits).flatten(0, -2), labels.flatten(), reduction="none"
+            at_least_float32(student_logits).flatten(0, -2), labels.flatten(), reduction="none"
         )
         return losses.view(labels.shape)
     if teacher_logits is None:
         raise ValueError(f"{objective} needs teacher_logits")
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student_log_probs, teacher_log_probs = (
-        (_at_least_float32(restricted(logits, shared, excluded_ids)) / loss_temperature).log_softmax(-1)
+        (at_least_float32(restricted(logits, shared, excluded_ids)) / loss_temperature).log_softmax(-1)
         for logits in (student_logits, teacher_logits.detach())
     )
     return DIVERGENCES[objective](student_log_probs, teacher_log_probs, **(options or {}))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned at a token: a divergence with its options, or the cross-entropy; it checks itself.
+
+    Attributes:
+        name: `cross_entropy` or a name in `switchkd.divergences.DIVERGENCES`.
+        options: Keyword options of that divergence.
+        temperature: Divides both models' logits before a divergence compares them, > 0; 1 for the cross-entropy.
+        excluded_ids: Ids that a divergence leaves out on both sides, see `token_losses`.
+
+    Raises:
+        UserError: An unknown name, or an option or temperature that is out of range or would do nothing.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    excluded_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_objective(self.name, self.options)
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(f"loss_temperature must be a finite number > 0, got {self.temperature}")
+        if not self.reads_teacher and self.temperature != 1.0:
+            raise UserError(f"loss_temperature={self.temperature} does nothing with cross_entropy; remove it")
+
+    @classmethod
+    def of(cls, objective: "Objective | str") -> "Objective":
+        """Return an objective given as itself or by its name."""
+        return cls(objective) if isinstance(objective, str) else objective
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the student is compared with the teacher."""
+        return self.name != CROSS_ENTROPY
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of every token, nats, `[...]`; arguments as in `token_losses`."""
+        return token_losses(
+            student_logits,
+            objective=self.name,
+            options=self.options,
+            teacher_logits=teacher_logits,
+            labels=labels,
+            loss_temperature=self.temperature,
+            excluded_ids=self.excluded_ids,
+        )
 
 
 def reduce_losses(losses: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
@@ -85,8 +138,12 @@ def reduce_losses(losses: Tensor, mask: Tensor, denominator: Tensor | float | No
     if denominator is None:
         denominator = mask.sum()
     # Masking by selection: a nan or inf at an unsupervised position must not survive as 0 * nan.
-    total = torch.where(mask, losses, 0.0).sum()
-    return total / torch.clamp(torch.as_tensor(denominator, device=losses.device), min=1)
+    return per_token(torch.where(mask, losses, 0.0).sum(), denominator)
+
+
+def per_token(total: Tensor, count: Tensor | float) -> Tensor:
+    """Return a sum of losses over a count of tokens, 0 where the count is 0."""
+    return total / torch.clamp(torch.as_tensor(count, device=total.device), min=1)
 
 
 def check_objective(objective: str, options: Mapping[str, Any]) -> None:
@@ -121,5 +178,6 @@ def objective_options(objective: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return values in float32, or in float64 where they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

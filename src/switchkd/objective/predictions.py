@@ -11,6 +11,7 @@ from switchkd.models.forward import device_of
 from switchkd.models.heads import OutputHead, hidden_states_of, output_head
 from switchkd.objective import loss as objectives
 from switchkd.objective.chunked import ChunkedLoss, chunked_loss
+from switchkd.objective.loss import Objective
 from switchkd.objective.policy_gradient import importance_weights, policy_gradient_losses
 from switchkd.sampling import restricted
 
@@ -57,15 +58,12 @@ def supervised_loss(
     teacher: Predictions | None,
     *,
     mask: Tensor,
-    objective: str,
-    options: Mapping[str, Any] | None = None,
+    objective: Objective,
     labels: Tensor | None = None,
-    loss_temperature: float = 1.0,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
-    excluded_ids: tuple[int, ...] = (),
 ) -> ChunkedLoss:
-    """Return `reduce_losses(weights * token_losses(...), mask, denominator)` and the losses of the tokens.
+    """Return `reduce_losses(weights * objective(...), mask, denominator)` and the losses of the tokens.
 
     Arguments as in `chunked_loss`, which computes it unless a model has no head to read its states with.
     """
@@ -75,24 +73,14 @@ def supervised_loss(
             student.head,
             mask=mask,
             objective=objective,
-            options=options,
             teacher_hidden=None if teacher is None else teacher.values,
             teacher_head=None if teacher is None else teacher.head,
             labels=labels,
-            loss_temperature=loss_temperature,
             weights=weights,
             denominator=denominator,
-            excluded_ids=excluded_ids,
         )
-    losses = objectives.token_losses(
-        student.logits(),
-        objective=objective,
-        options=options,
-        teacher_logits=None if teacher is None else teacher.logits().to(student.values.device),
-        labels=labels,
-        loss_temperature=loss_temperature,
-        excluded_ids=excluded_ids,
-    )
+    teacher_logits = None if teacher is None else teacher.logits().to(student.values.device)
+    losses = objective(student.logits(), teacher_logits, labels)
     weighted = losses if weights is None else losses * weights
     return ChunkedLoss(objectives.reduce_losses(weighted, mask, denominator), losses.detach())
 

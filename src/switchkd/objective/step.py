@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from switchkd.models.forward import prompt_positions
 from switchkd.models.heads import output_head
 from switchkd.objective.chunked import ChunkedLoss
-from switchkd.objective.loss import CROSS_ENTROPY
+from switchkd.objective.loss import CROSS_ENTROPY, Objective
 from switchkd.objective.predictions import Predictions, author_weights, minillm_loss, predict, supervised_loss
 from switchkd.rollout import Author
 
@@ -19,35 +19,29 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What is learned from a micro-batch of `switchkd.batches`.
+    """What is learned from a micro-batch of `switchkd.data.batches`.
 
     Attributes:
-        objective: `cross_entropy` or the name of a divergence.
-        options: Keyword options of that divergence.
-        loss_temperature: Divides both models' logits in the divergence, > 0.
+        objective: What is learned at a token.
         author_weights: `Author` -> weight of the loss of rolled-out tokens, 1 for those left out.
         ce_weight: Adds this times the cross-entropy where the text is the data set's.
         lm_weight: Adds this times the cross-entropy on the plain text that the micro-batch carries.
         minillm: `(mixture_weight, clip_range)` of MiniLLM's policy gradient, which then replaces the objective on
             rolled-out text; None for every other method.
-        excluded_ids: Left out where models are compared, see `switchkd.vocabulary.check_tokenizers`.
         full_logits: Models compute their logits themselves, because their weights are sharded.
     """
 
-    objective: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    loss_temperature: float = 1.0
+    objective: Objective
     author_weights: Mapping[int, float] = field(default_factory=dict)
     ce_weight: float = 0.0
     lm_weight: float = 0.0
     minillm: tuple[float, float] | None = None
-    excluded_ids: tuple[int, ...] = ()
     full_logits: bool = False
 
     @property
     def reads_teacher(self) -> bool:
         """Whether the objective compares with the teacher."""
-        return self.objective != CROSS_ENTROPY
+        return self.objective.reads_teacher
 
     def needs_teacher_pass(self, inputs: Inputs) -> bool:
         """Whether the teacher must read the micro-batch: not where its states come with it."""
@@ -56,7 +50,7 @@ class StepLoss:
     def predictions(
         self, student: nn.Module, teacher: nn.Module | None, inputs: Inputs
     ) -> tuple[Predictions, Predictions | None]:
-        """Return what the student predicts, with its graph, and the teacher, without; None where nobody asks it."""
+        """Return what the student predicts, with its graph, and the teacher, without; None where it is not read."""
         length = inputs["completion_mask"].shape[1]
         predicted = predict(student, _forward(inputs, ""), length, full_logits=self.full_logits)
         if not self.reads_teacher:
@@ -76,7 +70,7 @@ class StepLoss:
         Args:
             student: The model in training, wrapped as it is trained.
             teacher: May be None where the objective does not compare.
-            inputs: As `switchkd.batches.model_inputs` returns; `lm_input_ids` and `lm_tokens` may stand beside it.
+            inputs: As `switchkd.data.batches.model_inputs` returns; `lm_input_ids` and `lm_tokens` may stand beside it.
             denominator: Supervised tokens of the whole optimizer step; the micro-batch's own if None.
         """
         predicted, taught = self.predictions(student, teacher, inputs)
@@ -93,7 +87,7 @@ class StepLoss:
                 mixture_weight=mixture_weight,
                 clip_range=clip_range,
                 denominator=denominator,
-                excluded_ids=self.excluded_ids,
+                excluded_ids=self.objective.excluded_ids,
             )
         else:
             weights = author_weights(inputs["author"], self.author_weights) if rolled_out else None
@@ -118,12 +112,9 @@ class StepLoss:
             teacher,
             mask=inputs["completion_mask"],
             objective=self.objective,
-            options=self.options,
             labels=_labels(inputs),
-            loss_temperature=self.loss_temperature,
             weights=weights,
             denominator=denominator,
-            excluded_ids=self.excluded_ids,
         )
 
     def cross_entropy(
@@ -132,7 +123,12 @@ class StepLoss:
         """Return the cross-entropy of the micro-batch's own tokens."""
         mask = inputs["completion_mask"]
         return supervised_loss(
-            student, None, mask=mask, objective=CROSS_ENTROPY, labels=_labels(inputs), denominator=denominator
+            student,
+            None,
+            mask=mask,
+            objective=Objective(CROSS_ENTROPY),
+            labels=_labels(inputs),
+            denominator=denominator,
         )
 
     def _plain_text(self, student: nn.Module, inputs: Inputs) -> Tensor:
@@ -144,7 +140,7 @@ class StepLoss:
             predicted,
             None,
             mask=torch.ones_like(ids[:, 1:], dtype=torch.bool),
-            objective=CROSS_ENTROPY,
+            objective=Objective(CROSS_ENTROPY),
             labels=ids[:, 1:],
             denominator=inputs["lm_tokens"],
         ).loss

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +21,8 @@ from switchkd.models.vocabulary import check_tokenizers, model_vocabulary_size
 from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
 from switchkd.rollout import Author
-from switchkd.training.config import (
-    SwitchConfig,
-    resolve_fraction,
-    resolve_objective,
-    resolve_policy,
-    resolve_policy_options,
-    rolls_out,
-)
+from switchkd.training.config import SwitchConfig
+from switchkd.training.resolve import Plan
 from switchkd.training.text import TextSource
 
 # What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the
@@ -45,8 +40,7 @@ def load_models(
     tokenizer: Any,
     args: SwitchConfig,
     *,
-    method: Method,
-    needs_teacher: bool,
+    plan: Plan,
 ) -> tuple[nn.Module, nn.Module | None, list[int]]:
     """Return student and teacher, loaded where they are names, and the ids that only one of them knows.
 
@@ -55,8 +49,8 @@ def load_models(
     Raises:
         UserError: A teacher is missing, is the student itself, or has another tokenizer.
     """
-    own = method.own_teacher and teacher_model is None
-    if not needs_teacher:
+    own = plan.method.own_teacher and teacher_model is None
+    if not plan.needs_teacher:
         teacher_model = None
     elif teacher_model is None and not own:
         raise UserError(f"method {args.method!r} needs a teacher; give teacher_model")
@@ -119,7 +113,7 @@ def prepare_data(
     args: SwitchConfig,
     readers: dict[str, nn.Module | None],
     *,
-    method: Method,
+    plan: Plan,
 ) -> tuple[Dataset | None, Any, dict[str, Any]]:
     """Return training and evaluation data with token ids, checked, and the reports of what was prepared here.
 
@@ -129,7 +123,7 @@ def prepare_data(
         tokenizer: The student's.
         args: The configuration.
         readers: Role, named in errors, to model.
-        method: The method.
+        plan: What the training does.
 
     Raises:
         UserError: Columns or answers are missing, or a text exceeds a context.
@@ -138,16 +132,16 @@ def prepare_data(
 
     def prepared(name: str, data: Dataset) -> Dataset:
         trains = name == "train"
-        replaced = method.teacher_text or resolve_fraction(method, args) == 1
+        replaced = plan.method.teacher_text or plan.fraction == 1
         data, report = _prepare_set(
             name,
             data,
             tokenizer,
             args,
             readers,
-            method=method,
+            method=plan.method,
             answers=not (trains and replaced),
-            continued=trains and (rolls_out(method, args) or method.teacher_text),
+            continued=trains and plan.writes_text,
         )
         if report is not None:
             reports[name] = report
@@ -215,12 +209,13 @@ def _prepare_set(
     return data, report
 
 
-def make_text_source(method: Method, args: SwitchConfig) -> TextSource:
+def make_text_source(plan: Plan, args: SwitchConfig) -> TextSource:
     """Return where the text of each step comes from, as the configuration says."""
+    method = plan.method
     capacity = 1000 if args.replay_capacity is None else args.replay_capacity
     return TextSource(
-        resolve_policy(method, args) if method.may_roll_out else None,
-        fraction=resolve_fraction(method, args),
+        plan.policy if method.may_roll_out else None,
+        fraction=plan.fraction,
         seed=args.seed,
         adaptive=method.adaptive_fraction,
         replay_capacity=capacity if method.replay else None,
@@ -228,24 +223,17 @@ def make_text_source(method: Method, args: SwitchConfig) -> TextSource:
     )
 
 
-def make_step_loss(method: Method, args: SwitchConfig) -> StepLoss:
-    """Return what is learned from a micro-batch, as the configuration says."""
-    objective, options = resolve_objective(method, args)
-    minillm = None
-    if method.policy_gradient:
-        clip_range = 0.2 if args.clip_range is None else args.clip_range
-        minillm = (resolve_policy_options(method, args)["mixture_weight"], clip_range)
+def make_step_loss(plan: Plan, args: SwitchConfig, excluded_ids: Sequence[int] = ()) -> StepLoss:
+    """Return what is learned from a micro-batch, as the configuration says; ids that only one model knows left out."""
     return StepLoss(
-        objective,
-        options,
-        loss_temperature=args.loss_temperature,
+        replace(plan.objective, excluded_ids=tuple(excluded_ids)),
         author_weights={
             int(Author.STUDENT): args.student_token_weight,
             int(Author.TEACHER): args.teacher_token_weight,
         },
         ce_weight=args.ce_weight,
         lm_weight=args.lm_weight,
-        minillm=minillm,
+        minillm=plan.minillm,
     )
 
 

@@ -17,15 +17,15 @@ from switchkd.data.batches import collate, regrouped, rollout_batches
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
-from switchkd.methods import get_method
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 from switchkd.rollout import Author, Rollout
-from switchkd.training.config import SwitchConfig, refuse_idle_options, resolve_policy, rolls_out
+from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
 from switchkd.training.log import Listener, ReferenceTotals, RunningMeans, append_completions
+from switchkd.training.resolve import resolve
 from switchkd.training.setup import (
     at_hand,
     frozen,
@@ -85,21 +85,15 @@ class SwitchTrainer(Trainer):
         refuse_arguments(args, kwargs)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
-        self.method = get_method(args.method)
-        self.policy = resolve_policy(self.method, args)
-        refuse_idle_options(self.method, args)
-        self.text = make_text_source(self.method, args)
-        self.step_loss = make_step_loss(self.method, args)
-        self.may_roll_out = rolls_out(self.method, args)
+        self.plan = resolve(args)
+        self.text = make_text_source(self.plan, args)
         tokenizer = processing_class
         if tokenizer is None:
             if not isinstance(model, str):
                 raise UserError("processing_class is needed when the student is given as an object")
             tokenizer = load_tokenizer(model)
-        student, teacher, excluded_ids = load_models(
-            model, teacher_model, tokenizer, args, method=self.method, needs_teacher=self.needs_teacher
-        )
-        self.step_loss = replace(self.step_loss, excluded_ids=tuple(excluded_ids))
+        student, teacher, excluded_ids = load_models(model, teacher_model, tokenizer, args, plan=self.plan)
+        self.step_loss = make_step_loss(self.plan, args, excluded_ids)
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
@@ -110,11 +104,11 @@ class SwitchTrainer(Trainer):
         self.pad_token_id = readable_pad_id(tokenizer.pad_token_id, self.eos_token_id, student, teacher)
         readers = {"student": student, "teacher": teacher}
         train_dataset, eval_dataset, self.prepare_reports = prepare_data(
-            train_dataset, eval_dataset, tokenizer, args, readers, method=self.method
+            train_dataset, eval_dataset, tokenizer, args, readers, plan=self.plan
         )
         self.plain_text = make_plain_text(lm_dataset, tokenizer, args)
         if self.text.adaptive is not None:
-            require_evaluation(self.method.name, eval_dataset, args.eval_strategy)
+            require_evaluation(self.plan.method.name, eval_dataset, args.eval_strategy)
             args.eval_on_start = True  # the first loss is what later ones are compared with
 
         super().__init__(
@@ -127,8 +121,7 @@ class SwitchTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        writes_text = self.may_roll_out or self.method.teacher_text
-        refuse_launch(gpus=args.n_gpu, writes_text=writes_text, sharded=self._is_sharded)
+        refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, sharded=self._is_sharded)
         self.teacher_model = None if teacher is None else frozen(teacher, args.device, offload=args.offload_teacher)
         if self._is_sharded:
             self.step_loss = replace(self.step_loss, full_logits=True)
@@ -137,7 +130,7 @@ class SwitchTrainer(Trainer):
                 for role, reader in (("student", self.model), ("teacher", teacher)):
                     require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
-        self.rollout_rows = rollout_rows(student, teacher, args) if self.may_roll_out else None
+        self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         self.add_callback(Listener(self))
         self._guard = StepGuard()
         self.teacher_passes = 0
@@ -145,12 +138,6 @@ class SwitchTrainer(Trainer):
         self._unlogged_rollout: Rollout | None = None
         self._training_since = time.perf_counter()
         self._reference = ReferenceTotals()
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the objective or the rollout reads the teacher."""
-        writes = self.may_roll_out or self.method.teacher_text
-        return self.step_loss.reads_teacher or (writes and self.policy is not None and self.policy.needs_teacher)
 
     @property
     def _is_sharded(self) -> bool:
@@ -164,7 +151,7 @@ class SwitchTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does; what a method needs beforehand is made first."""
-        if self.method.teacher_text:
+        if self.plan.method.teacher_text:
             self._write_teacher_text()
         if self.args.target_teacher_share is not None and self.args.initial_threshold is None:
             self._calibrate()
@@ -190,20 +177,20 @@ class SwitchTrainer(Trainer):
         return self.accelerator.reduce(values.float().to(self.args.device), "sum").cpu()
 
     def _sampling(self) -> dict[str, Any]:
-        options = sampling_options(self.args, self.step_loss.excluded_ids)
+        options = sampling_options(self.args, self.step_loss.objective.excluded_ids)
         return {**options, "eos_token_id": self.eos_token_id}
 
     def _write_teacher_text(self) -> None:
         path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")
         data: Any = vars(self)["train_dataset"]
-        assert self.policy is not None
+        assert self.plan.policy is not None
         with self._teacher_at_hand() as teacher, self.accelerator.main_process_first():
             self.train_dataset = with_teacher_text(
                 data,
                 self.accelerator.unwrap_model(self.model),
                 teacher,
                 path,
-                policy=self.policy,
+                policy=self.plan.policy,
                 tokenizer=self.processing_class,
                 pad_token_id=self.pad_token_id,
                 **self._sampling(),
@@ -286,8 +273,7 @@ class SwitchTrainer(Trainer):
         """Whether the loss can read the states that the rollout's teacher passes made."""
         if not self.args.reuse_teacher_hidden or not self.step_loss.reads_teacher:
             return False
-        asked = self.policy is not None and self.policy.needs_teacher
-        return asked and output_head(self.teacher_model) is not None
+        return self.plan.teacher_writes and output_head(self.teacher_model) is not None
 
     def _observe_share(self, rollout: Rollout) -> None:
         if self.text.controller is None:
@@ -333,7 +319,7 @@ class SwitchTrainer(Trainer):
         if data is None or isinstance(data, str):  # the trainer's own set, or one of them by its name
             return data
         readers = {"student": self.accelerator.unwrap_model(self.model), "teacher": self.teacher_model}
-        return prepare_data(None, data, self.processing_class, self.args, readers, method=self.method)[1]
+        return prepare_data(None, data, self.processing_class, self.args, readers, plan=self.plan)[1]
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None

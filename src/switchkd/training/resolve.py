@@ -1,0 +1,231 @@
+"""What a configuration means: the `Plan`, computed once and read by everybody; options that would do nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from switchkd.errors import UserError
+from switchkd.methods import Method, get_method
+from switchkd.objective import Objective
+from switchkd.policies import Policy, SwitchPolicy
+from switchkd.policy_options import POLICY_OPTIONS
+from switchkd.training.config import SwitchConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training does, as its configuration says.
+
+    Attributes:
+        method: The method.
+        policy: Who writes at the start of training; None where the text is the data set's.
+        policy_options: Options of the policy with the values that hold.
+        fraction: Share of optimizer steps on rolled-out text, in [0, 1]; distillm: the starting value.
+        objective: What is learned at a token.
+        minillm: `(mixture_weight, clip_range)` of MiniLLM's policy gradient, None for every other method.
+    """
+
+    method: Method
+    policy: Policy | None
+    policy_options: dict[str, Any]
+    fraction: float
+    objective: Objective
+    minillm: tuple[float, float] | None
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether steps can train on rolled-out text."""
+        return self.method.may_roll_out and (self.fraction > 0 or self.method.adaptive_fraction)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether rollouts are made, in the steps or before them."""
+        return self.rolls_out or self.method.teacher_text
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether those rollouts ask the teacher."""
+        return self.writes_text and self.policy is not None and self.policy.needs_teacher
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective or a rollout reads the teacher."""
+        return self.objective.reads_teacher or self.teacher_writes
+
+
+def resolve(args: SwitchConfig) -> Plan:
+    """Return what a configuration means.
+
+    Raises:
+        UserError: An unknown method or objective, an option outside its range, or one that would do nothing.
+    """
+    method = get_method(args.method)
+    options = _policy_options(method, args)
+    plan = Plan(
+        method=method,
+        policy=method.make_policy(**options),
+        policy_options=options,
+        fraction=_fraction(method, args),
+        objective=_objective(method, args),
+        minillm=_minillm(method, args, options),
+    )
+    holds = held_values(plan, args)
+    for name, reasons in USED_BY.items():
+        value = getattr(args, name)
+        if value is None or value == holds[name]:
+            continue
+        for reason in reasons:
+            why = reason(plan, args)
+            if why is not None:
+                raise UserError(f"{name}={value} does nothing: {why}; remove it")
+    return plan
+
+
+def held_values(plan: Plan, args: SwitchConfig) -> dict[str, Any]:
+    """Return option -> the value that holds where the config is silent; it may be written out even where it is idle."""
+    holds = {option.name: option.default for option in fields(SwitchConfig)} | plan.method.default_options()
+    return holds | {"horizon": args.max_completion_length}
+
+
+def _policy_options(method: Method, args: SwitchConfig) -> dict[str, Any]:
+    for name, value in args.options_set(*POLICY_OPTIONS).items():
+        if name not in method.policy_options:
+            raise UserError(f"{name}={value} does nothing with method {method.name!r}; remove it or use another method")
+    options = method.default_options()
+    if "horizon" in options:
+        options["horizon"] = args.max_completion_length
+    return options | args.options_set(*method.policy_options)
+
+
+def _fraction(method: Method, args: SwitchConfig) -> float:
+    if args.on_policy_fraction is None:
+        return method.on_policy_fraction
+    if not method.may_roll_out and args.on_policy_fraction > 0:
+        raise UserError(
+            f"on_policy_fraction={args.on_policy_fraction} does nothing with method {method.name!r}, whose steps do "
+            "not roll out; choose another method, e.g. gkd or switch"
+        )
+    return args.on_policy_fraction
+
+
+def _objective(method: Method, args: SwitchConfig) -> Objective:
+    name = args.divergence or method.objective
+    options = dict(method.objective_options) if name == method.objective else {}
+    options |= args.options_set("teacher_weight", "skew", "head_mass")
+    if method.policy_gradient and (name != method.objective or args.loss_temperature != 1.0):
+        wrong = f"divergence={name}" if name != method.objective else f"loss_temperature={args.loss_temperature}"
+        raise UserError(f"{wrong} does not belong to method {method.name!r}: its gradient is that of the reverse KL")
+    return Objective(name, options, args.loss_temperature)
+
+
+def _minillm(method: Method, args: SwitchConfig, options: dict[str, Any]) -> tuple[float, float] | None:
+    if not method.policy_gradient:
+        return None
+    if (args.temperature, args.top_k, args.top_p) != (1.0, 0, 1.0):
+        raise UserError(
+            f"method {method.name!r} weighs tokens by the probability they were sampled with: it needs temperature 1, "
+            f"top_k 0 and top_p 1, got {args.temperature}, {args.top_k} and {args.top_p}"
+        )
+    return options["mixture_weight"], 0.2 if args.clip_range is None else args.clip_range
+
+
+# ---- options that would do nothing: for each reader of options, why it does not read, or None where it does
+
+Reason = Callable[[Plan, SwitchConfig], str | None]
+
+
+def _steps_that_roll_out(plan: Plan, args: SwitchConfig) -> str | None:
+    if plan.rolls_out:
+        return None
+    setting = " at on_policy_fraction 0" if args.on_policy_fraction == 0 else ""
+    return f"method {plan.method.name!r} rolls nothing out{setting}"
+
+
+def _any_rollout(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if plan.method.teacher_text else _steps_that_roll_out(plan, args)
+
+
+def _teacher_in_rollouts(plan: Plan, args: SwitchConfig) -> str | None:
+    if plan.rolls_out and not plan.teacher_writes:
+        return f"no teacher checks the rollouts of method {plan.method.name!r}"
+    return None
+
+
+def _loss_that_reads_states(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if plan.objective.reads_teacher else "the loss reads no states of the rollout's teacher"
+
+
+def _kept_states(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if args.reuse_teacher_hidden else "the loss reads no states of the rollout's teacher"
+
+
+def _weights_by_author(plan: Plan, args: SwitchConfig) -> str | None:
+    return "importance weighs the tokens" if plan.method.policy_gradient else None
+
+
+def _threshold(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if isinstance(plan.policy, SwitchPolicy) else f"method {plan.method.name!r} has no threshold to move"
+
+
+def _schedule(plan: Plan, args: SwitchConfig) -> str | None:
+    return "schedule is constant" if getattr(plan.policy, "schedule", "") == "constant" else None
+
+
+def _dataset_steps(plan: Plan, args: SwitchConfig) -> str | None:
+    if not plan.objective.reads_teacher:
+        return "the loss is the cross-entropy already"
+    return "every step trains on rolled-out text" if plan.fraction == 1 else None
+
+
+def _logged_completions(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if args.log_completions else "log_completions is off"
+
+
+def _accelerator(plan: Plan, args: SwitchConfig) -> str | None:
+    return "training runs on the CPU" if args.device.type == "cpu" else None
+
+
+def _replay_store(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if plan.method.replay else f"method {plan.method.name!r} does not store rollouts"
+
+
+def _policy_gradient(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if plan.method.policy_gradient else f"method {plan.method.name!r} does not take a policy gradient"
+
+
+def _teacher_text(plan: Plan, args: SwitchConfig) -> str | None:
+    if plan.method.teacher_text:
+        return None
+    return f"method {plan.method.name!r} does not train on text that the teacher wrote before"
+
+
+#: Option -> everything that must be there for it to do something.
+USED_BY: dict[str, tuple[Reason, ...]] = {
+    **dict.fromkeys(POLICY_OPTIONS, (_steps_that_roll_out,)),
+    "final_ratio": (_steps_that_roll_out, _schedule),
+    "horizon": (_steps_that_roll_out, _schedule),
+    "target_teacher_share": (_steps_that_roll_out, _threshold),
+    "temperature": (_any_rollout,),
+    "top_k": (_any_rollout,),
+    "top_p": (_any_rollout,),
+    "draft_length": (_any_rollout, _teacher_in_rollouts),
+    "rollout_batch_size": (_any_rollout,),
+    "reuse_teacher_hidden": (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states),
+    "teacher_hidden_dtype": (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states, _kept_states),
+    "offload_teacher_hidden": (
+        _steps_that_roll_out,
+        _teacher_in_rollouts,
+        _loss_that_reads_states,
+        _kept_states,
+        _accelerator,
+    ),
+    "offload_teacher": (_accelerator,),
+    "student_token_weight": (_steps_that_roll_out, _weights_by_author),
+    "teacher_token_weight": (_steps_that_roll_out, _teacher_in_rollouts, _weights_by_author),
+    "log_completions": (_steps_that_roll_out,),
+    "num_completions_to_log": (_steps_that_roll_out, _logged_completions),
+    "ce_weight": (_dataset_steps,),
+    "replay_capacity": (_replay_store,),
+    "clip_range": (_policy_gradient,),
+    "teacher_text_file": (_teacher_text,),
+}
