@@ -4,7 +4,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test lint install clean
+# The oldest torch that is declared is a large download; continuous integration sets TORCH=torch==2.11.0.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+LOWER := .venv-lower
+CORE := test_policies test_sampling test_divergences test_objective test_engine test_trainer test_golden
+
+.PHONY: demo test lint install test-lower-bounds clean
 
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
@@ -19,6 +24,11 @@ lint: install  ## Style and types.
 
 install: $(VENV)/.installed-dev  ## All that `make test` and `make lint` need.
 
+test-lower-bounds:  ## The core of the suite with the oldest dependencies that pyproject.toml allows.
+	$(PYTHON) -m venv --clear $(LOWER)
+	$(LOWER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lower.txt $(TORCH) -e ".[peft]" pytest
+	$(LOWER)/bin/python -m pytest $(foreach name,$(CORE),$(or $(shell find tests -name $(name).py),no-file-$(name)))
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "switchkd needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -32,4 +42,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(LOWER) runs build dist src/*.egg-info

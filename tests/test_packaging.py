@@ -62,6 +62,15 @@ def test_the_tested_version_of_every_dependency_is_known_and_allowed() -> None:
         assert tested[name] in requirement.specifier, requirement
 
 
+def test_the_lowest_versions_are_those_that_are_declared() -> None:
+    lowest = pinned("constraints-lower.txt")
+    declared = requirements("peft")
+    declared.pop("torch")  # chosen by the call, see the file
+    for name, requirement in declared.items():
+        floor = next(specifier.version for specifier in requirement.specifier if specifier.operator == ">=")
+        assert Version(floor) == lowest[name], requirement
+
+
 def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["version"]
