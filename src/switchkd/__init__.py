@@ -5,43 +5,65 @@ from importlib.metadata import version
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from switchkd.engine import roll_out
-    from switchkd.errors import UserError
-    from switchkd.policies import BlendPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
-    from switchkd.rollout import Author, Rollout
-    from switchkd.training.config import SwitchConfig
-    from switchkd.training.trainer import SwitchTrainer
+if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a name as public
+    from switchkd.data import prepare as prepare
+    from switchkd.engine import roll_out as roll_out
+    from switchkd.errors import UserError as UserError
+    from switchkd.evaluation import evaluate as evaluate
+    from switchkd.methods import METHODS as METHODS
+    from switchkd.policies import AdaSwitchPolicy as AdaSwitchPolicy
+    from switchkd.policies import BlendPolicy as BlendPolicy
+    from switchkd.policies import Policy as Policy
+    from switchkd.policies import RandomPolicy as RandomPolicy
+    from switchkd.policies import RelayPolicy as RelayPolicy
+    from switchkd.policies import SkdPolicy as SkdPolicy
+    from switchkd.policies import StudentConfidencePolicy as StudentConfidencePolicy
+    from switchkd.policies import StudentEntropyPolicy as StudentEntropyPolicy
+    from switchkd.policies import StudentFirstPolicy as StudentFirstPolicy
+    from switchkd.policies import StudentPolicy as StudentPolicy
+    from switchkd.policies import SwitchPolicy as SwitchPolicy
+    from switchkd.policies import TeacherFirstPolicy as TeacherFirstPolicy
+    from switchkd.policies import TeacherPolicy as TeacherPolicy
+    from switchkd.policies import TrustRegionPolicy as TrustRegionPolicy
+    from switchkd.rollout import Author as Author
+    from switchkd.rollout import Rollout as Rollout
+    from switchkd.training.calibration import calibrate as calibrate
+    from switchkd.training.config import SwitchConfig as SwitchConfig
+    from switchkd.training.trainer import SwitchTrainer as SwitchTrainer
 
 __version__ = version("switchkd")
 
-# Imported on first use: `switchkd --help` must not wait for torch.
-_HOMES = {
-    "Author": "rollout",
-    "BlendPolicy": "policies",
-    "Rollout": "rollout",
-    "StudentPolicy": "policies",
-    "SwitchConfig": "training.config",
-    "SwitchPolicy": "policies",
-    "SwitchTrainer": "training.trainer",
-    "TeacherPolicy": "policies",
-    "UserError": "errors",
-    "roll_out": "engine",
+# Module -> its public names, imported on first use: `switchkd --help` must not wait for torch.
+_NAMES = {
+    "data": ("prepare",),
+    "engine": ("roll_out",),
+    "errors": ("UserError",),
+    "evaluation": ("evaluate",),
+    "methods": ("METHODS",),
+    "policies": (
+        "AdaSwitchPolicy",
+        "BlendPolicy",
+        "Policy",
+        "RandomPolicy",
+        "RelayPolicy",
+        "SkdPolicy",
+        "StudentConfidencePolicy",
+        "StudentEntropyPolicy",
+        "StudentFirstPolicy",
+        "StudentPolicy",
+        "SwitchPolicy",
+        "TeacherFirstPolicy",
+        "TeacherPolicy",
+        "TrustRegionPolicy",
+    ),
+    "rollout": ("Author", "Rollout"),
+    "training.calibration": ("calibrate",),
+    "training.config": ("SwitchConfig",),
+    "training.trainer": ("SwitchTrainer",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "Author",
-    "BlendPolicy",
-    "Rollout",
-    "StudentPolicy",
-    "SwitchConfig",
-    "SwitchPolicy",
-    "SwitchTrainer",
-    "TeacherPolicy",
-    "UserError",
-    "__version__",
-    "roll_out",
-]
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy.integrate import trapezoid
 from numpy.random import default_rng
+from scipy.integrate import trapezoid
 
 from switchkd.compare.significance import Difference, difference_of_gains, paired_difference, t_quantile, verdict
 
