@@ -6,6 +6,7 @@ Legend for the whole package: B rows, P prompt length, C completion length, T = 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,52 @@ class Author(IntEnum):
     STUDENT = 1
     TEACHER = 2
     DATASET = 3
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Left-padded prompts: the only padding of rows whose text is not known yet.
+
+    Attributes:
+        ids: int64 `[B, P]`; any id may stand under the padding.
+        mask: True at prompt tokens, bool `[B, P]`.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], pad_token_id: int) -> "Prompts":
+        """Return the prompts of lists of ids, padded with an id that the models can read."""
+        length = max(len(ids) for ids in rows)
+        padded = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for row, ids in enumerate(rows):
+            padded[row, length - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
+            mask[row, length - len(ids) :] = True
+        return cls(padded, mask)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> "Prompts":
+        """Return some rows, chosen as a tensor's rows are."""
+        return Prompts(self.ids[rows], self.mask[rows])
+
+    @property
+    def width(self) -> int:
+        """P, the length of the longest prompt and the padding beside it."""
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> "Prompts":
+        """Return the prompts on a device."""
+        return Prompts(self.ids.to(device), self.mask.to(device))
+
+    def rows(self) -> list[list[int]]:
+        """Return the ids of every prompt without padding; one transfer for all of them."""
+        ids, counts = self.ids[self.mask].tolist(), self.mask.sum(-1).tolist()
+        ends = [0, *accumulate(counts)]
+        return [ids[first:last] for first, last in pairwise(ends)]
 
 
 @dataclass

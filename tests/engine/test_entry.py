@@ -15,10 +15,11 @@ from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.engine import roll_out
 from switchkd.engine.block import BlockDecoder
 from switchkd.engine.draft_length import DraftLength
+from switchkd.engine.request import Request
 from switchkd.errors import UserError
 from switchkd.models.forward import prompt_positions
 from switchkd.policies import BlendPolicy, Decision, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy
-from switchkd.rollout import Author
+from switchkd.rollout import Author, Prompts
 from switchkd.sampling import Warping
 
 
@@ -107,11 +108,11 @@ def test_block_decoder_at_draft_length_1_is_the_sequential_reference():
     ids, mask = make_prompts(6)
     options = {"policy": SWITCH, "max_new_tokens": 20, "eos_token_id": 5}
     reference = roll_out(student, teacher, ids, mask, draft_length=1, **options)
-    decoder = BlockDecoder(
+    request = Request(
         student,
         teacher,
-        prompts=(ids, mask),
-        teacher_prompts=(ids, mask),
+        prompts=Prompts(ids, mask),
+        teacher_prompts=Prompts(ids, mask),
         policy=SWITCH,
         warping=Warping(1.0, 0, 1.0, 98),
         max_new_tokens=20,
@@ -119,9 +120,8 @@ def test_block_decoder_at_draft_length_1_is_the_sequential_reference():
         row_ids=torch.arange(6),
         eos=[5],
         pad_token_id=5,
-        draft_length=DraftLength(1),
     )
-    assert_same(reference, decoder.run())
+    assert_same(reference, BlockDecoder(request, DraftLength(1)).run())
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, "auto"])

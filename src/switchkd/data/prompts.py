@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-import torch
 from datasets import Dataset, Features, Value
 from torch import Tensor
 
 from switchkd.data.records import READ_COLUMNS
 from switchkd.errors import UserError
 from switchkd.models.vocabulary import require_eos
+from switchkd.rollout import Prompts
 
 COLUMN_SETS = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("prompt",))
 _BATCH = 1000
@@ -134,13 +134,8 @@ def encode_prompt(prompt: str | Messages, tokenizer: Any) -> list[int]:
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Return left-padded prompt ids, int64 `[B, P]`, and their mask, bool `[B, P]`, True at prompt tokens."""
-    length = max(len(ids) for ids in prompts)
-    prompt_ids = torch.full((len(prompts), length), pad_token_id, dtype=torch.int64)
-    prompt_mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, ids in enumerate(prompts):
-        prompt_ids[row, length - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
-        prompt_mask[row, length - len(ids) :] = True
-    return prompt_ids, prompt_mask
+    padded = Prompts.of(prompts, pad_token_id)
+    return padded.ids, padded.mask
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

@@ -15,6 +15,7 @@ from switchkd.errors import UserError
 from switchkd.models.forward import context_length, device_of
 from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.policies import Policy
+from switchkd.rollout import Prompts
 from switchkd.sampling import check_warping
 
 #: Ids or a mask: a tensor, an array, or lists of equal length.
@@ -166,10 +167,8 @@ def checked_row_ids(row_ids: Any, rows: int, device: torch.device) -> Tensor:
     return _integers("row_ids", found).to(device)
 
 
-def checked_prompts(
-    model: nn.Module, prompt_ids: Any, prompt_mask: Any, max_new_tokens: int, role: str
-) -> tuple[Tensor, Tensor]:
-    """Return left-padded prompts that a model can read, int64 and bool `[B, P]` on its device.
+def checked_prompts(model: nn.Module, prompt_ids: Any, prompt_mask: Any, max_new_tokens: int, role: str) -> Prompts:
+    """Return left-padded prompts that a model can read, on its device.
 
     Under the padding any id may stand.
 
@@ -212,10 +211,10 @@ def checked_prompts(
             f"{name} of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
             "shorten the prompts or max_new_tokens"
         )
-    return ids, mask
+    return Prompts(ids, mask)
 
 
-def with_readable_padding(prompts: tuple[Tensor, Tensor], width: int, fill: int) -> tuple[Tensor, Tensor]:
+def with_readable_padding(prompts: Prompts, width: int, fill: int) -> Prompts:
     """Return prompts whose padding a model can look up, as it does though the mask hides it.
 
     Args:
@@ -223,8 +222,8 @@ def with_readable_padding(prompts: tuple[Tensor, Tensor], width: int, fill: int)
         width: The model's vocabulary, V.
         fill: Replaces ids outside of it.
     """
-    ids, mask = prompts
-    return ids.masked_fill((ids < 0) | (ids >= width), fill), mask
+    ids = prompts.ids
+    return Prompts(ids.masked_fill((ids < 0) | (ids >= width), fill), prompts.mask)
 
 
 def _scalar(value: Any) -> int | float | None:

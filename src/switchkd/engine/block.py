@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchkd import sampling
 from switchkd.engine.draft_length import DraftLength
 from switchkd.engine.readable import last_slot
 from switchkd.engine.readers import RowReader
+from switchkd.engine.request import Request
 from switchkd.engine.verification import Verified, verify
-from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
-from switchkd.sampling import NoiseTable, Stream, Warping
+from switchkd.sampling import NoiseTable, Stream
 
 # Noise for a whole draft is made at once if it is at most so many numbers; else step by step, to bound memory.
 MOST_NOISE = 1 << 20
@@ -72,69 +72,39 @@ class BlockDecoder:
     """One rollout by drafting and verifying; `run` writes every row and returns the record.
 
     Args:
-        student: Model that drafts.
-        teacher: Model that checks, or None for a policy that needs no teacher.
-        prompts: Left-padded `(ids, mask)` `[B, P]` for the student.
-        teacher_prompts: Likewise for the teacher.
-        policy: Who writes.
-        warping: How logits become the log-probabilities that are sampled from and compared.
-        max_new_tokens: Length limit of a completion.
-        seed: Seed of the counter-based randomness.
-        row_ids: int64 `[B]`.
-        eos: End-of-sequence ids.
-        pad_token_id: Fills completions after their end.
+        request: What is to be written.
         draft_length: The chooser of draft lengths.
-        max_active_rows: How many rows are decoded at once; the others wait for a free place.
-        return_teacher_hidden: Keep the teacher's state of every emitted token.
+        max_active_rows: How many rows are decoded at once, all if None; the others wait for a free place.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        *,
-        prompts: tuple[Tensor, Tensor],
-        teacher_prompts: tuple[Tensor, Tensor] | None,
-        policy: Policy,
-        warping: Warping,
-        max_new_tokens: int,
-        seed: int,
-        row_ids: Tensor,
-        eos: list[int],
-        pad_token_id: int,
-        draft_length: DraftLength,
-        max_active_rows: int | None = None,
-        return_teacher_hidden: bool = False,
-    ) -> None:
-        self.policy, self.warping = policy, warping
-        self.limit, self.pad, self.draft_length = max_new_tokens, pad_token_id, draft_length
-        self.prompts = prompts
-        self.device = row_ids.device
-        self.eos = frozenset(eos)
-        self.noise = NoiseTable(seed, row_ids, max_new_tokens)
-        self._places = torch.arange(max_new_tokens, device=self.device)
-        rows = len(row_ids)
-        width = min(max_active_rows or rows, rows)
-        longest = prompts[0].shape[1] + max_new_tokens
-        self.student = RowReader(student, width, longest)
+    def __init__(self, request: Request, draft_length: DraftLength, max_active_rows: int | None = None) -> None:
+        self.request, self.draft_length = request, draft_length
+        self.policy, self.warping, self.limit = request.policy, request.warping, request.max_new_tokens
+        self.device = request.row_ids.device
+        self.eos = frozenset(request.eos)
+        self.noise = NoiseTable(request.seed, request.row_ids, self.limit)
+        self._places = torch.arange(self.limit, device=self.device)
+        rows = len(request)
+        self.width = min(max_active_rows or rows, rows)
+        longest = request.prompts.width + self.limit
+        self.student = RowReader(request.student, self.width, longest)
         self.teacher: RowReader | None = None
+        teacher, teacher_prompts = request.teacher, request.teacher_prompts
         if teacher is not None and teacher_prompts is not None:
-            taught_longest = teacher_prompts[0].shape[1] + max_new_tokens
-            self.teacher = RowReader(teacher, width, taught_longest, keep_hidden=return_teacher_hidden)
+            longest_teacher = teacher_prompts.width + self.limit
+            self.teacher = RowReader(teacher, self.width, longest_teacher, keep_hidden=request.return_teacher_hidden)
             # A draft may run past the end of its row. A model's own forward can fail beyond its context, or read the
             # other rows differently beyond a window.
-            self._student_slots = None if self.student.lean else last_slot(student, longest)
-            self._teacher_slots = None if self.teacher.lean else last_slot(teacher, taught_longest)
+            self._student_slots = None if self.student.lean else last_slot(request.student, longest)
+            self._teacher_slots = None if self.teacher.lean else last_slot(teacher, longest_teacher)
         self.pool = _Pool(
-            prompts=_unpadded(*prompts),
-            teacher_prompts=_unpadded(*teacher_prompts) if self.teacher and teacher_prompts else None,
+            prompts=request.prompts.rows(),
+            teacher_prompts=None if teacher_prompts is None else teacher_prompts.rows(),
             emitted=[0] * rows,
             last=[0] * rows,
             waiting=list(range(rows)),
         )
-        self.width = width
-        self.state = policy.initial_state(width, self.device)
-        self.keep_hidden = return_teacher_hidden
+        self.state = self.policy.initial_state(self.width, self.device)
         self._student_rows, self._teacher_rows = _Kept(self.device), _Kept(self.device)
         # What each round wrote, and how many tokens of it were emitted in each of its rows.
         self._notes: list[tuple[Tensor, Verified]] = []
@@ -174,9 +144,9 @@ class BlockDecoder:
         started = time.perf_counter()
         first, joining = len(pool.active), pool.waiting[:free]
         del pool.waiting[:free]
-        _prefill(self.student, [pool.prompts[row] for row in joining], first, self.pad)
+        _prefill(self.student, [pool.prompts[row] for row in joining], first, self.request.pad_token_id)
         if self.teacher is not None and pool.teacher_prompts is not None:
-            _prefill(self.teacher, [pool.teacher_prompts[row] for row in joining], first, self.pad)
+            _prefill(self.teacher, [pool.teacher_prompts[row] for row in joining], first, self.request.pad_token_id)
         for row in joining:
             pool.last[row] = pool.prompts[row][-1]
         pool.active += joining
@@ -331,7 +301,7 @@ class BlockDecoder:
         self.stats["rounds"] += 1
         self._notes.append((draft.places, replace(verified, states=[])))
         self._counts += counts
-        hidden = self.teacher.hidden if self.keep_hidden and self.teacher is not None else None
+        hidden = self.teacher.hidden if self.request.return_teacher_hidden and self.teacher is not None else None
         if hidden is not None:
             if pool.hidden is None:
                 pool.hidden = hidden.new_zeros((len(pool.emitted) * self.limit, hidden.shape[-1])).to(self.device)
@@ -361,9 +331,9 @@ class BlockDecoder:
             return filled.view(rows, self.limit)[:, :longest].clone()
 
         return Rollout(
-            prompt_ids=self.prompts[0],
-            prompt_mask=self.prompts[1],
-            completion_ids=column("tokens", self.pad, torch.int64),
+            prompt_ids=self.request.prompts.ids,
+            prompt_mask=self.request.prompts.mask,
+            completion_ids=column("tokens", self.request.pad_token_id, torch.int64),
             completion_mask=mask,
             author=column("author", int(Author.NONE), torch.uint8),
             divergence=column("divergence", math.nan, torch.float32),
@@ -387,7 +357,3 @@ def _prefill(reader: RowReader, prompts: list[list[int]], first: int, pad: int) 
     padded = [prompt[:-1] + [pad] * (longest - len(prompt) + 1) for prompt in prompts]
     tokens = torch.tensor(padded, dtype=torch.int64, device=reader.device)
     reader.read(tokens, [0] * len(prompts), first=first, logits="last")
-
-
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]

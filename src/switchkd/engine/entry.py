@@ -4,8 +4,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -30,6 +29,7 @@ from switchkd.engine.arguments import (
 from switchkd.engine.block import BlockDecoder
 from switchkd.engine.draft_length import DraftLength
 from switchkd.engine.readable import require_readable, unserved_reason
+from switchkd.engine.request import Request
 from switchkd.engine.sequential import decode_sequentially
 from switchkd.errors import UserError
 from switchkd.models.forward import device_of, eval_mode
@@ -123,7 +123,7 @@ def roll_out(
         raise UserError(f"return_teacher_hidden needs a teacher, which {type(policy).__name__} does not call")
 
     prompts = checked_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student")
-    rows = len(prompts[0])
+    rows = len(prompts)
     row_ids = checked_row_ids(row_ids, rows, device_of(student))
     size = widths[0] if teacher is None else min(widths)
     excluded = checked_excluded(excluded_ids, size)
@@ -139,11 +139,11 @@ def roll_out(
                 raise UserError("teacher_prompt_mask goes with teacher_prompt_ids, which is None")
             teacher_prompt_ids, teacher_prompt_mask = prompt_ids, prompt_mask
         teacher_prompts = checked_prompts(teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher")
-        if len(teacher_prompts[0]) != rows:
-            raise UserError(f"teacher_prompt_ids has {len(teacher_prompts[0])} rows, prompt_ids {rows}")
+        if len(teacher_prompts) != rows:
+            raise UserError(f"teacher_prompt_ids has {len(teacher_prompts)} rows, prompt_ids {rows}")
         teacher_prompts = with_readable_padding(teacher_prompts, widths[1], fill)
 
-    job = _Job(
+    request = Request(
         student=student,
         teacher=teacher,
         prompts=with_readable_padding(prompts, widths[0], fill),
@@ -159,16 +159,15 @@ def roll_out(
     )
     started = time.perf_counter()
     with eval_mode(student, teacher):
-        for role, model, (ids, mask) in job.readers():
-            length = ids.shape[1] + max_new_tokens
-            require_readable(model, role, padded=not bool(mask.all()), length=length)
-        if draft_length != 1 and _served(job):
+        for role, model, read in request.readers():
+            require_readable(model, role, padded=not bool(read.mask.all()), length=read.width + max_new_tokens)
+        if draft_length != 1 and _served(request):
             chooser = _chooser(student, teacher) if draft_length == "auto" else DraftLength(draft_length)
-            result = BlockDecoder(**vars(job), draft_length=chooser, max_active_rows=max_active_rows).run()
+            result = BlockDecoder(request, chooser, max_active_rows).run()
         else:
-            parts = [decode_sequentially(**vars(part)) for part in job.split(max_active_rows)]
+            parts = [decode_sequentially(part) for part in request.split(max_active_rows)]
             result = parts[0] if len(parts) == 1 else _joined(parts, fill)
-    result.prompt_ids = prompts[0]
+    result.prompt_ids = prompts.ids
     result.completion_ids.masked_fill_(~result.completion_mask, pad)
     seconds = time.perf_counter() - started
     result.stats["seconds"] = seconds
@@ -176,65 +175,29 @@ def roll_out(
     return result
 
 
-# What was learnt of a pair's speed and agreement; rollouts are many, and each would learn it anew.
-_CHOOSERS: WeakKeyDictionary[nn.Module, tuple[Callable[[], nn.Module | None], DraftLength]] = WeakKeyDictionary()
+# What was learnt of a pair's speed and agreement, by student: each of many rollouts would learn it anew.
+_CHOOSERS: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], DraftLength]] = WeakKeyDictionary()
 
 
 def _chooser(student: nn.Module, teacher: nn.Module | None) -> DraftLength:
     """Return the chooser of draft lengths of these two models."""
+    if teacher is None:
+        return DraftLength()
     known = _CHOOSERS.get(student)
     if known is None or known[0]() is not teacher:
-        known = ((lambda: None) if teacher is None else weakref.ref(teacher), DraftLength())
-        if teacher is not None:
-            _CHOOSERS[student] = known
+        known = _CHOOSERS[student] = (weakref.ref(teacher), DraftLength())
     return known[1].restart()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The checked arguments of one rollout, as both decoders take them."""
-
-    student: nn.Module
-    teacher: nn.Module | None
-    prompts: tuple[Tensor, Tensor]
-    teacher_prompts: tuple[Tensor, Tensor] | None
-    policy: Policy
-    warping: Warping
-    max_new_tokens: int
-    seed: int
-    row_ids: Tensor
-    eos: list[int]
-    pad_token_id: int
-    return_teacher_hidden: bool
-
-    def readers(self) -> Iterator[tuple[str, nn.Module, tuple[Tensor, Tensor]]]:
-        """Role, model and prompts of each model that reads."""
-        yield "student", self.student, self.prompts
-        if self.teacher is not None and self.teacher_prompts is not None:
-            yield "teacher", self.teacher, self.teacher_prompts
-
-    def split(self, rows: int | None) -> list["_Job"]:
-        """Return jobs of at most that many rows."""
-        if rows is None or rows >= len(self.row_ids):
-            return [self]
-        parts = []
-        for first in range(0, len(self.row_ids), rows):
-            part = slice(first, first + rows)
-            prompts = (self.prompts[0][part], self.prompts[1][part])
-            taught = self.teacher_prompts and (self.teacher_prompts[0][part], self.teacher_prompts[1][part])
-            parts.append(replace(self, prompts=prompts, teacher_prompts=taught, row_ids=self.row_ids[part]))
-        return parts
-
-
-# Models whose slower path was told of.
+# Models already warned about: they are decoded token by token.
 _TOLD: WeakSet[nn.Module] = WeakSet()
 
 
-def _served(job: _Job) -> bool:
+def _served(request: Request) -> bool:
     """Whether both models can be read row by row; one warning, once, for each model that cannot."""
     served = True
-    for role, model, (ids, _) in job.readers():
-        reason = unserved_reason(model, ids.shape[1] + job.max_new_tokens)
+    for role, model, read in request.readers():
+        reason = unserved_reason(model, read.width + request.max_new_tokens)
         if reason is not None:
             served = False
             if model not in _TOLD:

@@ -19,6 +19,7 @@ from switchkd.engine.lean import lean_decoder
 from switchkd.engine.readers import LEAN, REREAD, RowReader, TokenReader
 from switchkd.errors import UserError
 from switchkd.models.forward import check_finite, device_of, eval_mode, prompt_positions
+from switchkd.rollout import Prompts
 
 SERVED_ATTENTION = ("eager", "sdpa")
 # These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
@@ -274,7 +275,7 @@ def _ask(model: Any, length: int) -> tuple[str | None, str | None]:
 
     def write(ids: Tensor, mask: Tensor, steps: int = 3) -> Tensor:
         """As the reference decoder reads rows: a prompt, then a token at a time; `[B, 1 + steps, V]`."""
-        reader = TokenReader(model, ids[:, :-steps], mask[:, :-steps])
+        reader = TokenReader(model, Prompts(ids[:, :-steps], mask[:, :-steps]))
         logits = [reader.logits]
         for column in range(-steps, 0):
             reader.append(ids[:, column])

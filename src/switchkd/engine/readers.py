@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from switchkd.engine.caches import RowCache, SlotCache
 from switchkd.engine.lean import lean_decoder
 from switchkd.models.forward import device_of, output_layer_input, prompt_positions, takes_argument
+from switchkd.rollout import Prompts
 
 # Models whose lean decoder gave the logits of their own forward; `switchkd.engine.readable` finds out.
 LEAN: WeakSet[nn.Module] = WeakSet()
@@ -131,14 +132,14 @@ class TokenReader:
     everything anew each time.
     """
 
-    def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, keep_hidden: bool = False) -> None:
+    def __init__(self, model: Any, prompts: Prompts, *, keep_hidden: bool = False) -> None:
         self.model = model
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         self.device = device_of(model)
         self.caches = model not in REREAD and takes_argument(model, "past_key_values")
-        self.ids = prompt_ids.to(self.device)
-        self.mask = prompt_mask.to(self.device, torch.int64)
+        self.ids = prompts.ids.to(self.device)
+        self.mask = prompts.mask.to(self.device, torch.int64)
         self.next_position = self.mask.sum(-1, keepdim=True)
         self.cache: Any = None
         self.passes = 0

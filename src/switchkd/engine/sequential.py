@@ -3,46 +3,33 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchkd import sampling
 from switchkd.engine.readers import TokenReader
+from switchkd.engine.request import Request
 from switchkd.engine.verification import write
-from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
-from switchkd.sampling import Stream, Warping
+from switchkd.sampling import Stream
 
 
-def decode_sequentially(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    *,
-    prompts: tuple[Tensor, Tensor],
-    teacher_prompts: tuple[Tensor, Tensor] | None,
-    policy: Policy,
-    warping: Warping,
-    max_new_tokens: int,
-    seed: int,
-    row_ids: Tensor,
-    eos: list[int],
-    pad_token_id: int,
-    return_teacher_hidden: bool,
-) -> Rollout:
-    """Return the rollout, written one token at a time; the arguments are those of `block.BlockDecoder`."""
-    rows, device = len(row_ids), row_ids.device
-    student_reader = TokenReader(student, *prompts)
-    teacher_reader = (
-        TokenReader(teacher, *teacher_prompts, keep_hidden=return_teacher_hidden)
-        if teacher is not None and teacher_prompts is not None
-        else None
-    )
+def decode_sequentially(request: Request) -> Rollout:
+    """Return the rollout, written one token at a time."""
+    policy, warping, seed, row_ids = request.policy, request.warping, request.seed, request.row_ids
+    rows, device = len(request), row_ids.device
+    student_reader = TokenReader(request.student, request.prompts)
+    teacher_reader = None
+    if request.teacher is not None and request.teacher_prompts is not None:
+        teacher_reader = TokenReader(
+            request.teacher, request.teacher_prompts, keep_hidden=request.return_teacher_hidden
+        )
     hidden: list[Tensor] = []
-    eos_ids = torch.tensor(eos, dtype=torch.int64, device=device)
+    eos_ids = torch.tensor(request.eos, dtype=torch.int64, device=device)
     state = policy.initial_state(rows, device)
     active = torch.ones(rows, dtype=torch.bool, device=device)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     drafted_count = kept_count = 0
-    for step in range(max_new_tokens):
+    for step in range(request.max_new_tokens):
         position = torch.full((rows,), step, dtype=torch.int64, device=device)
         student_log_probs = warping(student_reader.logits)
         teacher_log_probs = warping(teacher_reader.logits.to(device)) if teacher_reader else None
@@ -57,17 +44,17 @@ def decode_sequentially(
         drafted_count += int(active.sum())
         kept_count += int((written.kept & active).sum())
         active = active & ~torch.isin(written.tokens, eos_ids)
-        if step + 1 == max_new_tokens or not bool(active.any()):
+        if step + 1 == request.max_new_tokens or not bool(active.any()):
             break
-        tokens = written.tokens.masked_fill(~active, pad_token_id)
+        tokens = written.tokens.masked_fill(~active, request.pad_token_id)
         student_reader.append(tokens)
         if teacher_reader:
             teacher_reader.append(tokens)
     ids, mask, author, divergence, threshold = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     return Rollout(
-        prompt_ids=prompts[0],
-        prompt_mask=prompts[1],
-        completion_ids=ids.masked_fill(~mask, pad_token_id),
+        prompt_ids=request.prompts.ids,
+        prompt_mask=request.prompts.mask,
+        completion_ids=ids.masked_fill(~mask, request.pad_token_id),
         completion_mask=mask,
         author=author.masked_fill(~mask, int(Author.NONE)),
         divergence=divergence.masked_fill(~mask, math.nan),
