@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from switchkd.engine.readable import require_readable, unserved_reason
-from switchkd.engine.readers import LEAN
 from switchkd.errors import UserError
+from switchkd.models.known import known
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
 BEGIN, END = "<!-- begin: written by tests/architectures.py -->", "<!-- end -->"
@@ -166,7 +166,7 @@ def way_of(model: Any) -> str:
         return f"{kind}: {reason.split(':', 1)[1].split(';')[0].split('(')[0].strip()}"
     inside, beyond = (unserved_reason(model, length) for length in (INSIDE, BEYOND))
     if inside is None:
-        way = "row by row, through its " + ("weights" if model in LEAN else "forward")
+        way = "row by row, through its " + ("weights" if known(model).lean else "forward")
         return way if beyond is None else f"{way}; beyond its window token by token"
     reason = re.split(r" \(| of type| of \d+ tokens| over \d+ tokens", inside)[0]
     return f"token by token: {reason}"

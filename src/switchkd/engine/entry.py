@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Literal
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from switchkd.engine.request import Request
 from switchkd.engine.sequential import decode_sequentially
 from switchkd.errors import UserError
 from switchkd.models.forward import device_of, eval_mode
+from switchkd.models.known import known
 from switchkd.models.vocabulary import model_vocabulary_size, readable_pad_id, shared_vocabulary_size
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Rollout
@@ -175,22 +175,15 @@ def roll_out(
     return result
 
 
-# What was learnt of a pair's speed and agreement, by student: each of many rollouts would learn it anew.
-_CHOOSERS: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], DraftLength]] = WeakKeyDictionary()
-
-
 def _chooser(student: nn.Module, teacher: nn.Module | None) -> DraftLength:
-    """Return the chooser of draft lengths of these two models."""
+    """Return the chooser of draft lengths of a pair: what one rollout taught about its speed, the next one uses."""
     if teacher is None:
         return DraftLength()
-    known = _CHOOSERS.get(student)
-    if known is None or known[0]() is not teacher:
-        known = _CHOOSERS[student] = (weakref.ref(teacher), DraftLength())
-    return known[1].restart()
-
-
-# Models already warned about: they are decoded token by token.
-_TOLD: WeakSet[nn.Module] = WeakSet()
+    record = known(student)
+    if record.drafting is None or record.drafting[0]() is not teacher:
+        record.drafting = (weakref.ref(teacher), DraftLength())
+    chooser: DraftLength = record.drafting[1]
+    return chooser.restart()
 
 
 def _served(request: Request) -> bool:
@@ -200,8 +193,8 @@ def _served(request: Request) -> bool:
         reason = unserved_reason(model, read.width + request.max_new_tokens)
         if reason is not None:
             served = False
-            if model not in _TOLD:
-                _TOLD.add(model)
+            if not known(model).warned:
+                known(model).warned = True
                 warnings.warn(f"the {role} is decoded token by token, more slowly: {reason}")
     return served
 

@@ -7,18 +7,17 @@ is kept for each model.
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from switchkd.engine.lean import lean_decoder
-from switchkd.engine.readers import LEAN, REREAD, RowReader, TokenReader
+from switchkd.engine.readers import RowReader, TokenReader
 from switchkd.errors import UserError
 from switchkd.models.forward import check_finite, device_of, eval_mode, prompt_positions
+from switchkd.models.known import known
 from switchkd.rollout import Prompts
 
 SERVED_ATTENTION = ("eager", "sdpa")
@@ -39,19 +38,6 @@ FIRST_PROBE = 12
 
 # What a model raises that cannot read what it is given.
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
-
-
-@dataclass
-class _Findings:
-    """What the probes found out about a model."""
-
-    # Length of a probe of the plain ways -> why the model cannot be used at all, and why not beside longer rows.
-    asked: dict[int, tuple[str | None, str | None]] = field(default_factory=dict)
-    # Length of a probe of rows each at its own position -> what was wrong with it.
-    rows: dict[int, str | None] = field(default_factory=dict)
-
-
-_FOUND: WeakKeyDictionary[nn.Module, _Findings] = WeakKeyDictionary()
 
 
 def require_readable(model: Any, role: str, *, padded: bool = True, length: int = 0) -> None:
@@ -81,14 +67,14 @@ def require_readable(model: Any, role: str, *, padded: bool = True, length: int 
             f"the {role} has an adapter of type {adapter.peft_type.value}, whose virtual tokens are read at wrong "
             "positions beside padding and again with every new token; use LoRA or another adapter of the weights"
         )
-    found = _FOUND.setdefault(model, _Findings())
-    if not found.asked:
+    refusals = known(model).refusals
+    if not refusals:
         check_finite(model, role, "load another checkpoint")
     for probe in _probes(model.config.get_text_config(), length):
-        if probe not in found.asked:
+        if probe not in refusals:
             with eval_mode(model), torch.no_grad():
-                found.asked[probe] = _ask(model, probe)
-    refused, refused_padding = found.asked[FIRST_PROBE]
+                refusals[probe] = _ask(model, probe)
+    refused, refused_padding = refusals[FIRST_PROBE]
     name = type(getattr(model, "get_base_model", lambda: model)()).__name__
     if refused is not None:
         raise UserError(f"the {role}, a {name}, cannot be used: {refused}")
@@ -188,13 +174,13 @@ def _suspects(config: Any) -> set[int]:
 
 
 def _probed(model: Any, length: int) -> str | None:
-    found = _FOUND.setdefault(model, _Findings()).rows
+    found = known(model).row_faults
     if length not in found:
         found[length] = _guarded(lambda: _rows_differ(model, length, lean=False))
         if length == FIRST_PROBE and found[length] is None and lean_decoder(model, 8) is not None:
-            LEAN.add(model)
-        if model in LEAN and _guarded(lambda: _rows_differ(model, length, lean=True)) is not None:
-            LEAN.discard(model)
+            known(model).lean = True
+        if known(model).lean and _guarded(lambda: _rows_differ(model, length, lean=True)) is not None:
+            known(model).lean = False
     return found[length]
 
 
@@ -312,10 +298,10 @@ def _ask(model: Any, length: int) -> tuple[str | None, str | None]:
 
     if length > FIRST_PROBE:
         if _guarded(cached):
-            REREAD.add(model)
+            known(model).rereads = True
         return None, None
     refused, refused_padding = _guarded(alone), _guarded(lambda: beside(read))
     if refused is None and (_guarded(cached) or (not refused_padding and _guarded(lambda: beside(write)))):
-        REREAD.add(model)
+        known(model).rereads = True
         refused, refused_padding = _guarded(cached), refused_padding or _guarded(lambda: beside(write))
     return refused, refused_padding

@@ -2,20 +2,15 @@
 
 from collections.abc import Sequence
 from typing import Any, Literal
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchkd.engine.caches import RowCache, SlotCache
 from switchkd.engine.lean import lean_decoder
 from switchkd.models.forward import device_of, output_layer_input, prompt_positions, takes_argument
+from switchkd.models.known import known
 from switchkd.rollout import Prompts
-
-# Models whose lean decoder gave the logits of their own forward; `switchkd.engine.readable` finds out.
-LEAN: WeakSet[nn.Module] = WeakSet()
-# Models that predict something else with their cache than without; `switchkd.engine.readable` finds out.
-REREAD: WeakSet[nn.Module] = WeakSet()
 
 
 class RowReader:
@@ -33,7 +28,7 @@ class RowReader:
     ) -> None:
         self.model = model
         if lean is None:
-            lean = model in LEAN
+            lean = known(model).lean
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._last_position = (limit or 2**62) - 1
         # Drafts may run a little past the end; positions are clamped to the tables.
@@ -137,7 +132,7 @@ class TokenReader:
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         self.device = device_of(model)
-        self.caches = model not in REREAD and takes_argument(model, "past_key_values")
+        self.caches = not known(model).rereads and takes_argument(model, "past_key_values")
         self.ids = prompts.ids.to(self.device)
         self.mask = prompts.mask.to(self.device, torch.int64)
         self.next_position = self.mask.sum(-1, keepdim=True)

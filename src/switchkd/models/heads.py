@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from switchkd.models.known import known
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ def output_head(model: Any) -> OutputHead | None:
         model: A causal language model; adapters and a distributed wrapper may surround it.
     """
     bare = _bare(model)
-    if bare not in _MEASURED:
-        _MEASURED[bare] = _measure(bare)
-        if isinstance(_MEASURED[bare], str):
-            warnings.warn(f"{type(bare).__name__} is trained through full logits: {_MEASURED[bare]}")
-    measured = _MEASURED[bare]
+    record = known(bare)
+    if record.head is None:
+        record.head = _measure(bare)
+        if isinstance(record.head, str):
+            warnings.warn(f"{type(bare).__name__} is trained through full logits: {record.head}")
+    measured = record.head
     return None if isinstance(measured, str) else OutputHead(bare.get_output_embeddings(), *measured)
 
 
@@ -94,9 +96,6 @@ def hidden_states_of(model: nn.Module, **forward: Any) -> Tensor:
     if len(collected) != 1:
         raise RuntimeError(f"the output layer of {type(model).__name__} was called {len(collected)} times in one pass")
     return collected[0]
-
-
-_MEASURED: WeakKeyDictionary[nn.Module, tuple[float, float | None] | str] = WeakKeyDictionary()
 
 
 def _bare(model: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
+from switchkd.objective.loss import at_least_float32
 
 
 def future_returns(rewards: Tensor, mask: Tensor, *, normalize_length: bool = True) -> Tensor:
@@ -76,9 +77,9 @@ def policy_gradient_losses(
         raise UserError(f"teacher_weight of the sampling blend must lie in [0, 1), got {teacher_weight}")
     if clip_range is not None and not clip_range > 0.0:
         raise UserError(f"clip_range must be > 0, or None for no clipping, got {clip_range}")
-    student = _at_least_float32(student_log_probs)
-    teacher = _at_least_float32(teacher_log_probs.detach())
-    wrote = student.detach() if rollout_log_probs is None else _at_least_float32(rollout_log_probs.detach())
+    student = at_least_float32(student_log_probs)
+    teacher = at_least_float32(teacher_log_probs.detach())
+    wrote = student.detach() if rollout_log_probs is None else at_least_float32(rollout_log_probs.detach())
     returns = future_returns(_rewards(wrote, teacher, mask), mask, normalize_length=normalize_length)
     ratio = torch.where(mask, student - _blend(wrote, teacher, teacher_weight), 0.0).exp()
     losses = -returns * ratio
@@ -101,7 +102,7 @@ def importance_weights(
     Returns:
         `[B, C]` in (0, 1 / (1 - w)], at least float32; 1 outside the text. Its mean under the blend is 1.
     """
-    student, teacher = _at_least_float32(student_log_probs.detach()), _at_least_float32(teacher_log_probs.detach())
+    student, teacher = at_least_float32(student_log_probs.detach()), at_least_float32(teacher_log_probs.detach())
     return torch.where(mask, student - _blend(student, teacher, teacher_weight), 0.0).exp()
 
 
@@ -115,7 +116,3 @@ def _blend(student_log_probs: Tensor, teacher_log_probs: Tensor, teacher_weight:
     return torch.logaddexp(
         student_log_probs + math.log1p(-teacher_weight), teacher_log_probs + math.log(teacher_weight)
     )
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
