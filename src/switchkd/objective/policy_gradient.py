@@ -1,13 +1,13 @@
 """MiniLLM's objective: the reverse KL of whole texts, by policy gradient on text sampled from a blend.
 
-With q the student, p the teacher and b = (1 - w) q + w p the blend that wrote the text, all of the token that stands at
-position t given its prefix, MiniLLM minimises KL(q, p) over texts through the gradient
+At each token the blend that wrote the text gives the probability blend = (1 - w) student + w teacher, with w the
+teacher's weight. MiniLLM minimises KL(student, teacher) over whole texts; the gradient sums two terms over tokens:
 
-    sum_t rho_t grad KL_t  -  sum_t rho_t R_(t+1) grad ln q_t,
+    weight * grad(reverse KL of the two next-token distributions)  -  weight * return * grad(ln student).
 
-where rho_t = q_t / b_t corrects for the blend, KL_t is the reverse KL of the two next-token distributions (the
-single-step term, exact over the vocabulary), and R_(t+1) is the return: the sum of the rewards ln p - ln q of all later
-tokens, divided by their number. The functions here give losses with that gradient, one per token.
+The weight, student / blend of the sampled token, corrects for the blend. The first term is exact over the vocabulary.
+The return of a token is the mean of the rewards ln teacher - ln student of all later tokens. The functions here give
+losses with that gradient, one per token.
 """
 
 import math
@@ -48,20 +48,20 @@ def policy_gradient_losses(
     normalize_length: bool = True,
     rollout_log_probs: Tensor | None = None,
 ) -> Tensor:
-    """Return the long-term loss of every token: -R_(t+1) rho_t, clipped as in PPO.
+    """Return the long-term loss of every token: -return * weight, clipped as in PPO.
 
-    Its gradient is -rho_t R_(t+1) grad ln q_t wherever the clipping does not act. The student of the rollout stands
-    in the rewards and in the blend, so that they are constants; it may differ from the trained one if several updates
-    are made on one rollout.
+    Its gradient is -weight * return * grad(ln student) wherever the clipping does not act. The student of the rollout
+    stands in the rewards and in the blend, so that they are constants; it may differ from the trained one if several
+    updates are made on one rollout.
 
     Args:
-        student_log_probs: ln q of each sampled token under the student that is trained, `[B, C]`, with a gradient.
-        teacher_log_probs: ln p of each sampled token, `[B, C]`.
+        student_log_probs: ln student of each sampled token, of the student that is trained, `[B, C]`, with a gradient.
+        teacher_log_probs: ln teacher of each sampled token, `[B, C]`.
         mask: True at tokens of the text, `[B, C]`.
-        teacher_weight: w of the blend that wrote the text, in [0, 1); 0 where the student wrote it.
-        clip_range: rho_t counts as within 1 -+ this where that makes the loss larger; None does not clip.
+        teacher_weight: Weight of the teacher in the blend that wrote the text, in [0, 1); 0 where the student wrote it.
+        clip_range: The weight is clipped to [1 - x, 1 + x] where that makes the loss larger; None does not clip.
         normalize_length: Divide each return by the number of tokens it sums.
-        rollout_log_probs: ln q under the student that wrote the text `[B, C]`; `student_log_probs` if None.
+        rollout_log_probs: The same of the student that wrote the text, `[B, C]`; `student_log_probs` if None.
 
     Returns:
         `[B, C]`, nats, at least float32; 0 outside the text.
@@ -91,13 +91,13 @@ def policy_gradient_losses(
 def importance_weights(
     student_log_probs: Tensor, teacher_log_probs: Tensor, mask: Tensor, *, teacher_weight: float = 0.2
 ) -> Tensor:
-    """Return rho = student / blend of every sampled token, without a gradient: the weights of the single-step term.
+    """Return student / blend of every sampled token, without a gradient: the weights of the single-step term.
 
     Args:
-        student_log_probs: ln q of each sampled token under the student that wrote the text, `[B, C]`.
-        teacher_log_probs: ln p of it, `[B, C]`.
+        student_log_probs: ln student of each sampled token, of the student that wrote the text, `[B, C]`.
+        teacher_log_probs: ln teacher of it, `[B, C]`.
         mask: True at tokens of the text, `[B, C]`.
-        teacher_weight: w of the blend, in [0, 1).
+        teacher_weight: Weight of the teacher in the blend, in [0, 1).
 
     Returns:
         `[B, C]` in (0, 1 / (1 - w)], at least float32; 1 outside the text. Its mean under the blend is 1.

@@ -98,7 +98,7 @@ def minillm_loss(
 ) -> Tensor:
     """Return MiniLLM's loss of text sampled from the blend: single-step term plus policy gradient.
 
-    Its value means little, its gradient is sum_t rho_t grad KL_t - sum_t rho_t R_(t+1) grad ln q_t over a count.
+    Its value means little; its gradient is that of `switchkd.objective.policy_gradient` over a count.
 
     Args:
         student: Predictions for the text.
