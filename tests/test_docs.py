@@ -14,7 +14,7 @@ from switchkd.training.log import LOGGED_MEANS, LOGGED_STATES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
-LONGEST_README = 150
+LONGEST_README = 200
 
 
 def text(name: str) -> str:
