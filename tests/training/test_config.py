@@ -387,7 +387,7 @@ def test_lists_torch_and_pandas_data_train_as_a_dataset_does(make_trainer, shape
 def test_data_that_cannot_be_read_at_random_are_refused_in_one_line(make_trainer):
     rows = Dataset.from_list(RAGGED_ROWS)
     for data, message in (
-        (rows.to_iterable_dataset(), "train_dataset is a IterableDataset, which cannot be read at random"),
+        (rows.to_iterable_dataset(), "train_dataset is a IterableDataset, which has no random access"),
         (DatasetDict(train=rows, test=rows), "train_dataset holds several splits (train, test)"),
         ([1, 2], "train_dataset: record 0 is a int, not a dict"),
         ("rows.jsonl", "train_dataset is a str"),

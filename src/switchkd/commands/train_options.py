@@ -61,7 +61,7 @@ class RunArguments:
         default=None,
         metadata={
             "help": "A student with random weights: JSON of configuration values that replace those of "
-            'model_name_or_path (or of the teacher); or with "model_type" a new configuration with the vocabulary of the tokenizer.'
+            'model_name_or_path (or of the teacher); or with "model_type" a new one for the tokenizer\'s vocabulary.'
         },
     )
     student_layers: list[str] | None = field(
