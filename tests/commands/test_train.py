@@ -305,7 +305,7 @@ def test_bad_data_are_one_line(models: Path, tmp_path: Path, run: Run, kind: str
         (["--divergence", "kl"], "unknown divergence 'kl'"),
         (["--method", "sft", "--final_ratio", "0.5"], "final_ratio=0.5 does nothing with method 'sft'"),
         (["--lora_r", "4"], "lora_r does nothing without use_peft"),
-        (["--student_layers", "0", "--student_config", "{}"], "give one of them"),
+        (["--student_layers", "0", "--student_config", "{}"], "give only one"),
         (["--student_layers", "9"], "has layers 0 to 1, not 9"),
         (["--student_layers", "first"], "student_layers must be integers"),
         (["--eval_strategy", "steps"], "eval_strategy=steps needs --eval_dataset_name"),

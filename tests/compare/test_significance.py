@@ -129,7 +129,7 @@ def difference(mean: float, low: float, high: float, seeds: int = 3) -> Differen
 )
 def test_the_verdict_says_which_is_ahead_or_that_there_is_no_significant_difference(found, text):
     assert verdict("switch", "sft", found).startswith(text)
-    assert "3 of 3 seeds agree" in verdict("switch", "sft", found)
+    assert "same sign in 3 of 3 seeds" in verdict("switch", "sft", found)
 
 
 @pytest.mark.parametrize("shapes", [((3, 5), (3, 4)), ((0, 5), (0, 5)), ((3, 1), (3, 1)), ((5,), (5,))])
