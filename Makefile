@@ -17,10 +17,11 @@ demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWIT
 test: install  ## Install, then run every test, the slow ones included.
 	$(BIN)/python -m pytest
 
-lint: install  ## Style and types.
+lint: install  ## Style, types, and the file tree in README.md.
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/python .ci/check_tree.py
 
 install: $(VENV)/.installed-dev  ## All that `make test` and `make lint` need.
 

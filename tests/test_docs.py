@@ -14,7 +14,8 @@ from switchkd.training.log import LOGGED_MEANS, LOGGED_STATES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
-LONGEST_README = 150
+LONGEST_README = 200
+MARKDOWN_WIDTH = 100
 
 
 def text(name: str) -> str:
@@ -82,6 +83,23 @@ def test_local_links_lead_somewhere(path):
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             broken.append(link)
     assert broken == []
+
+
+def test_the_walks_of_the_architecture_lead_to_code_that_is_there():
+    document, source = " ".join(text("docs/architecture.md").split()), ROOT / "src" / "switchkd"
+    missing = [path for path in re.findall(r"`([\w/]+\.py)`", document) if not (source / path).exists()]
+    assert [path for path in missing if not (ROOT / path).exists()] == []
+    for path, name in re.findall(r"`([\w/]+\.py)`: `(\w+)`", document):
+        code = (source / path).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(def|class) {name}\b|^{name}\b", code, flags=re.MULTILINE), f"{path} has no {name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_markdown_is_wrapped_at_one_width(path):
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    # A row of a table cannot be broken.
+    long = [line for line in prose.splitlines() if len(line) > MARKDOWN_WIDTH and not line.startswith("|")]
+    assert long == []
 
 
 def test_readme_is_short():

@@ -21,7 +21,7 @@ from pathlib import Path
 import datasets
 import pytest
 import transformers
-from conftest import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
+from helpers.tiny import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "examples/README.md")

@@ -7,17 +7,17 @@ from switchkd.cli.main import run
 
 #: Name -> the module that is the command, and its line of help.
 COMMANDS = {
-    "demo": ("switchkd.demo.command", "distil a small student with SWITCH, no download, and report what it gained"),
+    "demo": ("switchkd.demo.command", "self-contained demo: distil a small student with SWITCH, no download"),
     "train": ("switchkd.commands.train", "distil a student on your models and data"),
     "rollout": ("switchkd.commands.rollout", "write completions with the teacher in the loop and show who wrote what"),
     "evaluate": ("switchkd.commands.evaluate", "score a model's own answers: ROUGE-L over several decoding seeds"),
     "calibrate": (
         "switchkd.commands.calibrate",
-        "find the threshold that gives a wanted teacher share on your prompts",
+        "find the threshold that gives a target teacher share on your prompts",
     ),
     "compare": (
         "switchkd.compare.command",
-        "train and score methods side by side, several seeds each, and say which differences are real",
+        "train and score methods side by side, several seeds each, and say which differences are significant",
     ),
 }
 

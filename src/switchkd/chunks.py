@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-# On CPU so many numbers are worked on at a time where there are temporaries: larger ones leave the cache, and fresh
-# memory for them costs more than the arithmetic.
+# Numbers worked on at a time on CPU where there are temporaries: larger ones leave the cache, and allocating memory for
+# them costs more than the arithmetic.
 _AT_ONCE = 1 << 18
 
 

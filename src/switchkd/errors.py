@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, and the checks that raise it."""
+"""The one exception for mistakes that a user can correct, and the checks that raise it."""
 
 import difflib
 from collections.abc import Iterable
@@ -26,13 +26,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is not an integer of at least that size, with one line."""
+    """Refuse anything but an integer of at least that size, with one line."""
     if not (isinstance(value, int) and value >= least):
         raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """Return the valid name that looks most like a given one: an option half typed is near the whole."""
+    """Return the valid name most similar to a given one; a half-typed name is near the whole one."""
 
     def likeness(other: str) -> float:
         pairs = zip(name, other, strict=False)

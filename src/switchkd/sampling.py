@@ -261,7 +261,7 @@ def accept(drafted: Tensor, student_log_probs: Tensor, behaviour_log_probs: Tens
 
 
 def accept_at(student_log_prob: Tensor, behaviour_log_prob: Tensor, accept_keys: Tensor) -> Tensor:
-    """Return `accept` where the drafted tokens' own log-probabilities `[N]` are at hand, bool `[N]`."""
+    """Return `accept` where the log-probabilities `[N]` of the drafted tokens are known, bool `[N]`."""
     return uniform(accept_keys).log() < (behaviour_log_prob - student_log_prob).double()
 
 

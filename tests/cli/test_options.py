@@ -60,7 +60,7 @@ def test_a_key_of_the_file_is_read_as_the_flag_would_be(tmp_path: Path, line: st
         ("optim: adamm", r"line 1: optim: invalid choice 'adamm'; the nearest is 'adamw"),
         ("a: 1\nb: [", r"line 2: malformed YAML"),
         ("- a\n- b", r"expected lines of `key: value`"),
-        ("method: sft\nmethod: kd", r"line 2: key 'method' stands there twice"),
+        ("method: sft\nmethod: kd", r"line 2: duplicate key 'method'"),
     ],
 )
 def test_a_wrong_config_file_is_refused_with_its_line(tmp_path: Path, run: Run, text: str, message: str) -> None:

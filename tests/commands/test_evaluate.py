@@ -46,7 +46,7 @@ def test_evaluate_without_a_folder_takes_a_free_one(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "1,x"], "seeds takes integers"),
+        (["--seeds", "1,x"], "seeds must be integers"),
         (["--seeds", "1,1"], "seeds must be one or more different integers"),
         (["--max_samples", "0"], "max_samples must be >= 1"),
         (["--max_new_tokens", "500"], "context of 128"),

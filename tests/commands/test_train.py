@@ -99,7 +99,7 @@ def test_another_run_is_not_resumed(models: Path, tmp_path: Path, run: Run) -> N
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     for name, value in (("initial_threshold", 0.1), ("seed", 7), ("learning_rate", 1e-3)):
         options = train_options(models, tmp_path / "run", "--resume_from_checkpoint", "true", f"--{name}", value)
-        assert f"that run has {name}=" in one_line_error(*run(*options))
+        assert f"the saved run has {name}=" in one_line_error(*run(*options))
     other = train_options(
         models, tmp_path / "run", "--resume_from_checkpoint", "--model_name_or_path", models / "llama"
     )
@@ -146,7 +146,7 @@ def test_overwriting_removes_the_runs_files_and_nothing_else(models: Path, tmp_p
 def test_a_folder_of_something_else_is_never_touched(models: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "config.yaml").write_text("somebody: else\n")
     for more in ([], ["--overwrite_output_dir"]):
-        assert "holds no run of switchkd" in one_line_error(*run(*train_options(models, tmp_path, *more)))
+        assert "was not written by switchkd" in one_line_error(*run(*train_options(models, tmp_path, *more)))
     (tmp_path / "file").write_text("")
     assert "is a file" in one_line_error(*run(*train_options(models, tmp_path / "file")))
     assert "cannot be written" in one_line_error(*run(*train_options(models, tmp_path / "file" / "below")))
@@ -241,8 +241,8 @@ def test_a_smaller_student_follows_the_teachers_configuration(models: Path, tmp_
     [
         ('{"n_layers": 2}', "gpt2 has no option 'n_layers'; the nearest is 'n_layer'"),
         ('{"model_type": "gtp2"}', "no model_type 'gtp2'; the nearest is 'gpt2'"),
-        ('{"n_embd": 30}', "student_config makes no model"),
-        ('{"n_layer": "two"}', "student_config makes no model"),
+        ('{"n_embd": 30}', "student_config is not a valid configuration"),
+        ('{"n_layer": "two"}', "student_config is not a valid configuration"),
         ("{n_layer: 2}", "student_config must be a JSON object"),
         ("[2]", "student_config must be a JSON object"),
     ],
@@ -305,11 +305,11 @@ def test_bad_data_are_one_line(models: Path, tmp_path: Path, run: Run, kind: str
         (["--divergence", "kl"], "unknown divergence 'kl'"),
         (["--method", "sft", "--final_ratio", "0.5"], "final_ratio=0.5 does nothing with method 'sft'"),
         (["--lora_r", "4"], "lora_r does nothing without use_peft"),
-        (["--student_layers", "0", "--student_config", "{}"], "give one of them"),
+        (["--student_layers", "0", "--student_config", "{}"], "give only one"),
         (["--student_layers", "9"], "has layers 0 to 1, not 9"),
-        (["--student_layers", "first"], "student_layers takes integers"),
+        (["--student_layers", "first"], "student_layers must be integers"),
         (["--eval_strategy", "steps"], "eval_strategy=steps needs --eval_dataset_name"),
-        (["--dataset_test_split", "test"], "is a file and has one split only"),
+        (["--dataset_test_split", "test"], "which has only one split"),
         (["--max_train_samples", "0"], "max_train_samples must be >= 1"),
         (["--model_init_kwargs", "{dtype: 1}"], "model_init_kwargs must be a JSON object"),
         (["--report_to", "nowhere"], "nowhere is not supported"),

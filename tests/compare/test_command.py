@@ -112,7 +112,7 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(finished, home, c
     (cut / "evaluate" / "summary.json").unlink()
     assert call(again, config_of(home)) == 0
     seen = capfd.readouterr().err
-    assert "11 of 12 runs are done already" in seen and "[12/12] small switch, seed 1" in seen
+    assert "11 of 12 runs are already finished" in seen and "[12/12] small switch, seed 1" in seen
     after = {path: path.stat().st_mtime_ns for path in again.rglob("result.json")}
     changed = {path for path in after if before[path] != after[path]}
     assert changed == {cut / "result.json"}
@@ -156,8 +156,8 @@ def test_words_that_yaml_reads_as_truth_values_reach_the_option(home):
         ({"runs": {"swich": None}}, "small swich, seed 0: unknown method 'swich'; did you mean 'switch'?"),
         ({"runs": {"switch": {"inital_threshold": 0.1}}}, "small switch, seed 0: unknown option --inital_threshold"),
         ({"runs": {"sft": {"top_k": 3}}}, "small sft, seed 0: top_k=3 does nothing"),
-        ({"runs": {}}, "give runs"),
-        ({"runs": {"a/b": None}}, "'a/b' cannot be the name of a run"),
+        ({"runs": {}}, "give `runs`"),
+        ({"runs": {"a/b": None}}, "'a/b' is not a valid name of a run"),
         ({"runs": {"warm start": None}}, "a run may not be called 'warm start'"),
         ({"runs": [1]}, "runs must be a mapping"),
         ({"evaluate": {"sedes": 1}}, "unknown option --sedes"),

@@ -99,7 +99,7 @@ def test_one_training_seed_is_compared_over_prompts_and_said_to_be_one():
     # The only source of chance left is the prompts': the normal interval of their mean.
     assert found.high - found.low == pytest.approx(2 * 1.97 * 3 / np.sqrt(200), rel=0.2)
     text = verdict("switch", "sft", found)
-    assert "one training seed only" in text and "unknown" in text and "chance between prompts" in text
+    assert "one training seed only" in text and "unknown" in text and "over prompts)" in text
 
 
 def test_gains_that_grow_are_told_from_gains_that_do_not():
@@ -119,15 +119,18 @@ def difference(mean: float, low: float, high: float, seeds: int = 3) -> Differen
     [
         (
             difference(1.9, 0.4, 3.1),
-            "switch is ahead of sft by 1.9 points, 95% interval 0.4 to 3.1: larger than chance",
+            "switch is ahead of sft by 1.9 points: significant (95% interval 0.4 to 3.1 over seeds and prompts)",
         ),
-        (difference(-1.9, -3.1, -0.4), "switch is behind sft by 1.9 points, 95% interval 0.4 to 3.1: larger than"),
-        (difference(0.9, -0.4, 2.1), "switch and sft cannot be told apart: +0.9 points, 95% interval -0.4 to +2.1"),
+        (difference(-1.9, -3.1, -0.4), "switch is behind sft by 1.9 points: significant (95% interval 0.4 to 3.1"),
+        (
+            difference(0.9, -0.4, 2.1),
+            "switch against sft: no significant difference: +0.9 points (95% interval -0.4 to +2.1",
+        ),
     ],
 )
-def test_the_verdict_says_which_is_ahead_or_that_it_cannot_be_told(found, text):
+def test_the_verdict_says_which_is_ahead_or_that_there_is_no_significant_difference(found, text):
     assert verdict("switch", "sft", found).startswith(text)
-    assert "3 of 3 seeds agree" in verdict("switch", "sft", found)
+    assert "same sign in 3 of 3 seeds" in verdict("switch", "sft", found)
 
 
 @pytest.mark.parametrize("shapes", [((3, 5), (3, 4)), ((0, 5), (0, 5)), ((3, 1), (3, 1)), ((5,), (5,))])

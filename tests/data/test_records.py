@@ -121,9 +121,9 @@ def test_hub_id_that_cannot_be_loaded_says_what_was_tried(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = refusal(load_records, "owner/name:config", split="test")
-    assert "neither a file nor a folder" in message and "hub data set 'owner/name'" in message and "Couldn't" in message
+    assert "not a local file or folder" in message and "hub data set 'owner/name'" in message and "Couldn't" in message
     assert seen == [(("owner/name", "config"), {"split": "test"})]
-    assert "nor a hub id" in refusal(load_records, "two words")
+    assert "or a hub id" in refusal(load_records, "two words")
     assert len(seen) == 1
 
 

@@ -1,7 +1,7 @@
 """Every causal language model that transformers can build, as tiny as its config allows, and how it is read.
 
-`python tests/architectures.py` writes the table of docs/exactness.md; tests/test_architectures.py holds every line of
-it against what happens.
+`python tests/helpers/architectures.py` writes the table of docs/exactness.md; tests/engine/test_architectures.py checks
+every line of it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from switchkd.errors import UserError
 from switchkd.models.known import known
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
-BEGIN, END = "<!-- begin: written by tests/architectures.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: written by tests/helpers/architectures.py -->", "<!-- end -->"
 VOCABULARY = 98
 # Every window that a config lets one choose. Rows are read on both sides of it.
 WINDOW, INSIDE, BEYOND = 16, 13, 27

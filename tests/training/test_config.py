@@ -388,7 +388,7 @@ def test_lists_torch_and_pandas_data_train_as_a_dataset_does(make_trainer, shape
 def test_data_that_cannot_be_read_at_random_are_refused_in_one_line(make_trainer):
     rows = Dataset.from_list(RAGGED_ROWS)
     for data, message in (
-        (rows.to_iterable_dataset(), "train_dataset is a IterableDataset, which cannot be read at random"),
+        (rows.to_iterable_dataset(), "train_dataset is a IterableDataset, which has no random access"),
         (DatasetDict(train=rows, test=rows), "train_dataset holds several splits (train, test)"),
         ([1, 2], "train_dataset: record 0 is a int, not a dict"),
         ("rows.jsonl", "train_dataset is a str"),
@@ -435,7 +435,7 @@ def test_missing_or_doubled_models_are_refused(make_trainer):
         lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), processing_class=None)
     )
     model = build_gpt2()
-    assert "model and teacher_model are one object" in refusal(lambda: make_trainer(model, model))
+    assert "model and teacher_model are the same object" in refusal(lambda: make_trainer(model, model))
     assert all(parameter.requires_grad for parameter in model.parameters())
     message = refusal(lambda: make_trainer("./no/such/model", build_gpt2(), processing_class=build_tokenizer()))
     assert message == "student folder ./no/such/model does not exist; give a model folder or a hub id"

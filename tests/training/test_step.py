@@ -211,7 +211,7 @@ def test_plain_text_blocks_hold_the_text_and_every_pass_has_an_order_of_its_own(
 
 
 def test_plain_text_and_its_weight_need_each_other(make_trainer):
-    with pytest.raises(UserError, match=r"lm_weight=0\.5 and a data set of plain text need each other"):
+    with pytest.raises(UserError, match=r"lm_weight=0\.5 and lm_dataset must be set together"):
         make_trainer(build_gpt2(), build_gpt2(seed=1), lm_weight=0.5)
     with pytest.raises(UserError, match="needs a column text, found prompt, completion"):
         make_trainer(build_gpt2(), build_gpt2(seed=1), lm_weight=0.5, lm_dataset=Dataset.from_list(RAGGED_ROWS))

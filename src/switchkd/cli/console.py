@@ -1,4 +1,4 @@
-"""Where text for people goes, and what other libraries may say there."""
+"""Where text for people goes, and which messages of other libraries are shown."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ class Console:
 
 @contextlib.contextmanager
 def quiet(console: Console) -> Iterator[None]:
-    """Show this package's warnings as one line each, and those of others only when asked for."""
+    """Show this package's warnings as one line each, and those of others only under `--verbose`."""
     home = str(Path(__file__).parents[1])
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
@@ -69,7 +69,7 @@ def quiet_libraries(verbose: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    # A download of gigabytes does want a bar; transformers' switch turned that one off as well.
+    # A download of gigabytes should have a bar; transformers' switch turned that one off as well.
     enable_progress_bars()
 
 
@@ -79,7 +79,7 @@ def write(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
     except BrokenPipeError:
-        # Nobody reads on. Point the stream at nothing, or the interpreter complains again when it exits.
+        # The reader is gone. Point the stream at nothing, or the interpreter complains again when it exits.
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)

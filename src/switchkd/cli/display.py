@@ -1,4 +1,4 @@
-"""What a run looks like: rollouts in the terminal, plain tables, and the summary picture."""
+"""How a run is shown: rollouts in the terminal, plain tables, and the summary picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ TEACHER_STYLE = "\x1b[1;38;5;208m"  # bold orange: readable on dark and light ba
 PROMPT_STYLE = "\x1b[2m"  # faint
 RESET = "\x1b[0m"
 
-# Okabe and Ito's palette: told apart with every common colour vision deficiency, and in grey.
+# Okabe and Ito's palette: distinguishable with every common colour vision deficiency, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 SERIES_COLOURS = ("#B8B8B8", ORANGE, BLUE, GREEN, "#CC79A7", "#D55E00")
 
@@ -100,7 +100,7 @@ def plot_summary(
     threshold: Sequence[float],
     scores: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
 ) -> Path:
-    """Draw who wrote what along the completion and, where scores are given, what was gained; return the file's path.
+    """Draw who wrote along the completion and, where given, the scores; return the file's path.
 
     Left, above each other: the teacher's share, and the mean divergence with the threshold it was compared with, both
     against the position in the completion. Right: ROUGE-L by answer length, bars with one standard deviation.
@@ -153,7 +153,7 @@ def _draw_share(axes: Any, position: Sequence[float], teacher_share: Sequence[fl
     percent = [100 * share for share in teacher_share]
     axes.fill_between(position, percent, color=ORANGE, alpha=0.25, linewidth=0)
     axes.plot(position, percent, color=ORANGE, linewidth=1.8)
-    axes.set(ylim=(0, 100), ylabel="teacher's tokens [%]", title="Who writes: the teacher's share along the completion")
+    axes.set(ylim=(0, 100), ylabel="teacher share [%]", title="Who writes: teacher share along the completion")
     axes.tick_params(labelbottom=False)
 
 
@@ -202,7 +202,7 @@ def _draw_scores(axes: Any, scores: Mapping[str, Mapping[str, tuple[float, float
     highest = max((mean + deviation for row in scores.values() for mean, deviation in row.values()), default=0.0)
     axes.set(xticks=range(len(buckets)), xticklabels=buckets, ylim=(0, max(1.0, 1.1 * highest)))
     axes.set(xlabel="length of the reference answer [tokens]", ylabel="ROUGE-L")
-    axes.set_title("What it taught: ROUGE-L by answer length")
+    axes.set_title("Result: ROUGE-L by answer length")
     axes.tick_params(axis="x", length=0)
     columns = len(scores) if sum(map(len, scores)) + 8 * len(scores) <= 64 else 2
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, columnspacing=1.5, handlelength=1.2)

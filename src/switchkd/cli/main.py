@@ -1,4 +1,4 @@
-"""The command `switchkd`: finds the command asked for, and turns mistakes into one line.
+"""The command `switchkd`: finds the command that is named, and turns mistakes into one line.
 
 Nothing heavy is imported here: `switchkd --help` must not wait for torch.
 """
@@ -48,7 +48,7 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
     """Run the command line and return its exit code: 0, 2 for a mistake that one line explains, 130 for Ctrl-C.
 
     Args:
-        commands: Name -> the module that is the command, imported when it is asked for, and its line of help.
+        commands: Name -> the module of the command, imported when the command runs, and its line of help.
         argv: Arguments; those of the process if None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

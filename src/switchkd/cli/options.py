@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help with the defaults that say something."""
+    """Help that shows the defaults that matter."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
@@ -56,7 +56,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._format_action_invocation(action)
 
 
-# The mixin stands before whatever ArgumentParser a command builds on; only the type checker needs to know.
+# The mixin comes before the ArgumentParser that a command builds on; only the type checker needs to know.
 if TYPE_CHECKING:
     _Parser = argparse.ArgumentParser
 else:
@@ -137,7 +137,7 @@ class OptionsMixin(_Parser):
             if action is None or name in ("config", "help"):
                 raise UserError(f"{where}: unknown key {key_node.value!r}; {self._nearest(name)}")
             if name in seen:
-                raise UserError(f"{where}: key {name!r} stands there twice")
+                raise UserError(f"{where}: duplicate key {name!r}")
             seen.add(name)
             tokens = _flag_tokens(f"--{name}", value_node, takes_list=action.nargs == "+")
             try:
@@ -179,7 +179,7 @@ def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
     """Return the numbers of a list option, given apart or joined by commas: `1,2`, `1 2`.
 
     Raises:
-        UserError: Something is no integer.
+        UserError: A value is not an integer.
     """
     if texts is None:
         return None
@@ -187,11 +187,11 @@ def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
     try:
         return [int(word) for word in words]
     except ValueError:
-        raise UserError(f"{name} takes integers joined by commas, got {' '.join(texts)!r}") from None
+        raise UserError(f"{name} must be integers joined by commas, got {' '.join(texts)!r}") from None
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether someone watches this stream."""
+    """Return whether this stream is a terminal."""
     return bool(getattr(stream, "isatty", lambda: False)())
 
 
@@ -222,7 +222,7 @@ def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
 
 
 def _flag_tokens(flag_name: str, node: yaml.Node, takes_list: bool) -> list[str]:
-    """What one would type for a key's value; nothing for an empty one, which leaves the default."""
+    """The command-line words for a key's value; none for an empty value, which leaves the default."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag == "tag:yaml.org,2002:null":
             return []

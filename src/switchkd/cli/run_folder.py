@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, with which versions, and what came out."""
+"""The folder of a run: options, versions and results."""
 
 import json
 import math
@@ -81,17 +81,18 @@ class RunFolder:
             raise UserError(f"output_dir {self.path} is a file; give a folder")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"output_dir {self.path} cannot be written: {parent} is no folder this user may write in")
+            raise UserError(f"output_dir {self.path} cannot be written: {parent} is not a folder you can write to")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not self.holds_run():
             raise UserError(
-                f"output_dir {self.path} is not empty and holds no run of switchkd (config.yaml); give another folder"
+                f"output_dir {self.path} is not empty and was not written by switchkd "
+                "(no config.yaml); give another folder"
             )
         if not overwrite:
             raise UserError(
                 f"output_dir {self.path} holds another run; give another folder, add --overwrite_output_dir to replace "
-                "that run" + (", or --resume_from_checkpoint true to go on" if self.command == "train" else "")
+                "that run" + (", or --resume_from_checkpoint true to continue it" if self.command == "train" else "")
             )
 
     def holds_run(self, command: str = "") -> bool:

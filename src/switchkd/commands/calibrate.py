@@ -1,4 +1,4 @@
-"""`switchkd calibrate`: find the threshold at which the teacher writes a wanted share of the tokens."""
+"""`switchkd calibrate`: find the threshold at which the teacher writes a target share of the tokens."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -22,23 +22,23 @@ def parser() -> OptionParser:
         prog="switchkd calibrate",
         usage="switchkd calibrate --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
         "--dataset_name DATA ...",
-        description="Find the initial threshold at which the teacher writes a wanted share of the tokens on your "
-        "prompts. Use the student that training will begin with and the lengths and sampling of the training.",
+        description="Find the initial threshold at which the teacher writes a target share of the tokens on your "
+        "prompts. Use the student, the lengths and the sampling options that training will start with.",
     )
     inputs = result.add_argument_group("models and prompts")
     inputs.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
     inputs.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id to take prompts from")
-    inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to take")
-    inputs.add_argument("--num_prompts", type=int, default=64, metavar="N", help="how many of its prompts")
+    inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
+    inputs.add_argument("--num_prompts", type=int, default=64, metavar="N", help="number of its prompts to use")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     share = result.add_argument_group("the share")
     share.add_argument(
-        "--target_teacher_share", type=float, default=0.53, metavar="S", help="wanted share of the tokens, in [0, 1]"
+        "--target_teacher_share", type=float, default=0.53, metavar="S", help="target share of the tokens, in [0, 1]"
     )
-    share.add_argument("--tolerance", type=float, default=0.02, metavar="S", help="how near is near enough")
-    share.add_argument("--max_rounds", type=int, default=8, metavar="N", help="at most this many rollouts")
+    share.add_argument("--tolerance", type=float, default=0.02, metavar="S", help="largest accepted distance from it")
+    share.add_argument("--max_rounds", type=int, default=8, metavar="N", help="maximum number of rollouts")
     policy = result.add_argument_group("who writes")
     add_policy_options(policy, ("switch",))
     sampling = result.add_argument_group("sampling")
@@ -148,7 +148,7 @@ def _text(found: "Calibration") -> str:
         [
             table(rows, ("positions", "tokens", "teacher share")),
             "",
-            f"{found.note} (+- {found.standard_error:.1%} for other prompts)",
+            f"{found.note} (standard error over prompts: {found.standard_error:.1%})",
             f"{found.rounds} rollouts of {len(found.lengths)} prompts in {found.seconds:.1f} s",
             f"for training: --initial_threshold {found.initial_threshold:.4g}",
         ]

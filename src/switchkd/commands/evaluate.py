@@ -18,24 +18,30 @@ def parser() -> OptionParser:
         prog="switchkd evaluate",
         usage="switchkd evaluate --model_name_or_path MODEL --dataset_name DATA ...",
         description="Score a causal language model's own answers by ROUGE-L (F-measure, stemmed, best reference, "
-        "times 100), sampled at several decoding seeds. No teacher ever writes here.",
+        "times 100), sampled at several decoding seeds. The teacher never writes.",
     )
     inputs = result.add_argument_group("model and data")
     inputs.add_argument("--model_name_or_path", metavar="MODEL", help="folder or hub id of any causal language model")
-    inputs.add_argument("--tokenizer_name_or_path", metavar="NAME", help="its tokenizer, if it lies elsewhere")
+    inputs.add_argument("--tokenizer_name_or_path", metavar="NAME", help="tokenizer (default: that of the model)")
     inputs.add_argument(
-        "--teacher_model_name_or_path", metavar="TEACHER", help="also compare with it on the reference answers"
+        "--teacher_model_name_or_path",
+        metavar="TEACHER",
+        help="also compare the model with it on the reference answers",
     )
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
     inputs.add_argument(
-        "--dataset_test_split", default="test", metavar="SPLIT", help="split to take; a file has one split only"
+        "--dataset_test_split", default="test", metavar="SPLIT", help="split to use; a file has only one"
     )
-    inputs.add_argument("--max_samples", type=int, metavar="N", help="take the first N records")
+    inputs.add_argument("--max_samples", type=int, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     decoding = result.add_argument_group("decoding")
     decoding.add_argument(
-        "--seeds", nargs="+", default=["10,20,30,40,50"], metavar="N,N,...", help="decoding seeds, one pass each"
+        "--seeds",
+        nargs="+",
+        default=["10,20,30,40,50"],
+        metavar="N,N,...",
+        help="decoding seeds; every prompt is answered once per seed",
     )
     decoding.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="length limit, tokens")
     decoding.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
@@ -137,8 +143,8 @@ def _tables(summary: dict[str, Any]) -> str:
         f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over seeds "
         + ", ".join(f"{seed}: {score:.2f}" for seed, score in summary["scores"].items()),
         f"exact matches {summary['exact_match']:.1f}%, mean length {summary['completion_tokens']:.0f} tokens, "
-        f"{summary['finished_share']:.0%} ended by themselves",
-        "decoding " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "seeds"),
+        f"{summary['finished_share']:.0%} ended with an end-of-sequence token",
+        "decoding: " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "seeds"),
         f"on the {losses['tokens']:,} reference tokens: cross-entropy {losses['cross_entropy']:.3f} nats"
         + (f", KL(teacher, model) {losses['forward_kl']:.3f}, JSD {losses['jsd']:.3f}" if "jsd" in losses else ""),
     ]

@@ -1,4 +1,4 @@
-"""What a running `switchkd train` shows and writes down."""
+"""What a running `switchkd train` shows and logs."""
 
 import sys
 from typing import Any
@@ -65,7 +65,7 @@ class RunCallback(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the log down and show its main numbers."""
+        """Write the log to its file and show its main numbers."""
         if not state.is_world_process_zero or not logs:
             return
         self.folder.append("metrics.jsonl", [{"step": state.global_step, **logs}])

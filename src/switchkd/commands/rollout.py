@@ -20,8 +20,8 @@ def parser() -> OptionParser:
     result = OptionParser(
         prog="switchkd rollout",
         usage="switchkd rollout --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --prompt TEXT ...",
-        description="Write completions with the teacher in the loop. The teacher's tokens are coloured, or stand in "
-        "[brackets] where the output is no terminal.",
+        description="Write completions with the teacher in the loop. The teacher's tokens are coloured, or in "
+        "[brackets] where the output is not a terminal.",
     )
     models = result.add_argument_group("models")
     models.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
@@ -30,12 +30,12 @@ def parser() -> OptionParser:
     prompts = result.add_argument_group("prompts")
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
     prompts.add_argument(
-        "--template", default="none", help="what the prompt is put into: none, alpaca, or chat (the tokenizer's)"
+        "--template", default="none", help="template around the prompt: none, alpaca, or chat (the tokenizer's)"
     )
-    prompts.add_argument("--dataset_name", help="file, folder or hub id to take prompts from instead")
-    prompts.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to take")
-    prompts.add_argument("--num_prompts", type=int, default=4, metavar="N", help="how many prompts of the data set")
-    prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions of every prompt")
+    prompts.add_argument("--dataset_name", metavar="DATA", help="take prompts from this file, folder or hub id instead")
+    prompts.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
+    prompts.add_argument("--num_prompts", type=int, default=4, metavar="N", help="number of prompts from the data set")
+    prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions per prompt")
     policy = result.add_argument_group("who writes")
     policy.add_argument("--policy", default="switch", metavar="NAME", help=", ".join(NAMES))
     add_policy_options(policy)
@@ -104,7 +104,7 @@ def _check(options: argparse.Namespace) -> None:
     if (options.prompt is None) == (options.dataset_name is None):
         raise UserError("give either --prompt or --dataset_name")
     if options.dataset_name is not None and options.template != "none":
-        raise UserError("template goes with --prompt; the prompts of a data set have theirs already")
+        raise UserError("template needs --prompt: prompts of a data set are used as they are")
     for name in ("num_prompts", "num_samples", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")

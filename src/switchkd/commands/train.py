@@ -25,7 +25,7 @@ from switchkd.training.trainer import SwitchTrainer
 
 __all__ = ["parser", "run"]
 
-# A resumed run may change these: how long it goes on, what it writes down, and how fast it reads.
+# A resumed run may change these: its length, what it logs and saves, and how fast it reads.
 RESUME_MAY_CHANGE = (
     "output_dir", "max_steps", "num_train_epochs", "report_to",
     "run_name", "project", "disable_tqdm", "num_completions_to_log", "push_to_hub", "per_device_eval_batch_size",
@@ -42,10 +42,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     run_args, config = read_options(options)
     checkpoint = _checkpoint(config.resume_from_checkpoint, folder)
     if checkpoint is not None and options.overwrite_output_dir:
-        raise UserError("resume_from_checkpoint and overwrite_output_dir exclude each other; drop one")
-    # A run goes on in its own folder, or from a checkpoint elsewhere in a new one.
-    goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
-    if not goes_on:
+        raise UserError("resume_from_checkpoint and overwrite_output_dir exclude each other; remove one")
+    # A run is resumed in its own folder, or from a checkpoint elsewhere in a new one.
+    resumes = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
+    if not resumes:
         folder.check(overwrite=options.overwrite_output_dir)
         _keep_models(run_args, config, folder)
 
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     trainer = _trainer(run_args, config, folder)
     resolved = _resolved(run_args, trainer)
     if checkpoint is not None:
-        _compare(resolved, checkpoint)
-    folder.claim(resolved, keep=goes_on)
+        _check_same_run(resolved, checkpoint)
+    folder.claim(resolved, keep=resumes)
     for name, report in trainer.prepare_reports.items():
         console.say(f"{name} data: {report}")
     console.say(f"student: {_size(trainer.model)}")
@@ -71,7 +71,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         if get_last_checkpoint(str(folder.path)) is not None:
-            console.progress(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint true")
+            console.progress(
+                f"stopped at step {trainer.state.global_step}; continue with --resume_from_checkpoint true"
+            )
         raise
     seconds = time.perf_counter() - started
     if trainer.eval_dataset is not None and config.eval_strategy == "no":
@@ -131,7 +133,7 @@ def _datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
         return train, None
     name = args.eval_dataset_name or str(args.dataset_name)
     if args.eval_dataset_name is None and Path(name).expanduser().is_file():
-        raise UserError(f"{name} is a file and has one split only; give --eval_dataset_name")
+        raise UserError(f"{name} is a file, which has only one split; give --eval_dataset_name")
     return train, _first(load_records(name, split=args.dataset_test_split or "test"), args.max_eval_samples)
 
 
@@ -173,16 +175,17 @@ def _checkpoint(wanted: str | None, folder: RunFolder) -> str | None:
         last = get_last_checkpoint(str(folder.path)) if folder.path.is_dir() else None
         if last is None:
             raise UserError(
-                f"resume_from_checkpoint: {folder.path} holds no checkpoint; drop the option to start afresh"
+                f"resume_from_checkpoint: {folder.path} holds no checkpoint; remove the option to start "
+                "from the beginning"
             )
         return last
     if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {wanted} is no checkpoint of a run (a folder checkpoint-<step>)")
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint (a folder checkpoint-<step> of a run)")
     return wanted
 
 
 def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
-    """Every option with the value that holds, the method's own included; `--config` reads it again."""
+    """Every option with its final value, the method's defaults included; `--config` reads it again."""
     config = trainer.args
     values = config.to_dict()
     plan = trainer.plan
@@ -192,14 +195,14 @@ def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     return {**dataclasses.asdict(args), **own, **values}
 
 
-def _compare(resolved: dict[str, Any], checkpoint: str) -> None:
-    """Refuse to go on with options that make it another run."""
+def _check_same_run(resolved: dict[str, Any], checkpoint: str) -> None:
+    """Refuse to resume with options that make it another run."""
     saved = read_config(Path(checkpoint).resolve().parent)
     for name, value in (saved or {}).items():
         free = name in RESUME_MAY_CHANGE or name.startswith(RESUME_MAY_CHANGE_PREFIXES)
         if name in resolved and not free and plain(resolved[name]) != value:
             raise UserError(
-                f"resume_from_checkpoint: that run has {name}={value!r}, this one {plain(resolved[name])!r}; "
+                f"resume_from_checkpoint: the saved run has {name}={value!r}, this one {plain(resolved[name])!r}; "
                 "give the same options, or another output_dir without resuming"
             )
 
@@ -218,8 +221,8 @@ TABLE_ROWS = (
     ("eval_loss", "evaluation loss [nats/token]", 1),
     ("eval_cross_entropy", "evaluation cross-entropy [nats/token]", 1),
     ("eval_rouge_l", "evaluation ROUGE-L", 1),
-    ("rollout/teacher_share", "teacher's tokens [%]", 100),
-    ("rollout/divergence_nats", "divergence [nats]", 1),
+    ("rollout/teacher_share", "teacher share [%]", 100),
+    ("rollout/divergence_nats", "policy divergence [nats]", 1),
     ("rollout/completion_tokens", "rollout length [tokens]", 1),
     ("rollout/tokens_per_s", "rollouts [tokens/s]", 1),
 )
@@ -235,7 +238,7 @@ def _table(trainer: SwitchTrainer) -> str:
         values = _logged(trainer, key)
         if values:
             rows.append((name, factor * values[0], factor * values[-1]))
-    return table(rows, ("", "first logged", "last logged")) if rows else ""
+    return table(rows, ("", "start", "end")) if rows else ""
 
 
 def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:

@@ -39,12 +39,12 @@ FIXED = {"remove_unused_columns", "logging_nan_inf_filter"}
 
 OWN_HELP = {
     "output_dir": "Folder of the run. Default: the first free one of runs/train, runs/train-2, ...",
-    "resume_from_checkpoint": "Go on from the last checkpoint in output_dir, or from the checkpoint named.",
-    "report_to": "Where else to log: tensorboard, wandb, ... joined by commas, none or all.",
+    "resume_from_checkpoint": "Resume from the last checkpoint in output_dir, or from the one that is named.",
+    "report_to": "Further loggers: tensorboard, wandb, ... joined by commas, none or all.",
     "max_steps": "Number of optimizer steps; overrides num_train_epochs where it is > 0.",
     "gradient_accumulation_steps": "Micro-batches per optimizer step.",
     "save_steps": "Save a checkpoint every this many steps.",
-    "lr_scheduler_type": "How the learning rate falls.",
+    "lr_scheduler_type": "Schedule of the learning rate.",
 }
 
 LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -58,18 +58,21 @@ class RunArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Student: folder or hub id."})
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer: folder or hub id. Default: the student's, else the teacher's."}
+        default=None,
+        metadata={"help": "Tokenizer: folder or hub id. Default: that of the student, or else of the teacher."},
     )
     student_config: str | None = field(
         default=None,
         metadata={
-            "help": "A student with random weights: JSON of configuration values over those of model_name_or_path, "
-            'else of the teacher; or a new one with "model_type", whose vocabulary is the tokenizer\'s.'
+            "help": "A student with random weights: JSON of configuration values that replace those of "
+            'model_name_or_path (or of the teacher); or with "model_type" a new one for the tokenizer\'s vocabulary.'
         },
     )
     student_layers: list[str] | None = field(
         default=None,
-        metadata={"help": "A student made of these layers of model_name_or_path, else of the teacher: 0,4 or 0,-1."},
+        metadata={
+            "help": "A student made of these layers of model_name_or_path (or of the teacher), e.g. 0,4 or 0,-1."
+        },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Training data: file, folder or hub id."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
@@ -77,19 +80,19 @@ class RunArguments:
         default=None, metadata={"help": "Data for the evaluation loss. Default: dataset_name, if a split is given."}
     )
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split for the evaluation loss; a file has one split only."}
+        default=None, metadata={"help": "Split for the evaluation loss; a file has only one split."}
     )
     lm_dataset_name: str | None = field(
-        default=None, metadata={"help": "Plain text for lm_weight, a column text: file, folder or hub id."}
+        default=None, metadata={"help": "Plain text for lm_weight, with a column text: file, folder or hub id."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take the first so many training records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for the evaluation loss."})
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter of the student instead of it."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N evaluation records."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter. Default 16."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Default 32."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapter. Default 0.05."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter, or all-linear. Default: peft's choice."}
+        default=None, metadata={"help": "Modules that get an adapter, or all-linear. Default: that of peft."}
     )
 
 
@@ -103,8 +106,8 @@ def parser() -> TrainParser:
         dataclass_types=[RunArguments, SwitchConfig],
         prog="switchkd train",
         usage="switchkd train [--config FILE] [--option VALUE ...]",
-        description="Distil a student. Every option of transformers.TrainingArguments is accepted; listed are those "
-        "that most runs set.",
+        description="Distil a student. Every option of transformers.TrainingArguments is accepted; "
+        "only the most common are listed.",
     )
     method = result.add_argument_group("method and rollouts")
     policy = result.add_argument_group("who writes (each option belongs to the methods named first)")
@@ -169,7 +172,7 @@ def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def _check(args: RunArguments, teacher: str | None) -> None:
     if args.student_config is not None and args.student_layers is not None:
-        raise UserError("student_config and student_layers both make the student; give one of them")
+        raise UserError("student_config and student_layers exclude each other; give only one")
     if args.dataset_name is None:
         raise UserError("give --dataset_name, the training data: a file, a folder or a hub id")
     made = args.student_config is not None or args.student_layers is not None

@@ -1,1 +1,1 @@
-"""Methods side by side, several training seeds each, and which differences are real."""
+"""Methods side by side, several training seeds each, and which differences are significant."""

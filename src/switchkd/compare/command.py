@@ -1,4 +1,4 @@
-"""`switchkd compare`: methods x training seeds from one file, with the answer to "is the difference real?"."""
+"""`switchkd compare`: methods x training seeds from one file, and which differences are significant."""
 
 import argparse
 import json
@@ -23,9 +23,9 @@ from switchkd.errors import UserError
 
 SECTIONS = {
     "train": "options of `switchkd train` that all runs share",
-    "runs": "label -> options on top; `method` is the label unless it is given",
+    "runs": "label -> options that override them; `method` defaults to the label",
     "students": "name -> options that make the student",
-    "warm_start": "options of the training that all runs of a student and seed begin with",
+    "warm_start": "options of the training that all runs of a student and seed start from",
     "evaluate": "options of `switchkd evaluate`",
 }
 
@@ -35,30 +35,30 @@ def parser() -> OptionParser:
     result = OptionParser(
         prog="switchkd compare",
         usage="switchkd compare --config compare.yaml --output_dir DIR",
-        description="Train and score several methods with several training seeds, and say which differences are real. "
-        "Goes on where it was stopped: finished runs are not run again.",
+        description="Train and score several methods with several training seeds, and say which differences are "
+        "significant. A stopped comparison continues where it was: finished runs are not repeated.",
     )
     group = result.add_argument_group("what to compare (sections of the config file; JSON as flags)")
     for name, help in SECTIONS.items():
         group.add_argument(f"--{name}", metavar="JSON", help=help)
     group.add_argument("--seeds", nargs="+", default=["0,1,2"], metavar="N,N,...", help="training seeds")
-    group.add_argument("--baseline", metavar="RUN", help="whom every run is compared with (default: the first run)")
+    group.add_argument("--baseline", metavar="RUN", help="run that all others are compared with (default: the first)")
     group.add_argument("--pairs", nargs="+", metavar="RUN:RUN", help="more pairs to compare, also by answer length")
     machine = result.add_argument_group("machine")
-    machine.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side")
-    machine.add_argument("--threads", type=int, metavar="N", help="threads of each (default: all cores over jobs)")
+    machine.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at the same time")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads of each run (default: cores / jobs)")
     result.add_shared_options("where to write (default: the first free one of runs/compare, runs/compare-2, ...)")
     return result
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run what is not done yet, then print and write what was found."""
+    """Run what is not finished, then print and write the results."""
     folder = RunFolder(options.output_dir, "compare")
     sections = {name: _section(name, getattr(options, name)) for name in SECTIONS}
     seeds = integers(options.seeds, "seeds") or []
     runs = sections["runs"]
     if not runs:
-        raise UserError("give runs, what to compare: a mapping from labels to options, in the config file")
+        raise UserError("give `runs` in the config file: a mapping from labels to options")
     for name in ("jobs", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -76,11 +76,11 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         warm_start=sections["warm_start"],
     )
     check(tasks)
-    goes_on = folder.holds_run("switchkd compare")
-    if not goes_on:
+    resumes = folder.holds_run("switchkd compare")
+    if not resumes:
         folder.check(overwrite=options.overwrite_output_dir)
-    folder.claim({**vars(options), **sections, "seeds": seeds}, keep=goes_on)
-    if goes_on and options.overwrite_output_dir:
+    folder.claim({**vars(options), **sections, "seeds": seeds}, keep=resumes)
+    if resumes and options.overwrite_output_dir:
         for task in tasks:
             shutil.rmtree(task.folder, ignore_errors=True)
     failed = _run_all(tasks, options, console)
@@ -89,8 +89,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for name, error in failed.items():
             console.progress(f"failed: {name}: {error}")
         raise UserError(
-            f"{len(failed)} of {len(tasks)} runs failed, the first with: {next(iter(failed.values()))}; what is done "
-            f"is in {folder.path}, and the same command tries the others again"
+            f"{len(failed)} of {len(tasks)} runs failed, the first with: {next(iter(failed.values()))}; what is "
+            f"finished is in {folder.path}; repeat the command to try the others again"
         )
     return {**summary, "output_dir": str(folder.path)}
 
@@ -125,11 +125,11 @@ def _pairs(options: argparse.Namespace, runs: Mapping[str, Any]) -> tuple[str, l
 
 
 def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Console) -> dict[str, str]:
-    """Run what is not done, warm starts first; return the error of each run that failed."""
+    """Run what is not finished, warm starts first; return the error of each run that failed."""
     waiting = [task for task in tasks if task.result() is None]
     done = len(tasks) - len(waiting)
     if done:
-        console.say(f"{done} of {len(tasks)} runs are done already")
+        console.say(f"{done} of {len(tasks)} runs are already finished")
     threads = options.threads
     if threads is None and options.jobs > 1:
         threads = max(multiprocessing.cpu_count() // options.jobs, 1)
@@ -152,7 +152,7 @@ def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Consol
                 try:
                     result = future.result()
                 except BrokenProcessPool:
-                    result = {"error": "its process ended without a word (out of memory?)"}
+                    result = {"error": "worker process died without an error message (out of memory?)"}
                 if "error" in result:
                     failed[task.name] = result["error"]
                     console.say(f"{clock.next()} {task.name}: FAILED, {result['error']}")
@@ -168,7 +168,7 @@ def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Consol
 
 
 class _Clock:
-    """Counts runs and guesses how long the rest takes."""
+    """Counts runs and estimates how long the rest takes."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.number, self.began, self.ended = total, done, time.perf_counter(), 0
@@ -185,9 +185,9 @@ class _Clock:
 
 def _line(result: Mapping[str, Any]) -> str:
     share = result["train"].get("teacher_share")
-    taught = f", teacher {share:.0%}" if share is not None else ""
+    teacher = f", teacher {share:.0%}" if share is not None else ""
     return (
-        f"{result['train']['steps']} steps, ROUGE-L {result['evaluate']['rouge_l']:.1f}{taught}, "
+        f"{result['train']['steps']} steps, ROUGE-L {result['evaluate']['rouge_l']:.1f}{teacher}, "
         f"{result['seconds']:.0f} s"
     )
 

@@ -14,7 +14,7 @@ from switchkd.errors import UserError
 from switchkd.evaluation.metrics import bucket_names, length_bucket, mean_and_std
 
 Result = Mapping[str, Any]
-#: Buckets of answer length with fewer prompts are not compared: their intervals say nothing.
+#: Buckets of answer length with fewer prompts are not compared: their intervals are too wide to say anything.
 FEWEST_PROMPTS = 20
 
 
@@ -132,7 +132,7 @@ def _mean(found: Sequence[Result], part: str, name: str) -> float:
 
 
 def sentences(comparison: Comparison, baseline: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the answers in words: every run against the baseline and the pairs asked for, then lengths and sizes.
+    """Return the findings as sentences: every run against the baseline and the given pairs, then lengths and sizes.
 
     Args:
         comparison: The results.
@@ -140,23 +140,23 @@ def sentences(comparison: Comparison, baseline: str, pairs: Sequence[tuple[str, 
         pairs: More pairs of runs.
     """
     lines = []
-    asked = [(label, baseline) for label in comparison.labels if label != baseline]
-    asked += [pair for pair in pairs if pair not in asked]
+    compared = [(label, baseline) for label in comparison.labels if label != baseline]
+    compared += [pair for pair in pairs if pair not in compared]
     for student in comparison.students:
         lines += [f"{student}:"] if student else []
-        for first, second in asked:
+        for first, second in compared:
             found = comparison.difference(student, first, second)
             if found is not None:
                 lines.append("  " + verdict(first, second, found))
-    lines += _by_length(comparison, [*pairs] or asked)
+    lines += _by_length(comparison, [*pairs] or compared)
     return lines
 
 
-def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list[str]:
+def _by_length(comparison: Comparison, compared: Sequence[tuple[str, str]]) -> list[str]:
     """Does the difference grow with the length of the answer, and with the student?"""
     buckets = comparison.buckets()
     lines = []
-    for first, second in asked:
+    for first, second in compared:
         rows = []
         for student in comparison.students:
             found = [comparison.difference(student, first, second, bucket) for bucket in (None, *buckets)]
@@ -168,7 +168,7 @@ def _by_length(comparison: Comparison, asked: Sequence[tuple[str, str]]) -> list
             headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets), "longest minus shortest")
             lines += [
                 "",
-                f"{first} minus {second}, points of ROUGE-L, 95% intervals, * where chance does not explain it:",
+                f"{first} minus {second}, points of ROUGE-L (95% interval; * excludes 0):",
             ]
             lines.append(table(rows, headers))
     return lines
@@ -185,15 +185,15 @@ def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]
     return rows
 
 
-def _is_real(difference: Difference) -> bool:
-    """Whether chance does not explain it; one training seed says nothing about others."""
+def _is_significant(difference: Difference) -> bool:
+    """Whether it is significant; one training seed says nothing about others."""
     return difference.is_clear and difference.seeds > 1
 
 
 def _cell(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    star = "*" if _is_real(difference) else ""
+    star = "*" if _is_significant(difference) else ""
     return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){star}"
 
 
@@ -266,7 +266,7 @@ def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> Non
             continue
         mean = sum(scores) / len(scores)
         found = comparison.difference(student, label, baseline) if reference and label != baseline else None
-        colour = ORANGE if found is not None and _is_real(found) else BLUE
+        colour = ORANGE if found is not None and _is_significant(found) else BLUE
         if found is not None and found.seeds > 1:
             axes.plot([mean - found.mean + found.low, mean - found.mean + found.high], [place, place], color=colour,
                       linewidth=2.4, solid_capstyle="round", zorder=2)  # fmt: skip
@@ -275,5 +275,5 @@ def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> Non
     axes.grid(axis="y", color="#EEEEEE")
     axes.set_axisbelow(True)
     axes.set_title(student or "ROUGE-L by run", loc="left")
-    axes.set_xlabel(f"ROUGE-L; line: {baseline}; orange: differs from it beyond chance")
+    axes.set_xlabel(f"ROUGE-L; line: {baseline}; orange: differs significantly")
     axes.tick_params(axis="y", length=0)

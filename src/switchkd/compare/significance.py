@@ -1,4 +1,4 @@
-"""Is a difference between two methods real? A paired bootstrap over prompts and training seeds, and its words."""
+"""Is a difference between two methods significant? A paired bootstrap over prompts and seeds, and its sentence."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _CHUNK = 256  # resamples drawn at once: [256, prompts] places are kept
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of mean scores and what chance does to it.
+    """A difference of mean scores and its 95% interval.
 
     Attributes:
         mean: First minus second, in the unit of the scores.
@@ -21,7 +21,7 @@ class Difference:
         wrong_side: Share of the resamples whose difference is 0 or has the other sign, in [0, 1].
         seeds: Number of training seeds.
         prompts: Number of prompts.
-        seeds_ahead: At how many training seeds the difference has the sign of `mean`.
+        seeds_ahead: Number of training seeds at which the difference has the sign of `mean`.
     """
 
     mean: float
@@ -34,7 +34,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -43,21 +43,21 @@ def paired_difference(
 ) -> Difference:
     """Return the mean difference of two methods with its 95% interval, by a two-level paired bootstrap.
 
-    Training seeds and prompts are drawn with replacement, the same ones for both methods, and the difference is taken
-    anew. With d [S, N] the paired differences, d.. their mean, d_s. the mean of a seed and d_.n that of a prompt, one
-    resample that draws seed s k_s times and prompt n m_n times is
+    Training seeds and prompts are drawn with replacement, the same ones for both methods, and the difference is
+    computed again. With d [S, N] the paired differences, d.. their mean, d_s. the mean of a seed and d_.n that of a
+    prompt, one resample that draws seed s k_s times and prompt n m_n times is
 
         d.. + t * (sqrt(S / (S - 1)) * sum_s (k_s / S) (d_s. - d..) + sqrt(N / (N - 1)) * sum_n (m_n / N) (d_.n - d..))
 
-    The roots undo that a resample of few values varies too little, and t, Student's quantile over the normal one, that
-    few values tell their own variance badly: without them three seeds give "95%" intervals that hold in 75% of all
-    cases. The degrees of freedom of t are Satterthwaite's, between S - 1 where the seeds vary most and N - 1 where the
-    prompts do.
+    The roots undo that a resample of few values varies too little, and t, Student's quantile over the normal one,
+    that the variance of few values is itself uncertain: without them nominal 95% intervals over three seeds cover
+    the true difference in 75% of cases. The degrees of freedom of t are Satterthwaite's, between S - 1 where the
+    seeds vary most and N - 1 where the prompts do.
 
     Args:
         first: Scores [S, N] of one method: S training seeds, N prompts, each a mean over decoding seeds.
         second: Scores [S, N] of the other at the same seeds and prompts.
-        resamples: How many are drawn.
+        resamples: Number of resamples.
         random_seed: Seed of the draws.
 
     Raises:
@@ -101,19 +101,21 @@ def verdict(first: str, second: str, difference: Difference) -> str:
     """
     size = abs(difference.mean)
     low, high = (difference.low, difference.high) if difference.mean >= 0 else (-difference.high, -difference.low)
-    interval = f"95% interval {low:.1f} to {high:.1f}"
-    chance = "chance between prompts" if difference.seeds == 1 else "chance between training seeds and prompts"
+    sources = "over prompts" if difference.seeds == 1 else "over seeds and prompts"
     if difference.is_clear:
         order = "ahead of" if difference.mean > 0 else "behind"
-        text = f"{first} is {order} {second} by {size:.1f} points, {interval}: larger than {chance} explains"
+        text = (
+            f"{first} is {order} {second} by {size:.1f} points: significant "
+            f"(95% interval {low:.1f} to {high:.1f} {sources})"
+        )
     else:
         text = (
-            f"{first} and {second} cannot be told apart: {difference.mean:+.1f} points, 95% interval "
-            f"{difference.low:+.1f} to {difference.high:+.1f}, within what {chance} explains"
+            f"{first} against {second}: no significant difference: {difference.mean:+.1f} points "
+            f"(95% interval {difference.low:+.1f} to {difference.high:+.1f} {sources})"
         )
     if difference.seeds == 1:
-        return f"{text}; one training seed only, so how much another seed would change it is unknown"
-    return f"{text}; {difference.seeds_ahead} of {difference.seeds} seeds agree on the sign"
+        return f"{text}; one training seed only, so the variation between seeds is unknown"
+    return f"{text}; same sign in {difference.seeds_ahead} of {difference.seeds} seeds"
 
 
 def t_quantile(degrees: float) -> float:
@@ -132,7 +134,7 @@ def _bootstrap(parts: Sequence[np.ndarray], resamples: int, random_seed: int) ->
     mean = float(sum(part.mean() for part in parts))
     by_seed = sum(part.mean(1) for part in parts) - mean
     by_prompt = [part.mean(0) - part.mean() for part in parts]
-    # Each source of chance: deviations from the mean, already scaled so that resampling varies enough.
+    # Each source of variation: deviations from the mean, already scaled so that resampling varies enough.
     sources = [deviations * math.sqrt(_grown(deviations)) for deviations in (by_seed, *by_prompt)]
     variances = [float((values**2).sum() / len(values) ** 2) for values in sources]
     total = sum(variances)

@@ -1,4 +1,4 @@
-"""Methods side by side: what to run, in which folders, what is done already, and one run in a process of its own."""
+"""Methods side by side: what to run, in which folders, what is finished, and one run in a separate process."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from switchkd.cli.run_folder import json_line, plain
 from switchkd.errors import UserError
 
 WARM_START = "warm start"
-# What a comparison does not need from every single run, unless it is asked for.
+# What a comparison does not need from every single run, unless the options say otherwise.
 TRAIN_DEFAULTS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
@@ -95,31 +95,31 @@ def plan(
         output_dir: Folder of the comparison.
         seeds: Training seeds.
         train: Options of `switchkd train` that all runs share.
-        runs: Label -> options on top; `method` is the label unless it is given.
+        runs: Label -> options that override them; `method` defaults to the label.
         evaluate: Options of `switchkd evaluate`.
         students: Name -> options that make the student; one without a name if None.
         warm_start: Options of the training that all runs of a student and seed begin with, once; None for none.
 
     Raises:
-        UserError: A name that is no name of a folder.
+        UserError: A name that is not valid as the name of a folder.
     """
     students = students or {"": {}}
     for name in (*filter(None, students), *runs):
         if not name.replace("-", "").replace("_", "").replace(".", "").replace(" ", "").isalnum() or name[0] == ".":
-            raise UserError(f"{name!r} cannot be the name of a run: take letters, digits, blank, - _ and .")
+            raise UserError(f"{name!r} is not a valid name of a run; use letters, digits, blanks, - _ and .")
     if WARM_START in runs:
-        raise UserError(f"a run may not be called {WARM_START!r}: that is the training before all runs")
+        raise UserError(f"a run may not be called {WARM_START!r}: that is the name of the training before all runs")
 
     def folder_of(student: str, label: str, seed: int) -> Path:
         return output_dir / student / label.replace(" ", "-") / f"seed-{seed}"
 
-    def task(student: str, label: str, seed: int, own: Mapping[str, Any]) -> Task:
+    def task(student: str, label: str, seed: int, overrides: Mapping[str, Any]) -> Task:
         folder = folder_of(student, label, seed)
         # The student itself is made by the warm start where there is one.
         maker = dict(students[student] or {}) if label == WARM_START or warm_start is None else {}
-        options = _as_typed({**TRAIN_DEFAULTS, **train, **maker, **own, "seed": seed})
+        options = _as_typed({**TRAIN_DEFAULTS, **train, **maker, **overrides, "seed": seed})
         if label != WARM_START:
-            options["method"] = own.get("method", label)
+            options["method"] = overrides.get("method", label)
         if label != WARM_START and warm_start is not None:
             options["model_name_or_path"] = str(folder_of(student, WARM_START, seed) / "train")
         return Task(student, label, seed, folder, options, _as_typed(evaluate), warm.get((student, seed), {}))
@@ -129,7 +129,7 @@ def plan(
     if warm_start is not None:
         tasks = [task(s, WARM_START, seed, {"method": "sft", **warm_start}) for s in students for seed in seeds]
         warm |= {(one.student, one.seed): one.train for one in tasks}
-    tasks += [task(s, label, seed, own or {}) for s in students for seed in seeds for label, own in runs.items()]
+    tasks += [task(s, label, seed, over or {}) for s in students for seed in seeds for label, over in runs.items()]
     return tasks
 
 
@@ -171,7 +171,7 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
 
     Args:
         task: What to run.
-        threads: Threads of torch; None leaves its own choice.
+        threads: Threads of torch; None leaves torch's default.
 
     Returns:
         The content of `result.json`; or `{"error": one line}` where the run failed.

@@ -29,13 +29,15 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tens
     completion_ids = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(completion) for completion in completions])
     completion_mask = torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)
-    taught = "teacher_prompt_ids" in rows[0]
+    has_teacher_prompts = "teacher_prompt_ids" in rows[0]
     return model_inputs(
         *pad_prompts([row["prompt_ids"] for row in rows], pad_token_id),
         completion_ids,
         completion_mask,
         torch.where(completion_mask, int(Author.DATASET), int(Author.NONE)).to(torch.uint8),
-        teacher_prompts=pad_prompts([row["teacher_prompt_ids"] for row in rows], pad_token_id) if taught else None,
+        teacher_prompts=(
+            pad_prompts([row["teacher_prompt_ids"] for row in rows], pad_token_id) if has_teacher_prompts else None
+        ),
     )
 
 
@@ -113,7 +115,7 @@ def prompts_of(batches: Sequence[dict[str, Tensor]], prefix: str = "") -> list[l
 def rollout_batches(
     rollout: Rollout, sizes: Sequence[int], teacher_prompts: tuple[Tensor, Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return a rollout as micro-batches of the given sizes, rows of like length together.
+    """Return a rollout as micro-batches of the given sizes, rows of similar length together.
 
     The loss is a sum over rows divided by a count of the whole optimizer step, so that it does not matter which rows
     share a micro-batch: grouping them by length only saves padding.
@@ -121,7 +123,7 @@ def rollout_batches(
     Args:
         rollout: With as many rows as the sizes sum up to.
         sizes: Rows of each micro-batch.
-        teacher_prompts: Ids and mask, left-padded `[B, P"]`, where the teacher has prompts of its own.
+        teacher_prompts: Ids and mask, left-padded `[B, P"]`, where the teacher has other prompts.
     """
     order = torch.arange(len(rollout), device=rollout.completion_ids.device)
     hidden = rollout.teacher_hidden
@@ -143,7 +145,7 @@ def rollout_batches(
 
 
 def regrouped(batches: Sequence[dict[str, Tensor]], pad_token_id: int) -> list[dict[str, Tensor]]:
-    """Return micro-batches of the data set with the same rows, those of like length together."""
+    """Return micro-batches of the data set with the same rows, those of similar length together."""
     if len(batches) < 2:
         return list(batches)
     columns = {"prompt_ids": prompts_of(batches), "completion_ids": _completions_of(batches)}
@@ -186,8 +188,8 @@ def check_readable(data: Dataset, models: dict[str, nn.Module | None], *, answer
     for role, model in models.items():
         if model is None:
             continue
-        own = role == "teacher" and "teacher_prompt_ids" in data.column_names
-        prompts = list(data["teacher_prompt_ids" if own else "prompt_ids"])
+        other = role == "teacher" and "teacher_prompt_ids" in data.column_names
+        prompts = list(data["teacher_prompt_ids" if other else "prompt_ids"])
         longest_prompt = max((len(ids) for ids in prompts), default=0)
         longest_text = max((len(p) + len(ids) for p, ids in zip(prompts, completions, strict=False)), default=0)
         largest = max((max(ids, default=0) for ids in [*prompts, *completions]), default=0)
@@ -205,5 +207,5 @@ def check_readable(data: Dataset, models: dict[str, nn.Module | None], *, answer
         if largest >= width:
             raise UserError(
                 f"the data hold token id {largest}, but the {role} knows only ids below {width}; its tokenizer and its "
-                "weights do not belong together"
+                "weights do not match"
             )

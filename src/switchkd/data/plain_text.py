@@ -11,11 +11,11 @@ from switchkd.errors import UserError
 
 
 class PlainText:
-    """Blocks of plain text, drawn by step: every block is full, so that every step supervises as many tokens.
+    """Blocks of plain text, drawn by step: all are full, so that every step supervises the same number of tokens.
 
     Args:
         data: Rows with a column `text`.
-        tokenizer: A Hugging Face tokenizer with an end of sequence, which stands between the texts.
+        tokenizer: A Hugging Face tokenizer with an end of sequence, which separates the texts.
         block_length: Tokens of a block, >= 2.
 
     Raises:
@@ -36,21 +36,21 @@ class PlainText:
             )
         self.blocks = torch.tensor(stream[: blocks * block_length]).view(blocks, block_length)
 
-    def rows(self, place: int, count: int, seed: int) -> Tensor:
-        """Return blocks `[count, block_length]`: those from a place on, in passes over the text shuffled by the seed.
+    def rows(self, first: int, count: int, seed: int) -> Tensor:
+        """Return blocks `[count, block_length]`: from number `first` on, in passes over the text shuffled by the seed.
 
         Args:
-            place: How many blocks all ranks have drawn before.
-            count: How many to return.
+            first: Number of blocks that all ranks have drawn before.
+            count: Number of blocks to return.
             seed: Seed of the order.
         """
         total = len(self.blocks)
-        turns = range(place // total, (place + count - 1) // total + 1)
+        turns = range(first // total, (first + count - 1) // total + 1)
         orders = [
             torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn)) for turn in turns
         ]
-        first = place % total
-        return self.blocks[torch.cat(orders)[first : first + count]]
+        skipped = first % total
+        return self.blocks[torch.cat(orders)[skipped : skipped + count]]
 
     def add_to(
         self,
@@ -69,7 +69,7 @@ class PlainText:
             batches: The micro-batches of the accumulation window; `lm_input_ids` and `lm_tokens` are added.
             step: The optimizer step, counted from 0.
             rank: The rank of this process.
-            ranks: How many there are.
+            ranks: Number of processes.
             rows: Blocks for each micro-batch.
             window: Micro-batches of a full accumulation window; the last one of an epoch may be shorter.
             seed: Seed of the order.
@@ -77,8 +77,8 @@ class PlainText:
         # Every block is full: the tokens of the whole step are known without asking the other ranks.
         tokens = rows * (self.blocks.shape[1] - 1) * len(batches) * ranks
         for index, batch in enumerate(batches):
-            place = ((step * window + index) * ranks + rank) * rows
-            batch |= {"lm_input_ids": self.rows(place, rows, seed), "lm_tokens": torch.tensor(tokens)}
+            first = ((step * window + index) * ranks + rank) * rows
+            batch |= {"lm_input_ids": self.rows(first, rows, seed), "lm_tokens": torch.tensor(tokens)}
 
 
 def _encoded(texts: Any, tokenizer: Any, rows: int = 1000) -> Iterator[list[int]]:

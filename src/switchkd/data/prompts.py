@@ -1,6 +1,6 @@
 """Records of several shapes become prompts and answers in token ids.
 
-`switchkd.records` reads a file, a folder or a hub data set; `prepare` turns its records into the columns that
+`switchkd.data.records` reads a file, a folder or a hub data set; `prepare` turns its records into the columns that
 training and evaluation use. Column sets, the first that fits:
 
 - `instruction`, `output`, optional `input`: the Alpaca template; `output` is a text or a list of accepted answers;
@@ -8,7 +8,7 @@ training and evaluation use. Column sets, the first that fits:
 - `messages`: a chat; a last message by the assistant is the answer, otherwise the whole chat is a prompt;
 - `prompt`: text or chat messages, no answer.
 
-`teacher_prompt` may stand next to each: what the teacher sees instead of the student's prompt.
+`teacher_prompt` may be added to each: what the teacher sees instead of the student's prompt.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def prepare(
         row += len(examples)
     if not columns["prompt_ids"]:
         raise UserError(
-            f"no record is left: all {dropped} prompts are longer than max_prompt_length={max_prompt_length} tokens "
+            f"no record fits: all {dropped} prompts are longer than max_prompt_length={max_prompt_length} tokens "
             f"(the shortest has {shortest}); raise max_prompt_length"
         )
     kinds = {name: Value("string") if name == "prompt" else [Value("int32")] for name in columns}
@@ -252,7 +252,7 @@ def _prompt_text(prompt: Any, tokenizer: Any, where: str) -> tuple[str, bool]:
             raise UserError(f"{where}: the prompt is empty; remove the record or fill it")
         return text, True
     if prompt == []:
-        raise UserError(f"{where}: the prompt is empty, no message stands before the answer; remove the record")
+        raise UserError(f"{where}: the prompt is empty, no message precedes the answer; remove the record")
     messages = _messages(prompt, "prompt", where)
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt ends with the assistant's message; end it with the user's")
@@ -296,7 +296,7 @@ def _encode_prompts(prompts: list[tuple[str, bool]], tokenizer: Any, places: lis
             encoded[i] = ids
     for ids, (text, _), where in zip(encoded, prompts, places, strict=True):
         if not ids:
-            raise UserError(f"{where}: the tokenizer turns the prompt {text[:40]!r} into no tokens at all")
+            raise UserError(f"{where}: the tokenizer encodes the prompt {text[:40]!r} to no tokens")
     return encoded
 
 
@@ -326,7 +326,7 @@ def _encode_completions(examples: list[_Example], prompt_ids: list[list[int]], t
     return completions
 
 
-# What stands before an answer that must not be taken for the beginning of a text; nothing at first, then short texts,
+# Texts to put before an answer that must not be encoded as the beginning of a text; nothing at first, then short texts,
 # several because an answer may merge with one of them.
 _STAND_INS = ("", "\n", ".", "0", "a", "|")
 

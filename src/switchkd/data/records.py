@@ -48,7 +48,7 @@ def load_records(name_or_path: str, *, split: str | None = "train") -> Dataset:
 
 
 def as_dataset(data: Any, name: str) -> Dataset:
-    """Return records in the shapes that people hold them as a `datasets.Dataset`.
+    """Return records in any of the usual containers as a `datasets.Dataset`.
 
     Args:
         data: A `Dataset`, a list of dicts, a pandas data frame, or an object with `__len__` and `__getitem__` that
@@ -56,7 +56,7 @@ def as_dataset(data: Any, name: str) -> Dataset:
         name: What the data are for, named in errors.
 
     Raises:
-        UserError: A streaming data set, several splits at once, or something that holds no records.
+        UserError: A streaming data set, several splits at once, or something without records.
     """
     if isinstance(data, Dataset):
         return data
@@ -66,7 +66,7 @@ def as_dataset(data: Any, name: str) -> Dataset:
         return Dataset.from_pandas(data, preserve_index=False)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str | bytes):
         raise UserError(
-            f"{name} is a {type(data).__name__}, which cannot be read at random; give a datasets.Dataset, e.g. "
+            f"{name} is a {type(data).__name__}, which has no random access; give a datasets.Dataset, e.g. "
             "datasets.Dataset.from_list(list(stream.take(1000)))"
         )
     rows = [data[index] for index in range(len(data))]
@@ -175,13 +175,13 @@ def _load_folder(folder: Path, split: str | None) -> Dataset:
 
 def _load_from_hub(name: str, split: str | None) -> Dataset:
     if not _HUB_ID.match(name):
-        raise UserError(f"{name!r} is neither a file nor a folder here, nor a hub id (owner/name or owner/name:config)")
+        raise UserError(f"{name!r} is not a file, a folder or a hub id (owner/name or owner/name:config)")
     repository, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(repository, configuration or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{name!r} is neither a file nor a folder here, and loading it as hub data set {repository!r} "
+            f"{name!r} is not a local file or folder, and loading it as hub data set {repository!r} "
             f"(split {split}) failed: {_first_line(error)}"
         ) from error
     return _one_split(loaded, name, split)

@@ -1,1 +1,1 @@
-"""The self-contained demo: a generated task, a teacher and a student made from nothing, SWITCH beside SFT."""
+"""The self-contained demo: a generated task, a teacher and a student trained from random weights, SWITCH beside SFT."""

@@ -1,4 +1,4 @@
-"""`switchkd demo`: the embedded default, no download."""
+"""`switchkd demo`: self-contained, no download."""
 
 import argparse
 from typing import Any

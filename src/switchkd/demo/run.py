@@ -1,4 +1,4 @@
-"""The embedded default: an instruction set, a teacher and a student made from nothing, and what SWITCH gains."""
+"""The demo: an instruction set, a teacher and a student trained from random weights, and what SWITCH gains."""
 
 import contextlib
 import copy
@@ -76,9 +76,9 @@ class _Stage:
 def run_demo(
     output_dir: Path, *, seed: int = 0, say: Say = print, settings: DemoSettings | None = None
 ) -> dict[str, Any]:
-    """Make data, tokenizer, teacher and student, distil with SWITCH, and return what was gained.
+    """Make data, tokenizer, teacher and student, distil with SWITCH, and return the scores.
 
-    `output_dir` ends up with the data, the tokenizer and four models that every other command can go on with, the
+    `output_dir` ends up with the data, the tokenizer and four models that every other command can use, the
     scored rows, `summary.json` and `summary.png`.
 
     Args:

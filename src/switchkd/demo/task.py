@@ -1,4 +1,4 @@
-"""The instruction set and the tokenizer of the embedded default, generated from a seed: no download.
+"""The instruction set and the tokenizer of the demo, generated from a seed: no download.
 
 A small invented world (people with fixed attributes, a made-up language, a cookery book) and eight kinds of
 instruction about it. Every answer follows from the instruction and the tables below, so a teacher can be nearly

@@ -26,7 +26,7 @@ def checked_integer(name: str, value: Any, least: int | None = None) -> int:
     """Return an integer that may come as a whole float, from numpy or from torch.
 
     Raises:
-        UserError: It is no whole number, or below `least`.
+        UserError: It is not a whole number, or below `least`.
     """
     found = _scalar(value)
     if isinstance(found, float) and found.is_integer():
@@ -43,7 +43,7 @@ def checked_sampling(temperature: Any, top_k: Any, top_p: Any) -> tuple[float, i
     """Return the three options of sampling as numbers.
 
     Raises:
-        UserError: One is no number, or lies outside its range.
+        UserError: One is not a number, or lies outside its range.
     """
     numbers_found = []
     for name, value in (("temperature", temperature), ("top_p", top_p)):
@@ -60,7 +60,7 @@ def checked_sampling(temperature: Any, top_k: Any, top_p: Any) -> tuple[float, i
 
 
 def checked_model(role: str, model: Any) -> None:
-    """Refuse what is no language model of transformers.
+    """Refuse anything but a language model of transformers.
 
     Raises:
         UserError: Says what it is instead.
@@ -73,7 +73,7 @@ def checked_model(role: str, model: Any) -> None:
 
 
 def checked_policy(policy: Any) -> None:
-    """Refuse what is no policy.
+    """Refuse anything but a policy.
 
     Raises:
         UserError: It is a name, a class or something else.
@@ -116,7 +116,7 @@ def checked_eos(eos_token_id: Any, width: int) -> list[int]:
         width: How many ids the models score; one beyond could end nothing.
 
     Raises:
-        UserError: Something is no id of the models.
+        UserError: A value is not an id of the models.
     """
     found = sorted(set(_several("eos_token_id", eos_token_id)))
     outside = [index for index in found if not 0 <= index < width]
@@ -131,7 +131,7 @@ def checked_pad(pad_token_id: Any) -> int:
     """Return what fills completions after their end: any integer that a tensor of ids can hold.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not an id.
     """
     found = checked_integer("pad_token_id", pad_token_id)
     if not -(2**63) <= found < 2**63:
@@ -143,7 +143,7 @@ def checked_excluded(excluded_ids: Any, width: int) -> tuple[int, ...]:
     """Return excluded ids as a sorted tuple, those beyond the vocabulary too, which are excluded anyway.
 
     Raises:
-        UserError: Something is no id, or nothing would be left.
+        UserError: A value is not an id, or no id would be left.
     """
     found = sorted(set(_several("excluded_ids", excluded_ids)))
     if found and found[0] < 0:
@@ -227,7 +227,7 @@ def with_readable_padding(prompts: Prompts, width: int, fill: int) -> Prompts:
 
 
 def _scalar(value: Any) -> int | float | None:
-    """A number as Python has it, or None for everything else; truth values are no numbers."""
+    """A number as Python has it, or None for everything else; truth values do not count as numbers."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = None if isinstance(value, Tensor) and value.is_meta else value.item()
     if isinstance(value, bool | np.bool_):

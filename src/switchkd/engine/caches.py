@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-# Slots are added in steps of so many, so that short completions never pay for the length limit.
+# Slots are added in steps of this size, so that short completions never pay for the length limit.
 GROWTH = 64
 
 
-# Queries are shown slots in steps of so many: the views of the buffers are then made once in so many passes.
+# Queries see slots in steps of this size: the views of the buffers are then made once in that many passes.
 VIEW = 16
 
 

@@ -11,10 +11,10 @@ LONGEST_DRAFT = 16
 KEPT_OUTCOMES = 200
 ROW_OUTCOMES = 50
 PRIOR_OUTCOMES = 10
-# Times of so many passes over equally many tokens are kept, of so many different token counts.
+# Number of timings kept per token count, and number of token counts kept.
 KEPT_TIMES = 5
 KEPT_COUNTS = 8
-# A token count that was not read for so many rounds is forgotten, and with it what made its length look bad.
+# A token count that was not read for this many rounds is forgotten, and with it what made its length look bad.
 MEMORY = 256
 
 
@@ -119,7 +119,7 @@ class Line:
         self.fixed, self.slope = fixed, slope
 
     def at(self, tokens: int) -> float:
-        """Return the seconds of a pass over so many tokens, > 0."""
+        """Return the seconds of a pass over this many tokens, > 0."""
         return max(self.fixed + self.slope * tokens, 1e-9)
 
 
@@ -137,7 +137,7 @@ class PassTime:
         self._line: Line | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn the seconds of one pass over so many tokens."""
+        """Learn the seconds of one pass over this many tokens."""
         self._passes += 1
         # The latest count comes last.
         times = self._times.pop(tokens, None) or deque(maxlen=KEPT_TIMES)

@@ -93,15 +93,15 @@ def roll_out(
         max_active_rows: How many rows are decoded at once, all if None; waiting prompts take the places of finished
             ones. It bounds memory and changes no text.
         excluded_ids: Ids that neither model may write and no comparison counts: both distributions are renormalised
-            without them. `switchkd.vocabulary.check_tokenizers` returns those that only one tokenizer knows; without
-            them the models are compared on all leading ids that both score, whatever their names.
+            without them. `switchkd.models.vocabulary.check_tokenizers` returns those that only one tokenizer knows;
+            without them the models are compared on all leading ids that both score, whatever their names.
 
     Returns:
         A `Rollout` on the student's device, C being the longest completion.
 
     Raises:
         UserError: An argument outside its range, an empty prompt, one that does not fit a model's context, or a model
-            that `readable.require_readable` refuses.
+            that `switchkd.engine.readable.require_readable` refuses.
     """
     checked_model("student", student)
     if teacher is not None:

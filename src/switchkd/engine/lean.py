@@ -23,9 +23,9 @@ Residual = Callable[[Tensor, Tensor], Tensor]
 # Decoders whose layers are: RMS norm, rotary attention with grouped queries, RMS norm, gated feed-forward.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
-# Up to so many scores the two products are formed plainly on CPU: fewer calls than the fused kernel, which streams.
+# Up to this many scores the two products are formed plainly on CPU: fewer calls than the fused kernel, which streams.
 MOST_PLAIN_SCORES = 1 << 18
-# Models of up to so many bytes get joint copies of weights that read the same states: one call instead of three.
+# Models of up to this many bytes get joint copies of weights that read the same states: one call instead of three.
 MOST_COPIED_BYTES = 64 << 20
 
 
@@ -175,7 +175,7 @@ class LeanDecoder:
 
 
 def lean_decoder(model: Any, positions: int) -> LeanDecoder | None:
-    """Return the model taken apart for up to `positions` tokens, or None where it is none of the known families.
+    """Return the model taken apart for up to `positions` tokens, or None where its family is not known.
 
     It holds the weights as they are now, some as copies: make a new one after a training step.
     """

@@ -24,14 +24,14 @@ SERVED_ATTENTION = ("eager", "sdpa")
 # These rotary embeddings change with the longest position seen, so a row's keys would depend on its neighbours.
 UNSERVED_ROPE = ("dynamic", "longrope")
 
-# Integers of a config under such names say how far attention reaches; what counts other things is none of them.
+# Integers of a config under such names say how far attention reaches; counts of other things are excluded.
 WINDOW_NAME = re.compile(r"window|local|att(entio)?n_chunk")
 COUNTS_OTHERS = re.compile(r"expert|layer|pattern|freq|theta|base|blocks")
 # Under such names too a limit of attention may hide: no reason to fall back, but one to look.
 SUSPECT_NAME = re.compile(r"window|local|chunk|span|block")
 # Names of layers that see the whole text before them.
 FULL_ATTENTION = {"full_attention", "global"}
-# A limit of up to so many tokens is passed in a probe, if a rollout passes it; beyond, the config alone decides.
+# A limit of up to this many tokens is passed in a probe, if a rollout passes it; beyond, the config alone decides.
 MOST_PROBED = 256
 # Tokens of the first probe: too few to cost anything.
 FIRST_PROBE = 12
@@ -52,8 +52,8 @@ def require_readable(model: Any, role: str, *, padded: bool = True, length: int 
         length: Up to how many tokens rows are written one at a time.
 
     Raises:
-        UserError: The model is no decoder-only language model, its weights hold nan or inf, or what it predicts for a
-            row depends on how it is read: with a cache, with position ids, or beside longer rows.
+        UserError: The model is not a decoder-only language model, its weights hold nan or inf, or what it predicts for
+            a row depends on how it is read: with a cache, with position ids, or beside longer rows.
     """
     if model is None:
         return

@@ -104,7 +104,7 @@ def verify(
         policy: Who writes.
         drafted: The student's draft, int64 `[A, G]`.
         student_rows: Log-probabilities `[A * G, V]`.
-        teacher_rows: Likewise.
+        teacher_rows: Log-probabilities `[A * G, V]`.
         position: Completion position of each drafted token, int64 `[A, G]`.
         state: The policy's state `[A, ...]` or None.
         noise: The rollout's noise.
@@ -173,7 +173,7 @@ def _replacement(
     if policy.redraws:
         tokens = sampling.exponential_race(behaviour, keys)
         return tokens, tokens == drafted
-    # Where the two agree to rounding nothing is left to draw from: the draft stands and the walk goes on.
+    # Where the two agree up to rounding nothing is left to draw from: the draft is kept.
     tokens, empty = sampling.residual_draw(student_rows, behaviour, keys)
     return torch.where(empty, drafted, tokens), empty
 

@@ -178,8 +178,8 @@ def reference_losses(
         tokenizer: Its tokenizer.
         dataset: Made by `switchkd.data.prepare`, with a completion in every row.
         teacher: Compared with the model at every token, on the ids both have.
-        batch_size: Rows read at once; changes nothing but speed.
-        excluded_ids: Left out of the comparison, see `switchkd.vocabulary.check_tokenizers`.
+        batch_size: Rows read at once; affects only speed.
+        excluded_ids: Left out of the comparison, see `switchkd.models.vocabulary.check_tokenizers`.
 
     Returns:
         `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and

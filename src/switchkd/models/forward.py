@@ -1,4 +1,4 @@
-"""How any causal language model of transformers is asked: where it lies, what it takes, in which mode."""
+"""How any causal language model of transformers is called: its device, its arguments and its mode."""
 
 import contextlib
 import inspect

@@ -87,7 +87,7 @@ def hidden_states_of(model: nn.Module, **forward: Any) -> Tensor:
     def collect(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         collected.append(states)
         # One column instead of V. The layer's own parameters join the graph because a distributed wrapper looks for
-        # unused parameters in the output's graph; nobody reads the value.
+        # unused parameters in the output's graph; the value is not read.
         used = [parameter.flatten()[:1].sum() for parameter in head.parameters() if parameter.requires_grad]
         return states[..., :1] + sum(used)
 

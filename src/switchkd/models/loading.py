@@ -41,7 +41,7 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
 
     Raises:
         UserError: The model cannot be found or read, or its file lacks a tensor, holds one that the model has not, or
-            one of another shape: transformers would go on with random weights in its place.
+            one of another shape: transformers would put random weights in its place.
     """
     init_kwargs = init_kwargs or {}
     path = _local_folder(name_or_path, role)
@@ -110,7 +110,7 @@ def _local_folder(name_or_path: str, role: str) -> Path | None:
 
 
 def _reading(what: str, read: Callable[[], Loaded]) -> Loaded:
-    """Return what `read` returns; whatever it cannot read is told in one line."""
+    """Return what `read` returns; an error is reported in one line."""
     try:
         return read()
     except UserError:
@@ -154,9 +154,9 @@ def _check_complete(model: nn.Module, found: dict[str, Any], what: str, remedy: 
             name for name in set(found["unexpected_keys"]) - buffers if not _COMPUTED.search(name)
         },
     }
-    told = [f"{_first(names)} which the file {problem}" for problem, names in problems.items() if names]
-    if told:
-        raise UserError(f"cannot load {what}: {'; '.join(told)}; {remedy}")
+    faults = [f"{_first(names)} which the file {problem}" for problem, names in problems.items() if names]
+    if faults:
+        raise UserError(f"cannot load {what}: {'; '.join(faults)}; {remedy}")
 
 
 def _first(names: Iterable[str], shown: int = 3) -> str:

@@ -61,7 +61,7 @@ def student_from_config(
         kwargs = {"dtype": "float32", **(init_kwargs or {})}
         return AutoModelForCausalLM.from_config(config, **kwargs)
     except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-        raise UserError(f"student_config makes no model: {str(error) or type(error).__name__}") from error
+        raise UserError(f"student_config is not a valid configuration: {str(error) or type(error).__name__}") from error
 
 
 def student_from_layers(base: str, layers: Sequence[int], init_kwargs: Mapping[str, Any] | None = None) -> nn.Module:

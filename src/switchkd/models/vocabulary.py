@@ -28,7 +28,7 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int
         teacher_tokenizer: Hugging Face tokenizer of the teacher.
 
     Returns:
-        Sorted ids, told of in one warning, or an empty list.
+        Sorted ids, which one warning names, or an empty list.
 
     Raises:
         UserError: The first ids that differ are named; or the student's end of sequence is unknown to the teacher.

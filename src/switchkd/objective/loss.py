@@ -50,7 +50,7 @@ def token_losses(
         loss_temperature: Divides both models' logits before a divergence compares them, > 0. The cross-entropy stays
             at 1, and no factor of its square is applied.
         excluded_ids: Ids that a divergence leaves out on both sides, which are renormalised, as
-            `switchkd.vocabulary.check_tokenizers` returns them.
+            `switchkd.models.vocabulary.check_tokenizers` returns them.
 
     Returns:
         `[...]`.

@@ -38,7 +38,7 @@ class Policy:
     needs_teacher: bool = True
     #: Whether `decide` reads and returns a state; positions are then walked one by one.
     stateful: bool = False
-    #: Whether no writer is chosen because mu mixes the two: the token's author is then the student where the draft
+    #: Whether no writer is chosen because mu mixes the two. The token's author is then the student where the draft
     #: was kept and the teacher where it was replaced.
     blends: bool = False
     #: Whether `decide` looked at the drafted token itself. A position given to the teacher is then drawn anew from
@@ -50,10 +50,10 @@ class Policy:
     unit: str = "nats"
 
     def at_progress(self, progress: float) -> Self:
-        """Return the policy of a moment of training; the policy itself where nothing is annealed.
+        """Return the policy at a moment of training; the policy itself where nothing is annealed.
 
         Args:
-            progress: Share of the training that is done, in [0, 1]. Always ask the policy training began with.
+            progress: Share of the training that is done, in [0, 1]. Call it on the policy that training began with.
         """
         return self
 

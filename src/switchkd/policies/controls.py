@@ -1,7 +1,7 @@
-"""One writer alone, and other ways to choose who writes: the controls that show what SWITCH's own choice is worth.
+"""One writer alone, and other ways to choose who writes: the controls that show what SWITCH's choice is worth.
 
-Each takes from SWITCH everything but the choice of positions. Where a rule has no threshold, `from_share` gives the
-one with a wanted teacher share, so that strategies are compared at equal share.
+Each changes only where the teacher writes. Where a rule has no threshold, `from_share` returns the policy with a given
+teacher share, so that strategies are compared at equal share.
 """
 
 import math
@@ -91,7 +91,7 @@ class TeacherFirstPolicy(Policy):
 
         Args:
             teacher_share: In [0, 1].
-            lengths: How long answers are, tokens: one number, or those of a sample of answers `[N]`.
+            lengths: How long answers are, tokens: one number, or the lengths of a sample of answers `[N]`.
         """
         return cls(first_tokens_with_share(teacher_share, lengths))
 
@@ -106,7 +106,7 @@ class TeacherFirstPolicy(Policy):
 class StudentFirstPolicy(Policy):
     """The student writes up to one position, the teacher everything from there: a single switch.
 
-    Nobody knows while writing where a text will end, so "the teacher writes the last k tokens" is this rule with the
+    The end of a text is not known while it is written, so "the teacher writes the last k tokens" is this rule with the
     switch k tokens before the length limit.
 
     Args:
@@ -157,8 +157,8 @@ class StudentEntropyPolicy(SwitchPolicy):
 class StudentConfidencePolicy(SwitchPolicy):
     """The teacher writes where the student's most likely token has too little probability.
 
-    What is compared is -ln of that probability, so that it grows with doubt as the other measures do: a threshold of
-    ln 2 hands over where no token has half of the mass. Everything else is `SwitchPolicy`.
+    What is compared is -ln of that probability, so that it grows with uncertainty as the other measures do: a threshold
+    of ln 2 hands over where no token has half of the mass. Everything else is `SwitchPolicy`.
 
     Args:
         initial_threshold: -ln(least probability) in nats, >= 0. The default, ln 2, is chosen here; calibrate it.

@@ -1,7 +1,7 @@
 """The policies of related papers: MiniLLM's blend, SKD, AdaSwitch, relay and trust-region blending.
 
-Speculative self-distillation needs none: it is `SwitchPolicy(schedule="constant")` with another prompt for the
-teacher.
+Speculative self-distillation needs no policy here: it is `SwitchPolicy(schedule="constant")` with another prompt
+for the teacher.
 """
 
 import math
@@ -40,6 +40,7 @@ class BlendPolicy(Policy):
         return everywhere(Author.TEACHER, measure), None
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        # As a tensor, so that the logarithm of a weight of 0 is -inf and not an error.
         weights = torch.tensor([1.0 - self.mixture_weight, self.mixture_weight], device=student_log_probs.device)
         return torch.logaddexp(student_log_probs + weights[0].log(), teacher_log_probs + weights[1].log())
 
@@ -134,12 +135,12 @@ class AdaSwitchPolicy(Policy):
 
 @dataclass(frozen=True)
 class RelayPolicy(Policy):
-    """The teacher runs short legs: it takes over where the divergence is high, writes a few tokens and hands back.
+    """The teacher takes over where the divergence is high, writes a few tokens (a leg) and hands back.
 
     Args:
         trigger_threshold: A leg starts where the Jensen-Shannon divergence exceeds this, nats, in [0, ln 2].
         leg_length: Tokens of a leg, the triggering position included, >= 1.
-        leg_budget: At most this many legs in a text, >= 0; afterwards the student writes on alone.
+        leg_budget: Maximum number of legs per completion, >= 0; afterwards the student writes alone.
 
     Raises:
         UserError: An option outside its range.
@@ -161,7 +162,7 @@ class RelayPolicy(Policy):
         check_count("leg_budget", self.leg_budget, 0)
 
     def initial_state(self, rows: int, device: torch.device) -> Tensor:
-        """Return [tokens left of the running leg, legs started], int64 `[rows, 2]`."""
+        """Return [tokens left of the current leg, legs started], int64 `[rows, 2]`."""
         return torch.zeros(rows, 2, dtype=torch.int64, device=device)
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:

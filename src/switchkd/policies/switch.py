@@ -31,10 +31,10 @@ class SwitchPolicy(Policy):
 
     A threshold of at least ln 2 throughout is the student alone; 0 is the teacher alone.
 
-    Two options make it differ from the paper's rule. A minimum leg of m tokens lets nobody take the pen back before
-    the writer has written m tokens in a row, against ping-pong at noisy positions; 1 is the paper's rule. The clock
-    "since_teacher" puts n for t, the tokens the student has written since the teacher last did (since the start
-    before that), so that a threshold that falls with drift starts anew after each intervention.
+    Two options go beyond the paper's rule. With `minimum_leg` m a writer keeps at least m consecutive tokens before the
+    other may take over, which prevents single teacher tokens at noisy positions; 1 is the paper's rule. The clock
+    "since_teacher" uses n instead of t, the tokens the student has written since the teacher last did (since the start
+    before that), so that the threshold falls with the student's drift and starts again after each intervention.
 
     Args:
         initial_threshold: tau_0 in nats, in [0, ln 2].
@@ -76,7 +76,7 @@ class SwitchPolicy(Policy):
         object.__setattr__(self, "stateful", self.minimum_leg > 1 or self.clock == "since_teacher")
 
     def initial_state(self, rows: int, device: torch.device) -> Tensor | None:
-        """Return [tokens since the teacher wrote, who holds the pen, for how many tokens], int64 `[rows, 3]`."""
+        """Return [tokens since the teacher wrote, the current writer, its consecutive tokens], int64 `[rows, 3]`."""
         return torch.zeros(rows, 3, dtype=torch.int64, device=device) if self.stateful else None
 
     def threshold(self, position: Tensor) -> Tensor:

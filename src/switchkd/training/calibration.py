@@ -19,7 +19,7 @@ from switchkd.errors import UserError, check_count, check_range
 from switchkd.policies import SwitchPolicy
 from switchkd.rollout import Author, Rollout
 
-#: Below this many nats a divergence is rounding: two models that agree must not be told apart by it.
+#: Below this many nats a divergence is rounding: it must not distinguish two models that agree.
 SMALLEST_THRESHOLD = 1e-6
 
 
@@ -92,7 +92,7 @@ def calibrate(
 
     Args:
         student: As `roll_out` takes it.
-        teacher: Likewise.
+        teacher: As `roll_out` takes it.
         prompt_ids: Left-padded prompts `[B, P]`; some 64 of the training prompts are enough.
         prompt_mask: `[B, P]`.
         policy: The schedule and all other options; its own threshold is where the search begins.
@@ -100,7 +100,7 @@ def calibrate(
         max_new_tokens: Length limit of completions; take that of the training.
         tolerance: How far from the target is near enough, in (0, 1).
         max_rounds: At most this many rollouts.
-        bins: In how many equal parts of the length limit the share by position is told.
+        bins: Number of equal parts of the length limit for the share by position.
         rollout_options: Passed on to `roll_out`: seed, temperature, eos_token_id, teacher_prompt_ids, ...
 
     Raises:
@@ -160,9 +160,9 @@ def share_by_position(rollout: Rollout, max_new_tokens: int, bins: int = 8) -> l
     result = []
     for start, stop in itertools.pairwise(edges):
         tokens = int(rollout.completion_mask[:, start:stop].sum())
-        taught = int((rollout.author[:, start:stop] == Author.TEACHER).sum())
+        by_teacher = int((rollout.author[:, start:stop] == Author.TEACHER).sum())
         if tokens:
-            result.append(ShareBin(start, stop, tokens, taught / tokens))
+            result.append(ShareBin(start, stop, tokens, by_teacher / tokens))
     return result
 
 
@@ -231,8 +231,8 @@ def _standard_error(rollout: Rollout) -> float:
     if rows < 2:
         return math.nan
     tokens = rollout.completion_mask.sum(-1).double()
-    taught = (rollout.author == Author.TEACHER).sum(-1).double()
-    residual = taught - rollout.teacher_share * tokens
+    by_teacher = (rollout.author == Author.TEACHER).sum(-1).double()
+    residual = by_teacher - rollout.teacher_share * tokens
     return float((residual.square().sum() * rows / (rows - 1)).sqrt() / tokens.sum())
 
 
@@ -312,5 +312,5 @@ class ShareController:
         return {"threshold": self.threshold}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.threshold = float(state["threshold"])

@@ -168,7 +168,7 @@ class AdaptiveFraction:
         return {"value": self.value, "reference": self._reference}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.value = float(state["value"] or 0.0)
         self._reference = state["reference"]
 

@@ -55,7 +55,7 @@ def load_models(
     elif teacher_model is None and not own:
         raise UserError(f"method {args.method!r} needs a teacher; give teacher_model")
     elif teacher_model is model and not isinstance(model, str):
-        raise UserError("model and teacher_model are one object, which cannot both learn and stand still; copy it")
+        raise UserError("model and teacher_model are the same object; pass copy.deepcopy(model) as the teacher")
     if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
         why = "the teacher is given as an object"
         if teacher_model is None:
@@ -244,7 +244,7 @@ def make_plain_text(data: Dataset | None, tokenizer: Any, args: SwitchConfig) ->
         UserError: One of the two is missing.
     """
     if (data is not None) != (args.lm_weight > 0):
-        raise UserError(f"lm_weight={args.lm_weight} and a data set of plain text need each other; give both or none")
+        raise UserError(f"lm_weight={args.lm_weight} and lm_dataset must be set together")
     return None if data is None else PlainText(data, tokenizer, args.max_prompt_length + args.max_completion_length)
 
 

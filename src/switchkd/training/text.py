@@ -21,7 +21,7 @@ from switchkd.training.replay import AdaptiveFraction, ReplayStore
 Source = Literal["dataset", "fresh", "replay"]
 Prompts = tuple[Tensor, Tensor]
 
-#: On so many prompts the first threshold is calibrated.
+#: Number of prompts on which the first threshold is calibrated.
 CALIBRATION_PROMPTS = 64
 
 
@@ -54,7 +54,7 @@ class TextSource:
         fraction: Share of steps on rolled-out text, in [0, 1]; with `adaptive` the share at the start.
         seed: Seed of the decisions: they are functions of it and the step, the same on all ranks and after a resume.
         adaptive: Let the share grow as DistiLLM does.
-        replay_capacity: Keep so many rows of past rollouts for reuse; None keeps none and reuses none.
+        replay_capacity: Number of rows of past rollouts kept for reuse; None keeps none.
         target_teacher_share: Keep the teacher's share here by moving the policy's threshold; None leaves it.
     """
 
@@ -94,7 +94,7 @@ class TextSource:
         """
         if self.policy is None or self.on_policy_fraction == 0:
             return "dataset"
-        # One number per step: the step stands where the row id stands in rollouts, and there is no position.
+        # One number per step: the step takes the place of the row id, and the position is 0 because there is none.
         key = sampling.noise_keys(self.seed, torch.tensor([step]), torch.tensor([0]), sampling.Stream.SOURCE)
         drawn = float(sampling.uniform(key))
         if self.adaptive is not None and self.store is not None:
@@ -127,16 +127,16 @@ class TextSource:
 
         Args:
             student: As `roll_out` takes it.
-            teacher: Likewise.
-            batches: Made by `switchkd.batches.collate`.
+            teacher: As `roll_out` takes it.
+            batches: Made by `switchkd.data.batches.collate`.
             progress: Share of the training that is done, in [0, 1].
             pad_token_id: Pads prompts and completions.
             rollout_options: Passed on to `roll_out`: max_new_tokens, seed, row_ids, return_teacher_hidden, ...
         """
         prompt_ids, prompt_mask = pad_prompts(prompts_of(batches), pad_token_id)
-        taught = None
+        teacher_prompts = None
         if "teacher_input_ids" in batches[0]:
-            taught = pad_prompts(prompts_of(batches, "teacher_"), pad_token_id)
+            teacher_prompts = pad_prompts(prompts_of(batches, "teacher_"), pad_token_id)
         policy = self.policy_at(progress)
         rollout = roll_out(
             student,
@@ -145,13 +145,13 @@ class TextSource:
             prompt_mask,
             policy=policy,
             pad_token_id=pad_token_id,
-            teacher_prompt_ids=taught and taught[0],
-            teacher_prompt_mask=taught and taught[1],
+            teacher_prompt_ids=teacher_prompts and teacher_prompts[0],
+            teacher_prompt_mask=teacher_prompts and teacher_prompts[1],
             **rollout_options,
         )
         if self.store is not None:
             self.store.add(rollout)
-        return rollout, taught
+        return rollout, teacher_prompts
 
     def calibrate_on(
         self, student: nn.Module, teacher: nn.Module, data: Dataset, *, pad_token_id: int, **rollout_options: Any
@@ -160,7 +160,7 @@ class TextSource:
 
         Args:
             student: As `roll_out` takes it.
-            teacher: Likewise.
+            teacher: As `roll_out` takes it.
             data: Made by `switchkd.data.prepare`.
             pad_token_id: Pads prompts and completions.
             rollout_options: Passed on to `roll_out`.
@@ -203,7 +203,7 @@ class TextSource:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         for name, part in self._parts().items():
             if name in state:
                 part.load_state_dict(state[name])
