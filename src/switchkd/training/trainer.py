@@ -22,9 +22,10 @@ from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 from switchkd.rollout import Author, Prompts, Rollout
+from switchkd.training.callback import LoopCallback
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
-from switchkd.training.log import Listener, ReferenceTotals, RunningMeans, append_completions
+from switchkd.training.log import ReferenceTotals, RunningMeans, append_completions
 from switchkd.training.resolve import resolve
 from switchkd.training.setup import (
     at_hand,
@@ -131,7 +132,7 @@ class SwitchTrainer(Trainer):
                     require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
-        self.add_callback(Listener(self))
+        self.add_callback(LoopCallback(self))
         self._guard = StepGuard()
         self.teacher_passes = 0
         self._means = RunningMeans()
