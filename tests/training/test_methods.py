@@ -161,7 +161,7 @@ def same(first, second, tolerance=2e-6):
          {"method": "switch", "initial_threshold": 0.3, "schedule": "constant"}),
         ({"method": "adaswitch", "divergence_window": 50}, {"method": "imitkd"}),
         ({"method": "trb", "kl_budget": 0.0}, {"method": "opd"}),
-        ({"method": "random", "teacher_share": 0.0}, {"method": "opd"}),
+        ({"method": "random", "teacher_probability": 0.0}, {"method": "opd"}),
         ({"method": "teacher_first", "teacher_tokens": 0}, {"method": "opd"}),
         ({"method": "student_first", "switch_position": 0},
          {"method": "switch", "initial_threshold": 0.0, "schedule": "constant"}),

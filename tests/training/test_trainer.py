@@ -383,7 +383,7 @@ def test_switch_that_never_switches_is_gkd_on_the_students_text(make_trainer):
     gkd = make_trainer(build_gpt2(), build_gpt2(seed=1), method="gkd", on_policy_fraction=1.0, **options)
     assert largest_difference(trained(switch), trained(gkd)) == 0.0
     assert all(entry["rollout/teacher_share"] == 0.0 for entry in logged(switch))
-    assert all(entry["rollout/divergence_nats"] > 0.1 for entry in logged(switch))
+    assert all(entry["rollout/jsd_nats"] > 0.1 for entry in logged(switch))
 
 
 # ---- checkpoints
@@ -457,7 +457,7 @@ def test_rollout_and_time_keys_are_logged_with_plausible_values(make_trainer):
     trainer.train()
     for entry in logged(trainer, times=True):
         assert 0 < entry["rollout/teacher_share"] < 1
-        assert 0 < entry["rollout/divergence_nats"] < LN_2
+        assert 0 < entry["rollout/jsd_nats"] < LN_2
         assert entry["rollout/threshold_nats"] == pytest.approx(0.42)
         assert 1 <= entry["rollout/completion_tokens"] <= 12
         assert entry["rollout/tokens_per_s"] > 0
@@ -486,7 +486,7 @@ def test_logged_rollout_values_are_means_over_the_tokens_since_the_last_log(make
     by_teacher = sum(int((rollout.author == Author.TEACHER).sum()) for rollout in rollouts)
     assert entry["rollout/teacher_share"] == pytest.approx(by_teacher / tokens)
     divergence = torch.cat([rollout.divergence[rollout.completion_mask] for rollout in rollouts])
-    assert entry["rollout/divergence_nats"] == pytest.approx(float(divergence.mean()), rel=1e-5)
+    assert entry["rollout/jsd_nats"] == pytest.approx(float(divergence.mean()), rel=1e-5)
     assert entry["rollout/completion_tokens"] == pytest.approx(tokens / sum(map(len, rollouts)))
 
 

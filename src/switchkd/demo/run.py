@@ -230,7 +230,7 @@ class _Stages:
             self.tokenizer,
             self.test_data,
             seeds=self.settings.evaluation_seeds,
-            max_new_tokens=self.settings.max_completion_length,
+            max_completion_length=self.settings.max_completion_length,
             batch_size=self.settings.test_records,
             progress=False,
         )
@@ -253,7 +253,7 @@ class _Stages:
         )
         shares = (rollout.author == Author.TEACHER).sum(1) / rollout.completion_mask.sum(1)
         example = int((shares - 0.25).abs().argmin())
-        self.example = rollout.records(self.tokenizer)[example]
+        self.example = rollout.to_dicts(self.tokenizer)[example]
         return position_curves([rollout], min_rows=max(rows // 8, 1))
 
 

@@ -215,7 +215,7 @@ def checked_prompts(
     if limit is not None and longest + max_new_tokens > limit:
         raise UserError(
             f"{name} of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
-            "shorten the prompts or max_new_tokens"
+            "shorten the prompts or the completions"
         )
     return Prompts(ids, mask)
 

@@ -225,6 +225,6 @@ def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
         divergence=column("divergence", math.nan),
         threshold=column("threshold", math.nan),
         teacher_hidden=None if parts[0].teacher_hidden is None else column("teacher_hidden", 0.0),
-        unit=parts[0].unit,
+        measured=parts[0].measured,
         stats={name: sum(part.stats[name] for part in parts) for name in parts[0].stats},
     )

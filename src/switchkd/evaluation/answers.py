@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from switchkd.data.batches import Rows, padded_batch
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_count
 from switchkd.evaluation.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
@@ -78,7 +78,7 @@ def evaluate(
     dataset: Dataset,
     *,
     seeds: Sequence[int] = (10, 20, 30, 40, 50),
-    max_new_tokens: int = 256,
+    max_completion_length: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -97,7 +97,7 @@ def evaluate(
         tokenizer: Its tokenizer.
         dataset: Made by `switchkd.data.prepare`, with at least one reference in every row.
         seeds: Decoding seeds, all different. Greedy decoding gives the same text for each: one is enough.
-        max_new_tokens: Length limit of an answer, tokens.
+        max_completion_length: Length limit of an answer, tokens.
         temperature: 0 is greedy.
         top_p: In (0, 1].
         top_k: 0 keeps every id.
@@ -108,10 +108,10 @@ def evaluate(
         progress: Whether to show a progress bar on standard error.
 
     Raises:
-        UserError: A row has no reference, the longest prompt and `max_new_tokens` exceed the model's context, no
-            end-of-sequence token is known, or a setting is out of range.
+        UserError: A row has no reference, the longest prompt and `max_completion_length` exceed the model's context,
+            no end-of-sequence token is known, or a setting is out of range.
     """
-    _check(model, dataset, seeds, max_new_tokens, batch_size, no_repeat_ngram_size)
+    _check(model, dataset, seeds, max_completion_length, batch_size, no_repeat_ngram_size)
     try:
         check_warping(temperature, top_k, top_p)
     except ValueError as error:
@@ -123,7 +123,7 @@ def evaluate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": max_completion_length,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     pad = readable_pad_id(tokenizer.pad_token_id, eos, model)
@@ -148,6 +148,7 @@ def evaluate(
                     bar.update(len(batch))
     seconds = time.perf_counter() - started
     decoder = "roll_out" if blocked is None else "transformers.generate"
+    settings["max_completion_length"] = settings.pop("max_new_tokens")
     decoding = {"decoder": decoder, **settings, "seeds": list(seeds), "batch_size": batch_size}
     return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding)
 
@@ -352,15 +353,14 @@ def _check_prepared(dataset: Dataset) -> None:
 
 
 def _check(
-    model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_new_tokens: int, batch_size: int, ngram: int
+    model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_completion_length: int, batch_size: int, ngram: int
 ) -> None:
     _check_prepared(dataset)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be one or more different integers, got {list(seeds)}")
-    limits = (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("no_repeat_ngram_size", ngram, 0))
-    for name, value, least in limits:
-        if value < least:
-            raise UserError(f"{name} must be >= {least}, got {value}")
+    check_count("max_completion_length", max_completion_length, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("no_repeat_ngram_size", ngram, 0)
     bare = next((row for row, accepted in enumerate(dataset["references"], start=1) if not accepted), None)
     if bare is not None:
         raise UserError(
@@ -368,8 +368,9 @@ def _check(
             "(`output`, `completion` or a chat that ends with the assistant)"
         )
     longest, limit = max(len(ids) for ids in dataset["prompt_ids"]), context_length(model)
-    if limit is not None and longest + max_new_tokens > limit:
+    if limit is not None and longest + max_completion_length > limit:
         raise UserError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the "
-            f"model's context of {limit}: lower max_new_tokens, or max_prompt_length when the data are prepared"
+            f"the longest prompt has {longest} tokens and max_completion_length is {max_completion_length}, together "
+            f"more than the model's context of {limit}: lower max_completion_length, or "
+            "max_prompt_length when the data are prepared"
         )

@@ -97,11 +97,11 @@ def _write(
                 max_active_rows=ACTIVE_ROWS,
                 **rollout_options,
             )
-            for record in rollout.records(tokenizer):
+            for row in rollout.to_dicts(tokenizer):
                 kept = ("prompt", "completion", "prompt_ids", "completion_ids")
-                line = {name: record[name] for name in kept if name in record}
+                line = {name: row[name] for name in kept if name in row}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                completions.append(record["completion_ids"])
+                completions.append(row["completion_ids"])
             file.flush()
     if tokenizer is not None:
         say(f"teacher text: {len(completions)} answers, {sum(map(len, completions))} tokens, in {path}")

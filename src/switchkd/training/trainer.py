@@ -352,7 +352,7 @@ class SwitchTrainer(Trainer):
                 self.processing_class,
                 data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
                 seeds=(self.args.seed,),
-                max_new_tokens=self.args.max_completion_length,
+                max_completion_length=self.args.max_completion_length,
                 batch_size=self.args.per_device_eval_batch_size,
                 progress=False,
             )
@@ -399,6 +399,6 @@ class SwitchTrainer(Trainer):
     def _append_completions(self) -> None:
         if self._unlogged_rollout is None or not self.is_world_process_zero():
             return
-        records = self._unlogged_rollout.records(self.processing_class)[: self.args.num_completions_to_log]
+        rows = self._unlogged_rollout.to_dicts(self.processing_class)[: self.args.num_completions_to_log]
         self._unlogged_rollout = None
-        append_completions(Path(self.args.output_dir), self.state.global_step, records)
+        append_completions(Path(self.args.output_dir), self.state.global_step, rows)
