@@ -27,7 +27,7 @@ from switchkd.rollout import Author
 from switchkd.training.calibration import Calibration, ShareController, calibrate, share_by_position
 
 LENGTH, EOS = 16, [EOS_ID, 5]
-OPTIONS = {"max_completion_length": LENGTH, "eos_token_id": EOS}
+OPTIONS = {"max_new_tokens": LENGTH, "eos_token_id": EOS}
 
 
 def calibrated(policy, share, pair=None, rows=16, **options) -> Calibration:
@@ -140,7 +140,7 @@ def test_a_share_too_small_for_a_falling_threshold_is_told_so_with_the_way_out()
 
 
 def test_too_few_tokens_for_the_tolerance_are_told_so():
-    found = calibrated(SwitchPolicy(schedule="constant"), 0.37, rows=1, max_completion_length=5, tolerance=1e-3)
+    found = calibrated(SwitchPolicy(schedule="constant"), 0.37, rows=1, max_new_tokens=5, tolerance=1e-3)
     assert not found.reached and "take more prompts" in found.note
     assert found.teacher_share == min((share for _, share in found.history), key=lambda share: abs(share - 0.37))
 
