@@ -1,6 +1,6 @@
 """Where the text of an optimizer step comes from: the data set, a fresh rollout, or one of the past."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from switchkd.data.batches import prompts_of
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy, SwitchPolicy
-from switchkd.rollout import Rollout
-from switchkd.training.calibration import ShareController, calibrate
+from switchkd.rollout import Author, Rollout
+from switchkd.training.calibration import ShareController, calibrate, scaled_divergences
 from switchkd.training.replay import AdaptiveFraction, ReplayStore
 
 Source = Literal["dataset", "fresh", "replay"]
@@ -53,6 +53,8 @@ class TextSource:
         policy: The policy training begins with; None rolls nothing out.
         fraction: Share of steps on rolled-out text, in [0, 1]; with `adaptive` the share at the start.
         seed: Seed of the decisions: they are functions of it and the step, the same on all ranks and after a resume.
+        truncation_start: Length limit of rollouts at the start of training, as a share of the full one, in (0, 1].
+        truncation_warmup: Share of the training over which that limit grows linearly to the full one; inf: it stays.
         adaptive: Let the share grow as DistiLLM does.
         replay_capacity: Number of rows of past rollouts kept for reuse; None keeps none.
         target_teacher_share: Keep the teacher's share here by moving the policy's threshold; None leaves it.
@@ -64,6 +66,8 @@ class TextSource:
         *,
         fraction: float,
         seed: int,
+        truncation_start: float = 1.0,
+        truncation_warmup: float = 1.0,
         adaptive: bool = False,
         replay_capacity: int | None = None,
         target_teacher_share: float | None = None,
@@ -71,6 +75,7 @@ class TextSource:
         self.policy = policy
         self.fraction = fraction
         self.seed = seed
+        self.truncation_start, self.truncation_warmup = truncation_start, truncation_warmup
         self.adaptive = AdaptiveFraction(fraction) if adaptive else None
         self.store = None if replay_capacity is None else ReplayStore(replay_capacity)
         self.controller: ShareController | None = None
@@ -113,6 +118,16 @@ class TextSource:
             policy = replace(policy, initial_threshold=self.controller.threshold)
         return policy.at_progress(progress)
 
+    def length_limit_at(self, progress: float, full: int) -> int:
+        """Return the length limit of rollouts at a moment of training, tokens, from 1 to the full one.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+            full: The limit that holds in the end, tokens.
+        """
+        grown = min(progress / self.truncation_warmup, 1.0)
+        return max(round(full * (self.truncation_start + (1.0 - self.truncation_start) * grown)), 1)
+
     def write(
         self,
         student: nn.Module,
@@ -121,6 +136,7 @@ class TextSource:
         *,
         progress: float,
         pad_token_id: int,
+        max_new_tokens: int,
         **rollout_options: Any,
     ) -> tuple[Rollout, Prompts | None]:
         """Return a rollout of every prompt of some micro-batches, and the teacher's own prompts if any.
@@ -131,7 +147,8 @@ class TextSource:
             batches: Made by `switchkd.data.batches.collate`.
             progress: Share of the training that is done, in [0, 1].
             pad_token_id: Pads prompts and completions.
-            rollout_options: Passed on to `roll_out`: max_new_tokens, seed, row_ids, return_teacher_hidden, ...
+            max_new_tokens: The full length limit, tokens.
+            rollout_options: Passed on to `roll_out`: seed, row_ids, return_teacher_hidden, ...
         """
         prompt_ids, prompt_mask = pad_prompts(prompts_of(batches), pad_token_id)
         teacher_prompts = None
@@ -145,6 +162,7 @@ class TextSource:
             prompt_mask,
             policy=policy,
             pad_token_id=pad_token_id,
+            max_new_tokens=self.length_limit_at(progress, max_new_tokens),
             teacher_prompt_ids=teacher_prompts and teacher_prompts[0],
             teacher_prompt_mask=teacher_prompts and teacher_prompts[1],
             **rollout_options,
@@ -154,7 +172,14 @@ class TextSource:
         return rollout, teacher_prompts
 
     def calibrate_on(
-        self, student: nn.Module, teacher: nn.Module, data: Dataset, *, pad_token_id: int, **rollout_options: Any
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        data: Dataset,
+        *,
+        pad_token_id: int,
+        max_new_tokens: int,
+        **rollout_options: Any,
     ) -> float:
         """Begin at the threshold that gives the wanted share on the first prompts of the data, and return it, nats.
 
@@ -163,6 +188,7 @@ class TextSource:
             teacher: As `roll_out` takes it.
             data: Made by `switchkd.data.prepare`.
             pad_token_id: Pads prompts and completions.
+            max_new_tokens: The full length limit, tokens.
             rollout_options: Passed on to `roll_out`.
         """
         assert isinstance(self.policy, SwitchPolicy) and self.controller is not None
@@ -177,15 +203,26 @@ class TextSource:
             policy=self.policy,
             target_teacher_share=self.controller.target_teacher_share,
             pad_token_id=pad_token_id,
+            max_new_tokens=self.length_limit_at(0.0, max_new_tokens),
             **rollout_options,
         )
         self.controller.threshold = found.initial_threshold
         return found.initial_threshold
 
-    def observe_share(self, teacher_share: float) -> None:
-        """Take note of the teacher's share of a fresh rollout, over all ranks; nan where nothing was written."""
-        if self.controller is not None:
-            self.controller.observe(teacher_share)
+    def observe_share(self, rollout: Rollout, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take note of a fresh rollout, so that the teacher's share is held in the next.
+
+        Args:
+            rollout: Made by `write`.
+            gather: Joins the `[tokens]` of all processes; None where there is one.
+        """
+        if self.controller is None:
+            return
+        scaled = scaled_divergences(rollout, self.controller.threshold)
+        by_teacher = (rollout.author == Author.TEACHER)[rollout.completion_mask].to(scaled)
+        if gather is not None:
+            scaled, by_teacher = gather(scaled), gather(by_teacher)
+        self.controller.observe(scaled, float(by_teacher.mean()))
 
     def observe_loss(self, evaluation_loss: float) -> None:
         """Take note of an evaluation, nats per token."""
