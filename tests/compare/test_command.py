@@ -14,7 +14,8 @@ from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer
 
 from switchkd.__main__ import main
 from switchkd.compare import command
-from switchkd.compare import tasks as compare
+from switchkd.compare.checks import check
+from switchkd.compare.plan import plan
 from switchkd.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_demo.yaml"
@@ -47,7 +48,7 @@ def config_of(home, **over):
         "students": {"small": {"student_config": student}, "wide": {"student_config": {**student, "n_embd": 32}}},
         "warm_start": {"max_steps": 3},
         "runs": {"sft": None, "switch": {"initial_threshold": 0.2}},
-        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_new_tokens": 8},
+        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_completion_length": 8},
         "threads": 1,
     } | over
 
@@ -117,7 +118,9 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(finished, home, c
     changed = {path for path in after if before[path] != after[path]}
     assert changed == {cut / "result.json"}
     first, second = results_of(finished), results_of(again)
-    scores = [{(r["student"], r["run"], r["seed"]): r["evaluate"]["rouge_l"] for r in rs} for rs in (first, second)]
+    scores = [
+        {(r["student"], r["run"], r["seed"]): r["evaluate"]["test"]["rouge_l"] for r in rs} for rs in (first, second)
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
@@ -139,15 +142,15 @@ def test_runs_of_another_warm_start_are_not_taken_for_done(finished, home, capfd
         shutil.rmtree(path)
     for path in shorter.rglob("result.json"):
         path.write_text(path.read_text().replace(str(finished), str(shorter)))
-    tasks = compare.plan(output_dir=shorter, seeds=[0], **{name: config[name] for name in command.SECTIONS})
+    tasks = plan(output_dir=shorter, seeds=[0], **{name: config.get(name) for name in command.SECTIONS})
     with pytest.raises(UserError, match=r"max_steps=3 \(warm_start\), now it is 4"):
         [task.result() for task in tasks]
 
 
 def test_words_that_yaml_reads_as_truth_values_reach_the_option(home):
-    sections = {name: config_of(home)[name] for name in command.SECTIONS}
+    sections = {name: config_of(home).get(name) for name in command.SECTIONS}
     sections["train"] |= {"save_strategy": False, "eval_strategy": False, "use_cpu": True}
-    compare.check(compare.plan(output_dir=Path("runs"), seeds=[0], **sections))
+    check(plan(output_dir=Path("runs"), seeds=[0], **sections))
 
 
 @pytest.mark.parametrize(
@@ -227,10 +230,10 @@ def test_one_run_more_adds_to_what_is_there(finished, home, tmp_path):
 
 def test_the_shipped_example_is_valid():
     options = command.parser().resolve(["--config", str(EXAMPLE)])
-    sections = {name: json.loads(getattr(options, name)) for name in command.SECTIONS}
-    tasks = compare.plan(output_dir=Path("runs"), seeds=[0], **sections)
-    compare.check(tasks)
-    command._pairs(options, sections["runs"])
+    sections = {name: command._section(name, getattr(options, name)) for name in command.SECTIONS}
+    tasks = plan(output_dir=Path("runs"), seeds=[0], **sections)
+    check(tasks)
+    command.compared(options, sections)
     assert {"sft", "kd", "seqkd", "imitkd", "gkd", "minillm", "distillm", "switch"} <= {task.label for task in tasks}
     assert len({task.student for task in tasks}) == 2
 
@@ -240,4 +243,4 @@ def test_a_file_where_a_folder_should_be_is_one_line(home, tmp_path, capfd):
     assert call(tmp_path / "runs", config_of(home)) == 2
     assert "is a file; give a folder" in capfd.readouterr().err
     with pytest.raises(UserError):
-        compare.plan(output_dir=tmp_path, seeds=[0], train={}, runs={"..": None}, evaluate={})
+        plan(output_dir=tmp_path, seeds=[0], train={}, runs={"..": None}, evaluate={})

@@ -23,7 +23,7 @@ def add_policy_options(group: Any, policies: tuple[str, ...] = NAMES) -> None:
     """Add every option that one of the policies takes to a group of a parser."""
     for name, option in OPTIONS.items():
         if set(option.policies) & set(policies):
-            help = option.help_text("max_new_tokens")
+            help = option.help_text("max_completion_length")
             group.add_argument(f"--{name}", type=option.kind, metavar=option.metavar, help=help)
 
 
@@ -45,4 +45,4 @@ def make_policy(options: argparse.Namespace) -> "Policy":
     taken = {name: getattr(options, name) for name, o in OPTIONS.items() if options.policy in o.policies}
     given = {name: value for name, value in taken.items() if value is not None}
     policy = POLICIES[options.policy]
-    return policy(**dict.fromkeys(policy.length_options, options.max_new_tokens) | given)
+    return policy(**dict.fromkeys(policy.length_options, options.max_completion_length) | given)

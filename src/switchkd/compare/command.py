@@ -18,12 +18,17 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from switchkd.cli.console import Console
 from switchkd.cli.options import OptionParser, integers
 from switchkd.cli.run_folder import RunFolder
-from switchkd.compare.tasks import WARM_START, Task, check, execute, plan
+from switchkd.compare.checks import check
+from switchkd.compare.grid import all_runs, folder_name
+from switchkd.compare.pairs import partners
+from switchkd.compare.plan import plan
+from switchkd.compare.tasks import WARM_START, Task, execute
 from switchkd.errors import UserError
 
 SECTIONS = {
     "train": "options of `switchkd train` that all runs share",
     "runs": "label -> options that override them; `method` defaults to the label",
+    "grid": "axis -> labels -> options: their product are runs too; `exclude` and `include` list cells",
     "students": "name -> options that make the student",
     "warm_start": "options of the training that all runs of a student and seed start from",
     "evaluate": "options of `switchkd evaluate`",
@@ -42,8 +47,18 @@ def parser() -> OptionParser:
     for name, help in SECTIONS.items():
         group.add_argument(f"--{name}", metavar="JSON", help=help)
     group.add_argument("--seeds", nargs="+", default=["0,1,2"], metavar="N,N,...", help="training seeds")
-    group.add_argument("--baseline", metavar="RUN", help="run that all others are compared with (default: the first)")
-    group.add_argument("--pairs", nargs="+", metavar="RUN:RUN", help="more pairs to compare, also by answer length")
+    group.add_argument(
+        "--baseline",
+        metavar="RUN",
+        help="run that all others are compared with; in a grid a label of an axis, or JSON {axis: label}: every cell "
+        "is compared with the cell of that label that is equal on the other axes (default: the first)",
+    )
+    group.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="RUN:RUN",
+        help="more pairs to compare, also by answer length; two labels of an axis for that pair in every cell",
+    )
     machine = result.add_argument_group("machine")
     machine.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at the same time")
     machine.add_argument("--threads", type=int, metavar="N", help="threads of each run (default: cores / jobs)")
@@ -56,25 +71,16 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = RunFolder(options.output_dir, "compare")
     sections = {name: _section(name, getattr(options, name)) for name in SECTIONS}
     seeds = integers(options.seeds, "seeds") or []
-    runs = sections["runs"]
-    if not runs:
-        raise UserError("give `runs` in the config file: a mapping from labels to options")
+    if not sections["runs"] and not sections["grid"]:
+        raise UserError("give `runs` (labels with options) or `grid` (axes) in the config file")
     for name in ("jobs", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds must be different integers, got {' '.join(options.seeds)}")
-    baseline, pairs = _pairs(options, runs)
-    tasks = plan(
-        output_dir=folder.path,
-        seeds=seeds,
-        train=sections["train"] or {},
-        runs=runs,
-        evaluate=sections["evaluate"] or {},
-        students=sections["students"],
-        warm_start=sections["warm_start"],
-    )
+    tasks = plan(output_dir=folder.path, seeds=seeds, **sections)
+    against, pairs = compared(options, sections)
     check(tasks)
     resumes = folder.holds_run("switchkd compare")
     if not resumes:
@@ -84,7 +90,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for task in tasks:
             shutil.rmtree(task.folder, ignore_errors=True)
     failed = _run_all(tasks, options, console)
-    summary = _report(folder, tasks, baseline, pairs, console)
+    summary = _report(folder, tasks, against, pairs, console)
     if failed:
         for name, error in failed.items():
             console.progress(f"failed: {name}: {error}")
@@ -95,13 +101,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {**summary, "output_dir": str(folder.path)}
 
 
-def _section(name: str, text: str | None) -> dict[str, Any] | None:
+def _section(name: str, text: str | None) -> Any:
+    """The content of a section; None where it is absent and may be."""
     if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
+        return {} if name in ("train", "evaluate") else None
+    value = _json(text)
+    if name == "grid" and isinstance(value, list):
+        return value
     if not isinstance(value, dict):
         raise UserError(f"{name} must be a mapping, {SECTIONS[name]}; got {str(value)[:60]!r}")
     if name in ("runs", "students"):
@@ -111,17 +117,19 @@ def _section(name: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def _pairs(options: argparse.Namespace, runs: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    baseline = options.baseline or next(iter(runs))
-    pairs = [tuple(pair.split(":")) for text in options.pairs or [] for pair in text.split(",")]
-    names = {*runs, *([WARM_START] if options.warm_start else [])}
-    for pair in pairs:
-        if len(pair) != 2:
-            raise UserError(f"pairs are two runs joined by a colon, first:second, got {':'.join(pair)!r}")
-    for name in (baseline, *(name for pair in pairs for name in pair)):
-        if name not in names:
-            raise UserError(f"no run {name!r}; the runs are {', '.join(runs)}")
-    return baseline, [(first, second) for first, second in pairs]
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def compared(options: argparse.Namespace, sections: Mapping[str, Any]) -> tuple[list[tuple[str, str]], ...]:
+    """Return the pairs of labels that are compared: with the baseline, and those that `pairs` names."""
+    runs = all_runs(sections["runs"], sections["grid"], sections["train"])
+    baseline = _json(options.baseline) if (options.baseline or "").startswith("{") else options.baseline
+    pairs = [pair for text in options.pairs or [] for pair in text.split(",")]
+    return partners(runs, baseline, pairs, [WARM_START] if options.warm_start else [])
 
 
 def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Console) -> dict[str, str]:
@@ -186,10 +194,11 @@ class _Clock:
 def _line(result: Mapping[str, Any]) -> str:
     share = result["train"].get("teacher_share")
     teacher = f", teacher {share:.0%}" if share is not None else ""
-    return (
-        f"{result['train']['steps']} steps, ROUGE-L {result['evaluate']['rouge_l']:.1f}{teacher}, "
-        f"{result['seconds']:.0f} s"
+    scores = ", ".join(
+        f"ROUGE-L {scored['rouge_l']:.1f}" + (f" ({name})" if len(result["evaluate"]) > 1 else "")
+        for name, scored in result["evaluate"].items()
     )
+    return f"{result['train']['steps']} steps, {scores}{teacher}, {result['seconds']:.0f} s"
 
 
 def _begin_worker() -> None:
@@ -208,28 +217,44 @@ def _end_with_parent() -> None:
 
 
 def _report(
-    folder: RunFolder, tasks: Sequence[Task], baseline: str, pairs: Sequence[tuple[str, str]], console: Console
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    against: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str, str]],
+    console: Console,
 ) -> dict[str, Any]:
-    from switchkd.compare.findings import Comparison, plot, read_rows, sentences, tables, write_csv
+    from switchkd.compare.findings import Comparison, plot, sentences, tables, write_csv
 
     finished = [(task, result) for task in tasks if (result := task.result()) is not None]
     if not finished:
         return {"runs": 0}
     found = [result for _, result in finished]
-    rows = {(task.student, task.label, task.seed): read_rows(task.folder) for task, _ in finished}
-    comparison = Comparison(found, rows)
-    text, words = tables(comparison), sentences(comparison, baseline, pairs)
-    console.say(f"\nROUGE-L: mean +- standard deviation over training seeds\n\n{text}\n\n" + "\n".join(words))
-    write_csv(comparison, folder.path / "results.csv")
+    comparisons = {}
+    for name in tasks[0].evaluate:
+        rows = {(task.student, task.label, task.seed): task.rows(name) for task, _ in finished}
+        comparisons[name] = Comparison([{**one, "evaluate": one["evaluate"][name]} for one in found], rows)
+    parts, words = [], []
+    for name, comparison in comparisons.items():
+        title = f"{name}: " if len(comparisons) > 1 else ""
+        parts.append(f"{title}ROUGE-L: mean +- standard deviation over training seeds\n\n{tables(comparison)}")
+        words += [f"{name}:"] if len(comparisons) > 1 else []
+        words += sentences(comparison, against, pairs)
+        suffix = f"_{folder_name(name)}" if len(comparisons) > 1 else ""
+        plot(comparison, against, folder.path / f"comparison{suffix}.png")
+    text = "\n\n".join(parts)
+    console.say(f"\n{text}\n\n" + "\n".join(words))
+    write_csv(comparisons, folder.path / "results.csv")
     folder.write_json("results.json", {"results": found, "words": words})
     (folder.path / "report.txt").write_text(f"{text}\n\n" + "\n".join(words) + "\n", encoding="utf-8")
-    plot(comparison, baseline, folder.path / "comparison.png")
     console.say(f"\nreport.txt, results.csv, results.json, comparison.png in {folder.path}")
     scores = {
-        student: {
-            label: [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
-            for label in comparison.labels
+        name: {
+            student: {
+                label: [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
+                for label in comparison.labels
+            }
+            for student in comparison.students
         }
-        for student in comparison.students
+        for name, comparison in comparisons.items()
     }
     return {"runs": len(found), "rouge_l": scores, "words": [line.strip() for line in words if line.strip()]}

@@ -1,7 +1,6 @@
 """What a comparison found: table, sentences, CSV and picture."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,17 +130,18 @@ def _mean(found: Sequence[Result], part: str, name: str) -> float:
     return sum(result[part][name] for result in found) / len(found)
 
 
-def sentences(comparison: Comparison, baseline: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the findings as sentences: every run against the baseline and the given pairs, then lengths and sizes.
+def sentences(
+    comparison: Comparison, against: Sequence[tuple[str, str]], pairs: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Return the findings as sentences: every run against its baseline and the given pairs, then lengths and sizes.
 
     Args:
         comparison: The results.
-        baseline: Name of a run.
+        against: Every run with its baseline.
         pairs: More pairs of runs.
     """
     lines = []
-    compared = [(label, baseline) for label in comparison.labels if label != baseline]
-    compared += [pair for pair in pairs if pair not in compared]
+    compared = [*against, *(pair for pair in pairs if pair not in against)]
     for student in comparison.students:
         lines += [f"{student}:"] if student else []
         for first, second in compared:
@@ -197,20 +197,29 @@ def _cell(difference: Difference | None) -> str:
     return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){star}"
 
 
-def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write one line per run."""
-    buckets = comparison.buckets()
-    names = ["student", "run", "seed", "method", "rouge_l", "rouge_l_decoding_std", "exact_match", "completion_tokens"]
-    names += [f"rouge_l_{bucket.replace(' ', '_')}" for bucket in buckets]
+def write_csv(comparisons: Mapping[str, Comparison], path: Path) -> None:
+    """Write one line per run and test set.
+
+    Args:
+        comparisons: Test set -> its results.
+        path: The file.
+    """
+    lines = [(name, result) for name, comparison in comparisons.items() for result in comparison.results]
+    axes = list(dict.fromkeys(axis for _, result in lines for axis in result["cell"]))
+    buckets = bucket_names()
+    buckets = [name for name in buckets if any(name in comparison.buckets() for comparison in comparisons.values())]
+    names = ["student", "run", *axes, "seed", "method", "test_set", "rouge_l", "rouge_l_decoding_std", "exact_match"]
+    names += ["completion_tokens", *(f"rouge_l_{bucket.replace(' ', '_')}" for bucket in buckets)]
     names += ["teacher_share", "teacher_passes", "train_seconds", "steps"]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(names)
-        for result in comparison.results:
+        for name, result in lines:
             scored, trained = result["evaluate"], result["train"]
-            by_length = [scored["by_length"].get(bucket, {}).get("rouge_l") for bucket in buckets]
-            values = [result["student"], result["run"], result["seed"], trained["method"], scored["rouge_l"]]
-            values += [scored["rouge_l_std"], scored["exact_match"], scored["completion_tokens"], *by_length]
+            values = [result["student"], result["run"], *(result["cell"].get(axis) for axis in axes), result["seed"]]
+            values += [trained["method"], name, scored["rouge_l"], scored["rouge_l_std"], scored["exact_match"]]
+            values += [scored["completion_tokens"]]
+            values += [scored["by_length"].get(bucket, {}).get("rouge_l") for bucket in buckets]
             values += [
                 trained.get("teacher_share"),
                 trained.get("teacher_passes"),
@@ -220,13 +229,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             writer.writerow(["" if value is None else value for value in values])
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that an evaluation wrote."""
-    with (folder / "evaluate" / "rows.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def plot(comparison: Comparison, baseline: str, path: Path) -> None:
+def plot(comparison: Comparison, against: Sequence[tuple[str, str]], path: Path) -> None:
     """Draw every run of every student: a dot per training seed, the mean, and its 95% interval against the baseline.
 
     Raises:
@@ -244,7 +247,7 @@ def plot(comparison: Comparison, baseline: str, path: Path) -> None:
             1, count, figsize=(2.2 + 4.6 * count, height), sharey=True, squeeze=False, layout="constrained"
         )
         for axes, student in zip(grid[0], comparison.students, strict=True):
-            _draw(axes, comparison, student, baseline)
+            _draw(axes, comparison, student, dict(against))
         grid[0][0].set_yticks(range(len(comparison.labels)), comparison.labels)
         grid[0][0].invert_yaxis()
         try:
@@ -255,17 +258,14 @@ def plot(comparison: Comparison, baseline: str, path: Path) -> None:
             plt.close(figure)
 
 
-def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> None:
-    reference = [result["evaluate"]["rouge_l"] for result in comparison.of(student, baseline)]
-    if reference:
-        level = sum(reference) / len(reference)
-        axes.axvline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+def _draw(axes: Any, comparison: Comparison, student: str, baseline_of: Mapping[str, str]) -> None:
     for place, label in enumerate(comparison.labels):
         scores = [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
         if not scores:
             continue
         mean = sum(scores) / len(scores)
-        found = comparison.difference(student, label, baseline) if reference and label != baseline else None
+        baseline = baseline_of.get(label)
+        found = comparison.difference(student, label, baseline) if baseline is not None else None
         colour = ORANGE if found is not None and _is_significant(found) else BLUE
         if found is not None and found.seeds > 1:
             axes.plot([mean - found.mean + found.low, mean - found.mean + found.high], [place, place], color=colour,
@@ -275,5 +275,5 @@ def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> Non
     axes.grid(axis="y", color="#EEEEEE")
     axes.set_axisbelow(True)
     axes.set_title(student or "ROUGE-L by run", loc="left")
-    axes.set_xlabel(f"ROUGE-L; line: {baseline}; orange: differs significantly")
+    axes.set_xlabel("ROUGE-L; orange: differs significantly from its baseline")
     axes.tick_params(axis="y", length=0)

@@ -46,8 +46,8 @@ class Policy:
     redraws: bool = False
     #: Whether `decide` reads `uniform`.
     random: bool = False
-    #: What `measure` counts in: "nats", or "rank" for a place in an ordered vocabulary.
-    unit: str = "nats"
+    #: What `measure` returns, one of `switchkd.rollout.MEASURED`; None for a policy that compares nothing.
+    measured: str | None = None
     #: Options that follow the length limit of completions where nothing else is said, tokens.
     length_options: ClassVar[tuple[str, ...]] = ()
 
