@@ -9,6 +9,7 @@ from switchkd.policies.controls import (
     StudentPolicy,
     TeacherFirstPolicy,
     TeacherPolicy,
+    TeacherPrefixPolicy,
 )
 from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
 from switchkd.policies.switch import SwitchPolicy
@@ -25,6 +26,7 @@ POLICIES: dict[str, type[Policy]] = {
     "trb": TrustRegionPolicy,
     "random": RandomPolicy,
     "teacher_first": TeacherFirstPolicy,
+    "teacher_prefix": TeacherPrefixPolicy,
     "student_first": StudentFirstPolicy,
     "student_entropy": StudentEntropyPolicy,
     "student_confidence": StudentConfidencePolicy,
@@ -46,5 +48,6 @@ __all__ = [
     "SwitchPolicy",
     "TeacherFirstPolicy",
     "TeacherPolicy",
+    "TeacherPrefixPolicy",
     "TrustRegionPolicy",
 ]

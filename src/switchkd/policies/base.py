@@ -10,7 +10,7 @@ the vocabulary work is done once for a whole draft and the rest is arithmetic on
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Policy:
     random: bool = False
     #: What `measure` returns, one of `switchkd.rollout.MEASURED`; None for a policy that compares nothing.
     measured: str | None = None
+    #: Options that follow the length limit of completions where nothing else is said, tokens.
+    length_options: ClassVar[tuple[str, ...]] = ()
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy at a moment of training; the policy itself where nothing is annealed.
