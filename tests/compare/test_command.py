@@ -243,11 +243,9 @@ def test_what_every_run_would_refuse_is_said_once_and_first(home, tmp_path, capf
     config = config_of(home, **change)
     for name in ("x.jsonl", "y.jsonl"):
         (tmp_path / name).write_text((home / "test.jsonl").read_text(), encoding="utf-8")
-    text = (
-        yaml.safe_dump(config)
-        .replace("x.jsonl", str(tmp_path / "x.jsonl"))
-        .replace("y.jsonl", str(tmp_path / "y.jsonl"))
-    )
+    text = yaml.safe_dump(config).replace("TEACHER", str(home / "teacher"))
+    for name in ("x.jsonl", "y.jsonl"):
+        text = text.replace(name, str(tmp_path / name))
     assert call(tmp_path / "runs", yaml.safe_load(text)) == 2
     error = capfd.readouterr().err
     assert error.count(message) == 1 and error.count("\n") == 1, error
@@ -293,8 +291,10 @@ def test_a_grid_is_trained_scored_and_compared_within_its_columns(home, tmp_path
     }
     with (tmp_path / "grid" / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["writer"], row["objective"]) for row in rows[::2]] == [tuple(label.split(" / ")) for label in found]
-    assert [float(row["vowels"]) for row in rows] == pytest.approx([score for one in found.values() for score in one])
+    by_axis = {(row["writer"], row["objective"], row["seed"]): float(row["vowels"]) for row in rows}
+    assert by_axis == pytest.approx(
+        {(*label.split(" / "), str(seed)): one[seed] for label, one in found.items() for seed in (0, 1)}
+    )
     with (tmp_path / "grid" / "differences.csv").open(encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert (row["first"], row["second"], row["writer"]) == ("dataset / forward", "student / forward", "dataset")

@@ -142,7 +142,8 @@ def _planes(
                 one = against.get(results[0]["run"])
                 cells.append(_spread(comparison, results) + (" *" if one is not None and one.is_significant else ""))
             rows.append(cells)
-        found.append(([title, *columns], rows))
+        first = next(iter(comparison.axes))
+        found.append(([f"{first} ({title})" if title else first, *columns], rows))
     return found
 
 
