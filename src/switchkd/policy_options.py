@@ -84,7 +84,9 @@ POLICY_OPTIONS: dict[str, PolicyOption] = {
     "kl_budget_warmup": PolicyOption(
         float, "P", "share of the training over which kl_budget falls to 0, in (0, 1]", {"trb": 0.5}
     ),
-    "teacher_share": PolicyOption(float, "P", "share of positions the teacher writes, in [0, 1]", {"random": 0.53}),
+    "teacher_probability": PolicyOption(
+        float, "P", "probability that the teacher writes a position, in [0, 1]", {"random": 0.53}
+    ),
     "teacher_tokens": PolicyOption(int, "N", "number of first tokens the teacher writes", {"teacher_first": 64}),
     "switch_position": PolicyOption(
         int, "N", "position where the teacher takes over, counted from 0", {"student_first": 64}

@@ -48,7 +48,7 @@ def config_of(home, **over):
         "students": {"small": {"student_config": student}, "wide": {"student_config": {**student, "n_embd": 32}}},
         "warm_start": {"max_steps": 3},
         "runs": {"sft": None, "switch": {"initial_threshold": 0.2}},
-        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_new_tokens": 8},
+        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_completion_length": 8},
         "threads": 1,
     } | over
 

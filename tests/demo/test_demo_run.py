@@ -66,10 +66,12 @@ def test_the_other_commands_go_on_with_what_the_demo_left(demo, capsys):
     folder, _, _ = demo
     options = ["--model_name_or_path", str(folder / "student_switch")]
     teacher = ["--teacher_model_name_or_path", str(folder / "teacher")]
-    assert main(["rollout", *options, *teacher, "--prompt", "Spell river.", "--max_new_tokens", "5", "--json"]) == 0
+    assert (
+        main(["rollout", *options, *teacher, "--prompt", "Spell river.", "--max_completion_length", "5", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
     data = ["--dataset_name", str(folder / "data" / "test.jsonl"), "--max_samples", "2", "--seeds", "1"]
-    out = ["--max_new_tokens", "5", "--output_dir", str(folder / "scored")]
+    out = ["--max_completion_length", "5", "--output_dir", str(folder / "scored")]
     assert main(["evaluate", *options, *data, *out]) == 0
 
 

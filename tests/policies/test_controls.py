@@ -274,8 +274,8 @@ def test_the_same_model_with_the_same_prompt_never_takes_over_from_itself(draft_
 @pytest.mark.parametrize(
     ("policy", "options", "message"),
     [
-        (RandomPolicy, {"teacher_share": 1.1}, "teacher_share must lie in .0, 1., got 1.1"),
-        (RandomPolicy, {"teacher_share": math.nan}, "teacher_share"),
+        (RandomPolicy, {"teacher_probability": 1.1}, "teacher_probability must lie in .0, 1., got 1.1"),
+        (RandomPolicy, {"teacher_probability": math.nan}, "teacher_probability"),
         (TeacherFirstPolicy, {"teacher_tokens": -1}, "teacher_tokens must be an integer >= 0, got -1"),
         (StudentFirstPolicy, {"switch_position": 1.5}, "switch_position must be an integer >= 0, got 1.5"),
         (StudentEntropyPolicy, {"initial_threshold": -0.1}, "initial_threshold must lie in .0, inf nats., got -0.1"),

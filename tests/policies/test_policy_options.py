@@ -8,7 +8,9 @@ import pytest
 from switchkd.commands.policy_options import NAMES, OPTIONS, add_policy_options
 from switchkd.methods import METHODS
 from switchkd.policies import POLICIES
+from switchkd.policies.base import Policy
 from switchkd.policy_options import POLICY_OPTIONS, TRAINING_ONLY
+from switchkd.rollout import MEASURED
 from switchkd.training.config import SwitchConfig
 
 KINDS = {int: "int", float: "float", str: "str"}
@@ -23,6 +25,13 @@ def test_the_table_holds_the_fields_of_every_policy_with_their_defaults(name):
     for option, default in own.items():
         # The horizon follows the length limit of completions wherever there is one.
         assert table[option] == (None if option == "horizon" else default), option
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_a_policy_that_compares_something_says_what(policy):
+    """Logs called the divergence of SWITCH, entropies and the training loss by one word."""
+    assert (policy.measure is Policy.measure) == (policy.measured is None)
+    assert policy.measured in (None, *MEASURED)
 
 
 def test_every_policy_and_option_is_on_the_command_line_and_in_the_config():

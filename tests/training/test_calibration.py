@@ -26,7 +26,8 @@ from switchkd.policies import (
 from switchkd.rollout import Author
 from switchkd.training.calibration import Calibration, ShareController, calibrate, share_by_position
 
-OPTIONS = {"max_new_tokens": 16, "eos_token_id": [EOS_ID, 5]}
+LENGTH, EOS = 16, [EOS_ID, 5]
+OPTIONS = {"max_completion_length": LENGTH, "eos_token_id": EOS}
 
 
 def calibrated(policy, share, pair=None, rows=16, **options) -> Calibration:
@@ -56,7 +57,7 @@ def test_a_rollout_at_the_threshold_found_has_the_share_asked_for(policy, share)
     found = calibrated(policy, share, (student, teacher), rows=24, tolerance=0.03)
     assert found.reached and found.rounds <= 8
     assert found.policy == dataclasses.replace(policy, initial_threshold=found.initial_threshold)
-    rollout = roll_out(student, teacher, ids, mask, policy=found.policy, **OPTIONS)
+    rollout = roll_out(student, teacher, ids, mask, policy=found.policy, max_new_tokens=LENGTH, eos_token_id=EOS)
     assert rollout.teacher_share == found.teacher_share == pytest.approx(share, abs=0.03)
     assert found.lengths == rollout.completion_mask.sum(1).tolist()
     assert found.history[-1] == (found.initial_threshold, found.teacher_share)
@@ -139,7 +140,7 @@ def test_a_share_too_small_for_a_falling_threshold_is_told_so_with_the_way_out()
 
 
 def test_too_few_tokens_for_the_tolerance_are_told_so():
-    found = calibrated(SwitchPolicy(schedule="constant"), 0.37, rows=1, max_new_tokens=5, tolerance=1e-3)
+    found = calibrated(SwitchPolicy(schedule="constant"), 0.37, rows=1, max_completion_length=5, tolerance=1e-3)
     assert not found.reached and "take more prompts" in found.note
     assert found.teacher_share == min((share for _, share in found.history), key=lambda share: abs(share - 0.37))
 
@@ -224,7 +225,9 @@ def test_the_controller_keeps_the_share_of_a_real_pair():
     controller, taught, tokens = ShareController(0.5, 0.02, gain=0.5), 0, 0
     for step in range(40):
         policy = SwitchPolicy(controller.threshold, schedule="constant")
-        rollout = roll_out(student, teacher, ids, mask, policy=policy, seed=step, **OPTIONS)
+        rollout = roll_out(
+            student, teacher, ids, mask, policy=policy, seed=step, max_new_tokens=LENGTH, eos_token_id=EOS
+        )
         controller.observe(rollout.teacher_share)
         if step >= 20:
             taught += int((rollout.author == Author.TEACHER).sum())

@@ -57,7 +57,7 @@ class Watch:
 
         def watched_write(*args, **kwargs):
             written = write(*args, **kwargs)
-            self.rollouts.append(written[0])
+            self.rollouts.append(written)
             return written
 
         trainer.compute_loss, trainer.text.write = watched, watched_write
@@ -77,7 +77,10 @@ class Watch:
 
     @property
     def authors(self):
-        return {Author(value) for inputs in self.inputs for value in inputs["author"].unique().tolist()} - {Author.NONE}
+        """The writers of the micro-batches; text of the data set has no column `author`."""
+        dataset = torch.tensor([int(Author.DATASET)])
+        values = {value for inputs in self.inputs for value in inputs.get("author", dataset).unique().tolist()}
+        return {Author(value) for value in values} - {Author.NONE}
 
     @property
     def share(self):
@@ -158,7 +161,7 @@ def same(first, second, tolerance=2e-6):
          {"method": "switch", "initial_threshold": 0.3, "schedule": "constant"}),
         ({"method": "adaswitch", "divergence_window": 50}, {"method": "imitkd"}),
         ({"method": "trb", "kl_budget": 0.0}, {"method": "opd"}),
-        ({"method": "random", "teacher_share": 0.0}, {"method": "opd"}),
+        ({"method": "random", "teacher_probability": 0.0}, {"method": "opd"}),
         ({"method": "teacher_first", "teacher_tokens": 0}, {"method": "opd"}),
         ({"method": "student_first", "switch_position": 0},
          {"method": "switch", "initial_threshold": 0.0, "schedule": "constant"}),

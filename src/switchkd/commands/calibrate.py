@@ -31,7 +31,7 @@ def parser() -> OptionParser:
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id to take prompts from")
     inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
-    inputs.add_argument("--num_prompts", type=int, default=64, metavar="N", help="number of its prompts to use")
+    inputs.add_argument("--max_samples", type=int, default=64, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     share = result.add_argument_group("the share")
     share.add_argument(
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import load_records, pad_prompts, prepare
+    from switchkd.data import load_records, prepare
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers, readable_pad_id, require_eos
     from switchkd.policies import SwitchPolicy
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
     records = load_records(options.dataset_name, split=options.dataset_train_split)
     data, report = prepare(
-        records.select(range(min(options.num_prompts, len(records)))),
+        records.select(range(min(options.max_samples, len(records)))),
         tokenizer,
         max_prompt_length=options.max_prompt_length,
         max_completion_length=options.max_completion_length,
@@ -89,10 +89,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found = calibrate(
         student,
         teacher,
-        *pad_prompts(list(data["prompt_ids"]), pad),
+        list(data["prompt_ids"]),
         policy=policy,
         target_teacher_share=options.target_teacher_share,
-        max_new_tokens=options.max_completion_length,
+        max_completion_length=options.max_completion_length,
         tolerance=options.tolerance,
         max_rounds=options.max_rounds,
         seed=options.seed,
@@ -121,7 +121,7 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
-    for name in ("num_prompts", "max_prompt_length", "max_completion_length", "batch_size"):
+    for name in ("max_samples", "max_prompt_length", "max_completion_length", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
     if options.dtype not in ("auto", "float32", "bfloat16", "float16"):

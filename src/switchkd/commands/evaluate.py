@@ -48,7 +48,7 @@ def parser() -> OptionParser:
         metavar="N,N,...",
         help="decoding seeds; every prompt is answered once per seed",
     )
-    decoding.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="length limit, tokens")
+    decoding.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
     decoding.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     decoding.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
     decoding.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         records,
         tokenizer,
         max_prompt_length=options.max_prompt_length,
-        max_completion_length=options.max_new_tokens,
+        max_completion_length=options.max_completion_length,
     )
     console.say(f"data: {report}")
     kwargs, device = {"dtype": options.dtype}, default_device()
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         tokenizer,
         data,
         seeds=seeds,
-        max_new_tokens=options.max_new_tokens,
+        max_completion_length=options.max_completion_length,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -140,7 +140,7 @@ def check(options: argparse.Namespace) -> list[int]:
             raise UserError(f"give --{name}, {meaning}")
     if options.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    for name in ("max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
+    for name in ("max_samples", "max_completion_length", "max_prompt_length", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")

@@ -20,6 +20,7 @@ from switchkd.data import load_records
 from switchkd.errors import UserError
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
+from switchkd.rollout import MEASURED
 from switchkd.training.config import SwitchConfig, own_fields
 from switchkd.training.trainer import SwitchTrainer
 
@@ -227,7 +228,7 @@ TABLE_ROWS = (
     ("eval_cross_entropy", "evaluation cross-entropy [nats/token]", 1),
     ("eval_rouge_l", "evaluation ROUGE-L", 1),
     ("rollout/teacher_share", "teacher share [%]", 100),
-    ("rollout/divergence_nats", "policy divergence [nats]", 1),
+    *((f"rollout/{name}", name.replace("_nats", " [nats]"), 1) for name in MEASURED),
     ("rollout/completion_tokens", "rollout length [tokens]", 1),
     ("rollout/tokens_per_s", "rollouts [tokens/s]", 1),
 )

@@ -64,12 +64,12 @@ class _Draft:
     rows: list[int]  # pool rows, A
     tokens: Tensor  # [A, 1 + G]: the last committed token, then the draft
     position: Tensor  # [A, G], completion positions
-    places: Tensor  # [A, G], places in the table of noise, and in the record
+    places: Tensor  # [A, G], places in the table of noise, and in the rollout
     log_probs: Tensor  # [A * G, V]
 
 
 class BlockDecoder:
-    """One rollout by drafting and verifying; `run` writes every row and returns the record.
+    """One rollout by drafting and verifying; `run` writes every row and returns the rollout.
 
     Args:
         request: What is to be written.
@@ -339,7 +339,7 @@ class BlockDecoder:
             divergence=column("divergence", math.nan, torch.float32),
             threshold=column("threshold", math.nan, torch.float32),
             teacher_hidden=None if pool.hidden is None else pool.hidden.view(rows, self.limit, -1)[:, :longest].clone(),
-            unit=self.policy.unit,
+            measured=self.policy.measured,
             stats={
                 "student_passes": self.student.passes,
                 "teacher_passes": self.teacher.passes if self.teacher is not None else 0,

@@ -12,8 +12,8 @@ from types import ModuleType
 from switchkd.errors import UserError, nearest_name
 
 # What rows of answers and their means by length hold already.
-_TAKEN = {"index", "seed", "prompt", "completion", "references", "finished", "examples"}
-_TAKEN |= {"rouge_l", "exact_match", "completion_tokens", "reference_tokens"}
+_ROW = ("index", "seed", "prompt", "completion", "references", "rouge_l", "exact_match", "completion_tokens")
+_TAKEN = (*_ROW, "finished", "reference_tokens", "examples")
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Policy:
     redraws: bool = False
     #: Whether `decide` reads `uniform`.
     random: bool = False
-    #: What `measure` counts in: "nats", or "rank" for a place in an ordered vocabulary.
-    unit: str = "nats"
+    #: What `measure` returns, one of `switchkd.rollout.MEASURED`; None for a policy that compares nothing.
+    measured: str | None = None
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy at a moment of training; the policy itself where nothing is annealed.

@@ -44,17 +44,17 @@ class RandomPolicy(Policy):
     """The teacher writes each token with a fixed probability, whatever the distributions say.
 
     Args:
-        teacher_share: That probability, in [0, 1]; 0.53 is the share reported for SWITCH.
+        teacher_probability: That probability, in [0, 1]; 0.53 is the share reported for SWITCH.
 
     Raises:
-        UserError: The share is outside its range.
+        UserError: It is outside its range.
     """
 
-    teacher_share: float = 0.53
+    teacher_probability: float = 0.53
     random = True
 
     def __post_init__(self) -> None:
-        check_range("teacher_share", self.teacher_share, 0.0, 1.0)
+        check_range("teacher_probability", self.teacher_probability, 0.0, 1.0)
 
     @classmethod
     def from_share(cls, teacher_share: float, lengths: Tensor | float) -> Self:
@@ -65,7 +65,7 @@ class RandomPolicy(Policy):
         self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Decision, Tensor | None]:
         assert uniform is not None  # the engine provides it, because `random` is set
-        author = teacher_where(uniform < self.teacher_share)
+        author = teacher_where(uniform < self.teacher_probability)
         return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
 
 
@@ -145,6 +145,7 @@ class StudentEntropyPolicy(SwitchPolicy):
     """
 
     initial_threshold: float = 2.0
+    measured = "entropy_nats"
     largest_threshold: ClassVar[tuple[float, str]] = (math.inf, "inf nats")
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
@@ -165,6 +166,7 @@ class StudentConfidencePolicy(SwitchPolicy):
     """
 
     initial_threshold: float = math.log(2.0)
+    measured = "surprisal_nats"
     largest_threshold: ClassVar[tuple[float, str]] = (math.inf, "inf nats")
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:

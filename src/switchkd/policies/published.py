@@ -66,7 +66,7 @@ class SkdPolicy(Policy):
 
     teacher_top_k: int = 25
     redraws = True
-    unit = "rank"
+    measured = "rank"
 
     def __post_init__(self) -> None:
         check_count("teacher_top_k", self.teacher_top_k, 1)
@@ -106,6 +106,7 @@ class AdaSwitchPolicy(Policy):
     divergence_multiple: float = 3.0
     divergence_window: int = 8
     stateful = True
+    measured = "kl_nats"
 
     def __post_init__(self) -> None:
         if not self.divergence_multiple > 0.0:
@@ -155,6 +156,7 @@ class RelayPolicy(Policy):
     leg_length: int = 8
     leg_budget: int = 4
     stateful = True
+    measured = "jsd_nats"
 
     def __post_init__(self) -> None:
         check_range("trigger_threshold", self.trigger_threshold, 0.0, LARGEST_JSD, "ln 2 nats")
@@ -204,6 +206,7 @@ class TrustRegionPolicy(Policy):
     kl_budget: float = 0.1
     kl_budget_warmup: float = 0.5
     blends = True
+    measured = "kl_nats"
 
     def __post_init__(self) -> None:
         if not self.kl_budget >= 0.0:

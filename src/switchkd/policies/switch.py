@@ -60,6 +60,7 @@ class SwitchPolicy(Policy):
     clock: Clock = "position"
     _rate: float = field(init=False, repr=False, default=0.0)
 
+    measured = "jsd_nats"
     #: The largest value that `measure` can take, nats, and how messages name it.
     largest_threshold: ClassVar[tuple[float, str]] = (LARGEST_JSD, "ln 2 nats")
 

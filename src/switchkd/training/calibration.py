@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from switchkd.engine import roll_out
+from switchkd.engine.arguments import IdsLike
 from switchkd.errors import UserError, check_count, check_range
 from switchkd.policies import SwitchPolicy
 from switchkd.rollout import Author, Rollout
@@ -72,12 +73,12 @@ class Calibration:
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor | None = None,
+    prompt_ids: IdsLike,
+    prompt_mask: IdsLike | None = None,
     *,
     policy: SwitchPolicy,
     target_teacher_share: float = 0.53,
-    max_new_tokens: int = 256,
+    max_completion_length: int = 256,
     tolerance: float = 0.02,
     max_rounds: int = 8,
     bins: int = 8,
@@ -93,11 +94,11 @@ def calibrate(
     Args:
         student: As `roll_out` takes it.
         teacher: As `roll_out` takes it.
-        prompt_ids: Left-padded prompts `[B, P]`; some 64 of the training prompts are enough.
-        prompt_mask: `[B, P]`.
+        prompt_ids: Prompts as `roll_out` takes them; 64 of the training prompts are enough.
+        prompt_mask: Likewise.
         policy: The schedule and all other options; its own threshold is where the search begins.
         target_teacher_share: In [0, 1]; 0.53 is reported for SWITCH.
-        max_new_tokens: Length limit of completions; take that of the training.
+        max_completion_length: Length limit of completions; take that of the training.
         tolerance: How far from the target is near enough, in (0, 1).
         max_rounds: At most this many rollouts.
         bins: Number of equal parts of the length limit for the share by position.
@@ -124,7 +125,7 @@ def calibrate(
             prompt_ids,
             prompt_mask,
             policy=replace(policy, initial_threshold=threshold),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_completion_length,
             **rollout_options,
         )
         tried.append((threshold, rollout))
@@ -140,7 +141,7 @@ def calibrate(
         standard_error=_standard_error(best),
         reached=reached,
         note=_note(search, history, threshold, best.teacher_share, reached),
-        share_by_position=share_by_position(best, max_new_tokens, bins),
+        share_by_position=share_by_position(best, max_completion_length, bins),
         lengths=best.completion_mask.sum(-1).tolist(),
         rounds=len(tried),
         seconds=time.perf_counter() - started,
@@ -148,15 +149,15 @@ def calibrate(
     )
 
 
-def share_by_position(rollout: Rollout, max_new_tokens: int, bins: int = 8) -> list[ShareBin]:
+def share_by_position(rollout: Rollout, max_completion_length: int, bins: int = 8) -> list[ShareBin]:
     """Return the teacher's share in equal parts of the length limit; parts in which no text has a token are left out.
 
     Args:
         rollout: Any rollout.
-        max_new_tokens: The limit, tokens.
+        max_completion_length: The limit, tokens.
         bins: Number of parts.
     """
-    edges = [round(index * max_new_tokens / bins) for index in range(bins + 1)]
+    edges = [round(index * max_completion_length / bins) for index in range(bins + 1)]
     result = []
     for start, stop in itertools.pairwise(edges):
         tokens = int(rollout.completion_mask[:, start:stop].sum())
