@@ -231,7 +231,7 @@ def test_every_missing_input_is_one_line_however_many_runs_need_it(home, tmp_pat
             },
             "needs a teacher",
         ),
-        ({"evaluate": {"max_new_tokens": 8}}, "give --dataset_name"),
+        ({"evaluate": {"max_completion_length": 8}}, "give --dataset_name"),
         ({"evaluate": {"dataset_name": "x.jsonl", "top_p": 2}}, "top_p must lie in (0, 1]"),
         ({"evaluate": {"dataset_name": "x.jsonl", "seeds": [1, 1]}}, "seeds must be one or more different integers"),
         ({"evaluate": {"datasets": ["x.jsonl"]}}, "datasets must be a mapping"),

@@ -122,21 +122,23 @@ def verdict(first: str, second: str, difference: Difference, adjusted_p: float) 
     """
     size = abs(difference.mean)
     low, high = (difference.low, difference.high) if difference.mean >= 0 else (-difference.high, -difference.low)
-    sources = "over prompts" if difference.seeds == 1 else "over seeds and prompts"
+    if difference.seeds == 1:
+        return (
+            f"{first} against {second}: {difference.mean:+.1f} points (95% interval {difference.low:+.1f} to "
+            f"{difference.high:+.1f} over prompts); one training seed only, so the variation between seeds is unknown"
+        )
+    ahead = f"same sign in {difference.seeds_ahead} of {difference.seeds} seeds"
     if adjusted_p < LEVEL:
         order = "ahead of" if difference.mean > 0 else "behind"
-        text = (
-            f"{first} is {order} {second} by {size:.1f} points: significant "
-            f"(95% interval {low:.1f} to {high:.1f} {sources}; adjusted p {p_text(adjusted_p)})"
+        return (
+            f"{first} is {order} {second} by {size:.1f} points: significant (95% interval {low:.1f} to {high:.1f} "
+            f"over seeds and prompts; adjusted p {p_text(adjusted_p)}); {ahead}"
         )
-    else:
-        text = (
-            f"{first} against {second}: no significant difference: {difference.mean:+.1f} points "
-            f"(95% interval {difference.low:+.1f} to {difference.high:+.1f} {sources}; adjusted p {p_text(adjusted_p)})"
-        )
-    if difference.seeds == 1:
-        return f"{text}; one training seed only, so the variation between seeds is unknown"
-    return f"{text}; same sign in {difference.seeds_ahead} of {difference.seeds} seeds"
+    return (
+        f"{first} against {second}: no significant difference: {difference.mean:+.1f} points (95% interval "
+        f"{difference.low:+.1f} to {difference.high:+.1f} over seeds and prompts; adjusted p {p_text(adjusted_p)}); "
+        f"{ahead}"
+    )
 
 
 def p_text(p_value: float) -> str:
