@@ -15,16 +15,17 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from switchkd.cli.console import Console
-from switchkd.cli.options import OptionParser, integers
+from switchkd.cli.console import Console, quiet_libraries
+from switchkd.cli.options import OptionParser, flag, integers
 from switchkd.cli.run_folder import RunFolder
 from switchkd.compare.checks import check
-from switchkd.compare.grid import all_runs, folder_name
+from switchkd.compare.grid import all_runs, axes_of, folder_name
 from switchkd.compare.pairs import partners
 from switchkd.compare.plan import plan
-from switchkd.compare.tasks import WARM_START, Task, execute
-from switchkd.errors import UserError
+from switchkd.compare.tasks import MEASURES, WARM_START, Task, execute, trim
+from switchkd.errors import UserError, UserErrors
 
+Pair = tuple[str, str]
 SECTIONS = {
     "train": "options of `switchkd train` that all runs share",
     "runs": "label -> options that override them; `method` defaults to the label",
@@ -59,9 +60,15 @@ def parser() -> OptionParser:
         metavar="RUN:RUN",
         help="more pairs to compare, also by answer length; two labels of an axis for that pair in every cell",
     )
+    group.add_argument(
+        "--measure", default="rouge_l", metavar="NAME", help="what is compared: rouge_l, exact_match or a scorer's name"
+    )
     machine = result.add_argument_group("machine")
     machine.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at the same time")
     machine.add_argument("--threads", type=int, metavar="N", help="threads of each run (default: cores / jobs)")
+    machine.add_argument(
+        "--keep_models", **flag("keep the models of finished runs, not only their scores", default=True)
+    )
     result.add_shared_options("where to write (default: the first free one of runs/compare, runs/compare-2, ...)")
     return result
 
@@ -80,7 +87,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds must be different integers, got {' '.join(options.seeds)}")
     tasks = plan(output_dir=folder.path, seeds=seeds, **sections)
-    against, pairs = compared(options, sections)
+    pairs = compared(options, sections)
+    _check_measure(options.measure, tasks)
+    quiet_libraries(options.verbose)
     check(tasks)
     resumes = folder.holds_run("switchkd compare")
     if not resumes:
@@ -89,16 +98,21 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if resumes and options.overwrite_output_dir:
         for task in tasks:
             shutil.rmtree(task.folder, ignore_errors=True)
+    if not options.keep_models:
+        for task in tasks:
+            trim(task)
     failed = _run_all(tasks, options, console)
-    summary = _report(folder, tasks, against, pairs, console)
+    summary = _report(folder, tasks, pairs, axes_of(sections["grid"]), options.measure, console)
+    summary |= {"failed": failed, "output_dir": str(folder.path)}
     if failed:
         for name, error in failed.items():
             console.progress(f"failed: {name}: {error}")
-        raise UserError(
+        message = (
             f"{len(failed)} of {len(tasks)} runs failed, the first with: {next(iter(failed.values()))}; what is "
             f"finished is in {folder.path}; repeat the command to try the others again"
         )
-    return {**summary, "output_dir": str(folder.path)}
+        raise UserErrors([message], result=summary)
+    return summary
 
 
 def _section(name: str, text: str | None) -> Any:
@@ -124,12 +138,21 @@ def _json(text: str) -> Any:
         return text
 
 
-def compared(options: argparse.Namespace, sections: Mapping[str, Any]) -> tuple[list[tuple[str, str]], ...]:
+def compared(options: argparse.Namespace, sections: Mapping[str, Any]) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs of labels that are compared: with the baseline, and those that `pairs` names."""
     runs = all_runs(sections["runs"], sections["grid"], sections["train"])
     baseline = _json(options.baseline) if (options.baseline or "").startswith("{") else options.baseline
     pairs = [pair for text in options.pairs or [] for pair in text.split(",")]
     return partners(runs, baseline, pairs, [WARM_START] if options.warm_start else [])
+
+
+def _check_measure(measure: str, tasks: Sequence[Task]) -> None:
+    scorers = [str(values.get("scorer", "")).rpartition(":")[2] for values in tasks[0].evaluate.values()]
+    known = [*MEASURES, *(scorers[:1] if len(set(scorers)) == 1 and scorers[0] else [])]
+    if measure not in known:
+        raise UserError(
+            f"measure must be one of {', '.join(known)}, got {measure!r}; the function of evaluate's scorer is another"
+        )
 
 
 def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Console) -> dict[str, str]:
@@ -165,7 +188,11 @@ def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Consol
                     failed[task.name] = result["error"]
                     console.say(f"{clock.next()} {task.name}: FAILED, {result['error']}")
                 else:
-                    console.say(f"{clock.next()} {task.name}: {_line(result)}{clock.left(options.jobs)}")
+                    console.say(
+                        f"{clock.next()} {task.name}: {_line(result, options.measure)}{clock.left(options.jobs)}"
+                    )
+                    if not options.keep_models:
+                        trim(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
@@ -191,11 +218,12 @@ class _Clock:
         return f", about {seconds / 60:.0f} min left" if waiting and seconds > 90 else ""
 
 
-def _line(result: Mapping[str, Any]) -> str:
+def _line(result: Mapping[str, Any], measure: str) -> str:
     share = result["train"].get("teacher_share")
     teacher = f", teacher {share:.0%}" if share is not None else ""
     scores = ", ".join(
-        f"ROUGE-L {scored['rouge_l']:.1f}" + (f" ({name})" if len(result["evaluate"]) > 1 else "")
+        f"{MEASURES.get(measure, measure)} {(scored | scored['by_scorer'])[measure]:.1f}"
+        + (f" ({name})" if len(result["evaluate"]) > 1 else "")
         for name, scored in result["evaluate"].items()
     )
     return f"{result['train']['steps']} steps, {scores}{teacher}, {result['seconds']:.0f} s"
@@ -219,11 +247,14 @@ def _end_with_parent() -> None:
 def _report(
     folder: RunFolder,
     tasks: Sequence[Task],
-    against: Sequence[tuple[str, str]],
-    pairs: Sequence[tuple[str, str]],
+    compared: tuple[list[Pair], list[Pair]],
+    axes: Mapping[str, Sequence[str]],
+    measure: str,
     console: Console,
 ) -> dict[str, Any]:
-    from switchkd.compare.findings import Comparison, plot, sentences, tables, write_csv
+    """Write tables, sentences and pictures of what is finished, and return them in short."""
+    from switchkd.compare import pictures, report
+    from switchkd.compare.findings import Comparison, find, sentences
 
     finished = [(task, result) for task in tasks if (result := task.result()) is not None]
     if not finished:
@@ -232,29 +263,37 @@ def _report(
     comparisons = {}
     for name in tasks[0].evaluate:
         rows = {(task.student, task.label, task.seed): task.rows(name) for task, _ in finished}
-        comparisons[name] = Comparison([{**one, "evaluate": one["evaluate"][name]} for one in found], rows)
-    parts, words = [], []
-    for name, comparison in comparisons.items():
-        title = f"{name}: " if len(comparisons) > 1 else ""
-        parts.append(f"{title}ROUGE-L: mean +- standard deviation over training seeds\n\n{tables(comparison)}")
-        words += [f"{name}:"] if len(comparisons) > 1 else []
-        words += sentences(comparison, against, pairs)
-        suffix = f"_{folder_name(name)}" if len(comparisons) > 1 else ""
-        plot(comparison, against, folder.path / f"comparison{suffix}.png")
-    text = "\n\n".join(parts)
+        results = [{**one, "evaluate": one["evaluate"][name]} for one in found]
+        comparisons[name] = Comparison(results, rows, measure, axes)
+    against, pairs = compared
+    baseline_of = dict(against)
+    findings = find(comparisons, [*against, *pairs])
+    text = report.tables(comparisons, findings, baseline_of)
+    words = sentences(comparisons, findings, pairs or against)
     console.say(f"\n{text}\n\n" + "\n".join(words))
-    write_csv(comparisons, folder.path / "results.csv")
-    folder.write_json("results.json", {"results": found, "words": words})
     (folder.path / "report.txt").write_text(f"{text}\n\n" + "\n".join(words) + "\n", encoding="utf-8")
-    console.say(f"\nreport.txt, results.csv, results.json, comparison.png in {folder.path}")
+    written = report.markdown(comparisons, findings, baseline_of, words)
+    (folder.path / "results.md").write_text(written, encoding="utf-8")
+    report.write_runs(comparisons, folder.path / "results.csv")
+    report.write_differences(comparisons, findings, folder.path / "differences.csv")
+    folder.write_json("results.json", {"results": found, "words": words})
+    names = ["report.txt", "results.md", "results.csv", "differences.csv", "results.json"]
+    for name, comparison in comparisons.items():
+        suffix = f"_{folder_name(name)}.png" if len(comparisons) > 1 else ".png"
+        chosen = [one for one in findings if one.test_set == name]
+        pictures.forest(comparison, chosen, baseline_of, folder.path / f"comparison{suffix}")
+        names.append(f"comparison{suffix}")
+        if pictures.heat_map(comparison, chosen, baseline_of, folder.path / f"map{suffix}"):
+            names.append(f"map{suffix}")
+    console.say(f"\n{', '.join(names)} in {folder.path}")
     scores = {
         name: {
             student: {
-                label: [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
+                label: [comparison.score(result) for result in comparison.of(student, label)]
                 for label in comparison.labels
             }
             for student in comparison.students
         }
         for name, comparison in comparisons.items()
     }
-    return {"runs": len(found), "rouge_l": scores, "words": [line.strip() for line in words if line.strip()]}
+    return {"runs": len(found), measure: scores, "words": [line.strip() for line in words if line.strip()]}

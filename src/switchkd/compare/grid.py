@@ -65,6 +65,15 @@ def all_runs(
     return list(kept.values())
 
 
+def axes_of(grid: Any) -> dict[str, list[str]]:
+    """Return axis -> labels of a valid grid, or of a list of grids, in the order given."""
+    found: dict[str, dict[str, None]] = {}
+    for part in grid if isinstance(grid, list) else [grid] if grid else []:
+        for axis, labels in _axes(part).items():
+            found.setdefault(axis, {}).update(dict.fromkeys(labels))
+    return {axis: list(labels) for axis, labels in found.items()}
+
+
 def folder_name(label: str) -> str:
     """Return the name of the folder that holds the runs of a label."""
     return re.sub(r"[^\w.%+=()-]+", "-", label)
@@ -73,7 +82,7 @@ def folder_name(label: str) -> str:
 def _cells(grid: Any) -> list[Run]:
     if not isinstance(grid, Mapping):
         raise UserError(f"grid must be a mapping from axes to labels to options, got {str(grid)[:60]!r}")
-    axes = {name: _axis(name, labels) for name, labels in grid.items() if name not in ("exclude", "include")}
+    axes = _axes(grid)
     if not axes:
         raise UserError("grid has no axis; give a mapping from axes to labels to options")
     excluded = [_selection("exclude", entry, axes, strict=True)[0] for entry in _entries(grid, "exclude")]
@@ -97,6 +106,10 @@ def _cells(grid: Any) -> list[Run]:
         Run(BETWEEN.join(cell.values()), {**_options(cell, axes), **added}, cell)
         for cell, added in zip(cells, more, strict=True)
     ]
+
+
+def _axes(grid: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    return {name: _axis(name, labels) for name, labels in grid.items() if name not in ("exclude", "include")}
 
 
 def _axis(name: str, labels: Any) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """All runs of a comparison: what each of its sections adds to their options, and the folders they get."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def plan(
         _check_reserved(section, values, ("model_name_or_path", *_RESERVED[1:]), own)
     if any(run.label == WARM_START for run in planned):
         raise UserError(f"a run may not be called {WARM_START!r}: that is the name of the training before all runs")
-    _check_folders(students, [WARM_START, *(run.label for run in planned)])
+    _check_folders({name: name for name in students})
+    _check_folders({label: folder_name(label) for label in (WARM_START, *(run.label for run in planned))})
 
     def folder_of(student: str, label: str, seed: int) -> Path:
         return output_dir / student / folder_name(label) / f"seed-{seed}"
@@ -107,8 +108,7 @@ def evaluations(evaluate: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(given, str | Mapping):
             raise UserError(f"evaluate: data set {name!r} must be a path or a mapping of options, got {given!r}")
         found[name] = _as_typed({**shared, **({"dataset_name": given} if isinstance(given, str) else given)})
-    if len({scoring_folder(name).lower() for name in found}) < len(found):
-        raise UserError(f"evaluate: two of the data sets {', '.join(found)} would share a folder; rename one")
+    _check_folders({name: scoring_folder(name) for name in found})
     return found
 
 
@@ -119,14 +119,14 @@ def _check_reserved(section: str, options: Mapping[str, Any] | None, names: Sequ
             raise UserError(f"{name}={(options or {})[name]} in {section} does nothing: {why}; remove it")
 
 
-def _check_folders(students: Iterable[str], labels: Iterable[str]) -> None:
-    for folders in ({name: name for name in students}, {label: folder_name(label) for label in labels}):
-        owner: dict[str, str] = {}
-        for name, folder in folders.items():
-            # Some file systems do not tell upper case from lower case.
-            other = owner.setdefault(folder.lower(), name)
-            if other != name:
-                raise UserError(f"{other!r} and {name!r} would share the folder {folder!r}; rename one")
+def _check_folders(folders: Mapping[str, str]) -> None:
+    """Refuse names, name -> folder, of which two would share one."""
+    owner: dict[str, str] = {}
+    for name, folder in folders.items():
+        # Some file systems do not tell upper case from lower case.
+        other = owner.setdefault(folder.lower(), name)
+        if other != name:
+            raise UserError(f"{other!r} and {name!r} would share the folder {folder!r}; rename one")
 
 
 def _as_typed(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,15 @@ from typing import Any
 
 import yaml
 
-from switchkd.cli.run_folder import plain
+from switchkd.cli.run_folder import plain, remove_model
 from switchkd.compare.grid import folder_name
 from switchkd.errors import UserError
 
 WARM_START = "warm start"
 #: What the only test set is called where `evaluate` names none.
 ONE_SET = "test"
+#: What every evaluation measures, and what tables call it.
+MEASURES = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,20 @@ class Task:
         with (self.folder / scoring_folder(test_set) / "rows.jsonl").open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained and scored."""
+        return (self.folder / "result.json").exists()
+
     def result(self) -> dict[str, Any] | None:
         """Return what the finished run wrote down, or None.
 
         Raises:
             UserError: It was made with other options.
         """
-        path = self.folder / "result.json"
-        if not path.exists():
+        if not self.is_finished:
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         for part in {**self.options, **found["options"]}:
             options, before = self.options.get(part, {}), found["options"].get(part, {})
             for name in sorted({*options, *before}):
@@ -89,6 +95,15 @@ class Task:
                         f"{options.get(name)!r}; give another output_dir, or remove {self.folder} to run it again"
                     )
         return {**found, "cell": dict(self.cell)}
+
+
+def trim(task: Task) -> None:
+    """Remove the model and the checkpoints of a finished run; scores, answers and logs stay.
+
+    The models of warm starts stay: other runs begin with them.
+    """
+    if task.is_finished and task.label != WARM_START:
+        remove_model(task.folder / "train")
 
 
 def scoring_folder(test_set: str) -> str:
