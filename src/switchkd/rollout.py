@@ -61,6 +61,10 @@ class Prompts:
         """P, the length of the longest prompt and the padding beside it."""
         return self.ids.shape[1]
 
+    def last(self, width: int) -> "Prompts":
+        """Return the last columns, all that rows of at most `width` tokens need."""
+        return Prompts(self.ids[:, -width:], self.mask[:, -width:])
+
     def to(self, device: torch.device) -> "Prompts":
         """Return the prompts on a device."""
         return Prompts(self.ids.to(device), self.mask.to(device))

@@ -57,7 +57,7 @@ class Watch:
 
         def watched_write(*args, **kwargs):
             written = write(*args, **kwargs)
-            self.rollouts.append(written[0])
+            self.rollouts.append(written)
             return written
 
         trainer.compute_loss, trainer.text.write = watched, watched_write
@@ -77,7 +77,10 @@ class Watch:
 
     @property
     def authors(self):
-        return {Author(value) for inputs in self.inputs for value in inputs["author"].unique().tolist()} - {Author.NONE}
+        """The writers of the micro-batches; text of the data set has no column `author`."""
+        dataset = torch.tensor([int(Author.DATASET)])
+        values = {value for inputs in self.inputs for value in inputs.get("author", dataset).unique().tolist()}
+        return {Author(value) for value in values} - {Author.NONE}
 
     @property
     def share(self):

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import load_records, pad_prompts, prepare
+    from switchkd.data import load_records, prepare
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers, readable_pad_id, require_eos
     from switchkd.policies import SwitchPolicy
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found = calibrate(
         student,
         teacher,
-        *pad_prompts(list(data["prompt_ids"]), pad),
+        list(data["prompt_ids"]),
         policy=policy,
         target_teacher_share=options.target_teacher_share,
         max_completion_length=options.max_completion_length,

@@ -63,16 +63,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import pad_prompts
-
     quiet_libraries(options.verbose)
     policy = make_policy(options)
     student, teacher, tokenizer, excluded_ids = _models(options, policy)
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
     rollouts, rows = [], []
     for start in range(0, len(prompts), options.batch_size):
-        # Padding is masked: any id that the models have will do.
-        batch = pad_prompts(prompts[start : start + options.batch_size], 0)
+        batch = prompts[start : start + options.batch_size]
         rollout = _roll_out(options, policy, student, teacher, tokenizer, batch, start, excluded_ids)
         rollouts.append(rollout)
         if folder is not None and start == 0:
@@ -152,7 +149,7 @@ def _roll_out(
     student: Any,
     teacher: Any,
     tokenizer: Any,
-    prompts: Any,
+    prompts: list[list[int]],
     first: int,
     excluded_ids: list[int],
 ) -> "Rollout":
@@ -161,12 +158,10 @@ def _roll_out(
     from switchkd.engine import roll_out
     from switchkd.models.vocabulary import require_eos
 
-    prompt_ids, prompt_mask = prompts
     return roll_out(
         student,
         teacher,
-        prompt_ids,
-        prompt_mask,
+        prompts,
         policy=policy,
         max_new_tokens=options.max_completion_length,
         seed=options.seed,
@@ -175,7 +170,7 @@ def _roll_out(
         top_p=options.top_p,
         draft_length="auto" if options.draft_length == "auto" else int(options.draft_length),
         eos_token_id=require_eos(tokenizer, student, teacher),
-        row_ids=torch.arange(first, first + len(prompt_ids)),
+        row_ids=torch.arange(first, first + len(prompts)),
         excluded_ids=excluded_ids,
     )
 

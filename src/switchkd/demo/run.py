@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Progres
 
 from switchkd.cli.display import plot_summary, position_curves, rollout_text, table
 from switchkd.cli.run_folder import RunFolder
-from switchkd.data import pad_prompts, prepare
+from switchkd.data import prepare
 from switchkd.demo.task import generate, save_splits, train_tokenizer
 from switchkd.engine import roll_out
 from switchkd.evaluation import EvaluationResult, evaluate, write_rows
@@ -242,12 +242,10 @@ class _Stages:
     def _curves(self, student: Any, teacher: Any) -> dict[str, list[float]]:
         """How SWITCH runs along the text where its training begins, and one rollout to look at."""
         rows = min(64, len(self.data))
-        ids, mask = pad_prompts(self.data["prompt_ids"][:rows], self.tokenizer.pad_token_id)
         rollout = roll_out(
             student,
             teacher,
-            ids,
-            mask,
+            self.data["prompt_ids"][:rows],
             policy=self.policy(),
             max_new_tokens=self.settings.max_completion_length,
             seed=self.seed,

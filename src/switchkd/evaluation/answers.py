@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.data import pad_prompts
-from switchkd.data.batches import collate
+from switchkd.data.batches import Rows, padded_batch
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError, check_count
@@ -25,6 +24,7 @@ from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.objective import CROSS_ENTROPY, Objective
 from switchkd.objective.step import StepLoss
 from switchkd.policies import StudentPolicy
+from switchkd.rollout import Prompts
 from switchkd.sampling import check_warping
 
 
@@ -139,11 +139,11 @@ def evaluate(
         for seed in seeds:
             with _seeded(model, seed, enabled=blocked is not None):
                 for batch in batches:
-                    prompt_ids, prompt_mask = pad_prompts([prompts[index] for index in batch], pad)
+                    read = [prompts[index] for index in batch]
                     if blocked is not None:
-                        texts = _generate(model, prompt_ids, prompt_mask, blocked, eos)
+                        texts = _generate(model, Prompts.of(read, pad), blocked, eos)
                     else:
-                        texts = _sample(model, prompt_ids, prompt_mask, batch, seed, settings, eos, pad)
+                        texts = _sample(model, read, batch, seed, settings, eos, pad)
                     answers.update({(seed, index): ids for index, ids in zip(batch, texts, strict=True)})
                     bar.update(len(batch))
     seconds = time.perf_counter() - started
@@ -223,7 +223,7 @@ def _batch_losses(
 ) -> dict[str, float]:
     """Sums over the reference tokens of a batch, by the trainer's own way from states to losses."""
     device = device_of(model)
-    inputs = {name: value.to(device) for name, value in collate(rows, pad).items()}
+    inputs = {name: value.to(device) for name, value in padded_batch(Rows(rows), pad).items()}
     of_divergence = {
         name: StepLoss(Objective(objective, excluded_ids=excluded_ids))
         for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd"))
@@ -239,8 +239,7 @@ def _batch_losses(
 
 def _sample(
     model: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prompts: list[list[int]],
     row_ids: list[int],
     seed: int,
     settings: dict[str, Any],
@@ -250,8 +249,7 @@ def _sample(
     rollout = roll_out(
         model,
         None,
-        prompt_ids,
-        prompt_mask,
+        prompts,
         policy=StudentPolicy(),
         seed=seed,
         eos_token_id=eos,
@@ -293,15 +291,11 @@ def _blocked_options(settings: dict[str, Any], eos: list[int], pad: int) -> Gene
     )
 
 
-def _generate(
-    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, options: GenerationConfig, eos: list[int]
-) -> list[list[int]]:
-    device = device_of(model)
+def _generate(model: Any, prompts: Prompts, options: GenerationConfig, eos: list[int]) -> list[list[int]]:
+    prompts = prompts.to(device_of(model))
     with eval_mode(model):
-        whole = model.generate(
-            prompt_ids.to(device), attention_mask=prompt_mask.to(device, torch.int64), generation_config=options
-        )
-    texts: list[list[int]] = whole[:, prompt_ids.shape[1] :].tolist()
+        whole = model.generate(prompts.ids, attention_mask=prompts.mask.long(), generation_config=options)
+    texts: list[list[int]] = whole[:, prompts.width :].tolist()
     ends = [next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids)) for ids in texts]
     return [ids[:end] for ids, end in zip(texts, ends, strict=True)]
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from switchkd.engine import roll_out
+from switchkd.engine.arguments import IdsLike
 from switchkd.errors import UserError, check_count, check_range
 from switchkd.policies import SwitchPolicy
 from switchkd.rollout import Author, Rollout
@@ -72,8 +73,8 @@ class Calibration:
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor | None = None,
+    prompt_ids: IdsLike,
+    prompt_mask: IdsLike | None = None,
     *,
     policy: SwitchPolicy,
     target_teacher_share: float = 0.53,
@@ -93,8 +94,8 @@ def calibrate(
     Args:
         student: As `roll_out` takes it.
         teacher: As `roll_out` takes it.
-        prompt_ids: Left-padded prompts `[B, P]`; some 64 of the training prompts are enough.
-        prompt_mask: `[B, P]`.
+        prompt_ids: Prompts as `roll_out` takes them; 64 of the training prompts are enough.
+        prompt_mask: Likewise.
         policy: The schedule and all other options; its own threshold is where the search begins.
         target_teacher_share: In [0, 1]; 0.53 is reported for SWITCH.
         max_completion_length: Length limit of completions; take that of the training.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from switchkd.rollout import MEASURED, Author, Rollout
 
@@ -92,28 +91,3 @@ def append_completions(folder: Path, step: int, rows: Iterable[dict[str, Any]]) 
     with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-
-
-class Listener(TrainerCallback):
-    """Tells a `SwitchTrainer` what the Trainer's loop has done."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.began_at = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began_at = state.global_step
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.check_step()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.finish_step()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        # A resumed run evaluates where it begins; the run it continues has drawn its conclusions already.
-        if metrics and "eval_loss" in metrics and (self.began_at == 0 or state.global_step > self.began_at):
-            self.trainer.text.observe_loss(metrics["eval_loss"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.save_text_source(f"{args.output_dir}/checkpoint-{state.global_step}")

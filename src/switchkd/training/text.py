@@ -9,8 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.data import pad_prompts
-from switchkd.data.batches import prompts_of
+from switchkd.data.batches import Rows
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy, SwitchPolicy
@@ -19,7 +18,6 @@ from switchkd.training.calibration import ShareController, calibrate
 from switchkd.training.replay import AdaptiveFraction, ReplayStore
 
 Source = Literal["dataset", "fresh", "replay"]
-Prompts = tuple[Tensor, Tensor]
 
 #: Number of prompts on which the first threshold is calibrated.
 CALIBRATION_PROMPTS = 64
@@ -117,66 +115,50 @@ class TextSource:
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        batches: Sequence[dict[str, Tensor]],
+        rows: Rows,
         *,
         progress: float,
-        pad_token_id: int,
         **rollout_options: Any,
-    ) -> tuple[Rollout, Prompts | None]:
-        """Return a rollout of every prompt of some micro-batches, and the teacher's own prompts if any.
+    ) -> Rollout:
+        """Return a rollout of every row's prompt.
 
         Args:
             student: As `roll_out` takes it.
             teacher: As `roll_out` takes it.
-            batches: Made by `switchkd.data.batches.collate`.
+            rows: Of all micro-batches of the optimizer step.
             progress: Share of the training that is done, in [0, 1].
-            pad_token_id: Pads prompts and completions.
             rollout_options: Passed on to `roll_out`: max_new_tokens, seed, row_ids, return_teacher_hidden, ...
         """
-        prompt_ids, prompt_mask = pad_prompts(prompts_of(batches), pad_token_id)
-        teacher_prompts = None
-        if "teacher_input_ids" in batches[0]:
-            teacher_prompts = pad_prompts(prompts_of(batches, "teacher_"), pad_token_id)
-        policy = self.policy_at(progress)
         rollout = roll_out(
             student,
             teacher,
-            prompt_ids,
-            prompt_mask,
-            policy=policy,
-            pad_token_id=pad_token_id,
-            teacher_prompt_ids=teacher_prompts and teacher_prompts[0],
-            teacher_prompt_mask=teacher_prompts and teacher_prompts[1],
+            rows.prompts(),
+            policy=self.policy_at(progress),
+            teacher_prompt_ids=rows.teacher_prompts(),
             **rollout_options,
         )
         if self.store is not None:
             self.store.add(rollout)
-        return rollout, teacher_prompts
+        return rollout
 
-    def calibrate_on(
-        self, student: nn.Module, teacher: nn.Module, data: Dataset, *, pad_token_id: int, **rollout_options: Any
-    ) -> float:
+    def calibrate_on(self, student: nn.Module, teacher: nn.Module, data: Dataset, **rollout_options: Any) -> float:
         """Begin at the threshold that gives the wanted share on the first prompts of the data, and return it, nats.
 
         Args:
             student: As `roll_out` takes it.
             teacher: As `roll_out` takes it.
             data: Made by `switchkd.data.prepare`.
-            pad_token_id: Pads prompts and completions.
             rollout_options: Passed on to `roll_out`.
         """
         assert isinstance(self.policy, SwitchPolicy) and self.controller is not None
-        rows = data[: min(CALIBRATION_PROMPTS, len(data))]
-        for column in ("prompt_ids", "teacher_prompt_ids"):
-            if column in rows:
-                ids, mask = pad_prompts(rows[column], pad_token_id)
-                rollout_options |= {column: ids, column.replace("_ids", "_mask"): mask}
+        rows = Rows(list(data.select(range(min(CALIBRATION_PROMPTS, len(data))))))
         found = calibrate(
             student,
             teacher,
+            rows.prompts(),
             policy=self.policy,
             target_teacher_share=self.controller.target_teacher_share,
-            pad_token_id=pad_token_id,
+            teacher_prompt_ids=rows.teacher_prompts(),
             **rollout_options,
         )
         self.controller.threshold = found.initial_threshold
