@@ -1,9 +1,8 @@
 """The methods as values: exact name -> who writes the training text, how often, and what is learned from it."""
 
 import difflib
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from switchkd.errors import UserError
@@ -72,15 +71,14 @@ class Method:
         """Names of the config fields that are passed to the policy."""
         if self.tunable is not None or self.policy is None:
             return self.tunable or ()
-        policy: Any = self.policy  # every policy is a dataclass, which their base does not say
-        return tuple(option.name for option in fields(policy) if option.init)
+        return tuple(self.policy.options())
 
     def default_options(self) -> dict[str, Any]:
         """Return the policy's options with the values that hold where the config has None."""
         if self.policy is None:
             return {}
-        own = inspect.signature(self.policy).parameters
-        return {name: self.policy_defaults.get(name, own[name].default) for name in self.policy_options}
+        defaults = {**self.policy.options(), **self.policy_defaults}
+        return {name: defaults[name] for name in self.policy_options}
 
     def make_policy(self, **options: Any) -> Policy | None:
         """Return the policy, None where the text is the dataset's.
@@ -88,7 +86,7 @@ class Method:
         Raises:
             UserError: A value outside its range.
         """
-        return None if self.policy is None else self.policy(**{**self.policy_defaults, **options})
+        return None if self.policy is None else self.policy.of(**{**self.policy_defaults, **options})
 
 
 METHODS: dict[str, Method] = {

@@ -46,4 +46,4 @@ def make_policy(options: argparse.Namespace) -> "Policy":
     given = {name: value for name, value in taken.items() if value is not None}
     if "horizon" in taken:
         given.setdefault("horizon", options.max_completion_length)
-    return POLICIES[options.policy](**given)
+    return POLICIES[options.policy].of(**given)

@@ -1,6 +1,6 @@
 """Who writes the next token: a policy sees two next-token distributions and a position, never a model."""
 
-from switchkd.policies.base import Decision, Policy
+from switchkd.policies.base import Decision, Policy, Positions
 from switchkd.policies.controls import (
     RandomPolicy,
     StudentConfidencePolicy,
@@ -11,7 +11,7 @@ from switchkd.policies.controls import (
     TeacherPolicy,
 )
 from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
-from switchkd.policies.switch import SwitchPolicy
+from switchkd.policies.switch import PacedSwitchPolicy, SwitchPolicy, ThresholdPolicy
 
 #: The one registry: name on the command line -> class.
 POLICIES: dict[str, type[Policy]] = {
@@ -35,7 +35,9 @@ __all__ = [
     "AdaSwitchPolicy",
     "BlendPolicy",
     "Decision",
+    "PacedSwitchPolicy",
     "Policy",
+    "Positions",
     "RandomPolicy",
     "RelayPolicy",
     "SkdPolicy",
@@ -46,5 +48,6 @@ __all__ = [
     "SwitchPolicy",
     "TeacherFirstPolicy",
     "TeacherPolicy",
+    "ThresholdPolicy",
     "TrustRegionPolicy",
 ]

@@ -1,7 +1,6 @@
 """Where the text of an optimizer step comes from: the data set, a fresh rollout, or one of the past."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from switchkd import sampling
 from switchkd.data.batches import Rows
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.policies import Policy, SwitchPolicy
+from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.rollout import Rollout
 from switchkd.training.calibration import ShareController, calibrate
 from switchkd.training.replay import AdaptiveFraction, ReplayStore
@@ -73,9 +72,9 @@ class TextSource:
         self.store = None if replay_capacity is None else ReplayStore(replay_capacity)
         self.controller: ShareController | None = None
         if target_teacher_share is not None:
-            if not isinstance(policy, SwitchPolicy):
+            if not isinstance(policy, ThresholdPolicy):
                 raise UserError("target_teacher_share needs a policy with a threshold, such as switch")
-            largest = type(policy).largest_threshold[0]
+            largest = policy.largest_threshold[0]
             self.controller = ShareController(target_teacher_share, policy.initial_threshold, largest=largest)
 
     @property
@@ -107,8 +106,8 @@ class TextSource:
         """
         assert self.policy is not None
         policy = self.policy
-        if self.controller is not None and isinstance(policy, SwitchPolicy):
-            policy = replace(policy, initial_threshold=self.controller.threshold)
+        if self.controller is not None and isinstance(policy, ThresholdPolicy):
+            policy = policy.at_threshold(self.controller.threshold)
         return policy.at_progress(progress)
 
     def write(
@@ -141,16 +140,19 @@ class TextSource:
             self.store.add(rollout)
         return rollout
 
-    def calibrate_on(self, student: nn.Module, teacher: nn.Module, data: Dataset, **rollout_options: Any) -> float:
+    def calibrate_on(
+        self, student: nn.Module, teacher: nn.Module, data: Dataset, *, max_new_tokens: int, **rollout_options: Any
+    ) -> float:
         """Begin at the threshold that gives the wanted share on the first prompts of the data, and return it, nats.
 
         Args:
             student: As `roll_out` takes it.
             teacher: As `roll_out` takes it.
             data: Made by `switchkd.data.prepare`.
+            max_new_tokens: As `roll_out` takes it.
             rollout_options: Passed on to `roll_out`.
         """
-        assert isinstance(self.policy, SwitchPolicy) and self.controller is not None
+        assert isinstance(self.policy, ThresholdPolicy) and self.controller is not None
         rows = Rows(list(data.select(range(min(CALIBRATION_PROMPTS, len(data))))))
         found = calibrate(
             student,
@@ -158,6 +160,7 @@ class TextSource:
             rows.prompts(),
             policy=self.policy,
             target_teacher_share=self.controller.target_teacher_share,
+            max_completion_length=max_new_tokens,
             teacher_prompt_ids=rows.teacher_prompts(),
             **rollout_options,
         )
