@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a nam
     from switchkd.methods import METHODS as METHODS
     from switchkd.policies import AdaSwitchPolicy as AdaSwitchPolicy
     from switchkd.policies import BlendPolicy as BlendPolicy
+    from switchkd.policies import PacedSwitchPolicy as PacedSwitchPolicy
     from switchkd.policies import Policy as Policy
     from switchkd.policies import RandomPolicy as RandomPolicy
     from switchkd.policies import RelayPolicy as RelayPolicy
@@ -44,6 +45,7 @@ _NAMES = {
     "policies": (
         "AdaSwitchPolicy",
         "BlendPolicy",
+        "PacedSwitchPolicy",
         "Policy",
         "RandomPolicy",
         "RelayPolicy",

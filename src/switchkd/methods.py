@@ -1,9 +1,8 @@
 """The methods as values: exact name -> who writes the training text, how often, and what is learned from it."""
 
 import difflib
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from switchkd.errors import UserError
@@ -75,8 +74,7 @@ class Method:
         """Names of the config fields that are passed to the policy."""
         if self.tunable is not None or self.policy is None:
             return self.tunable or ()
-        policy: Any = self.policy  # every policy is a dataclass, which their base does not say
-        return tuple(option.name for option in fields(policy) if option.init)
+        return tuple(self.policy.options())
 
     def default_options(self, length_limit: Any) -> dict[str, Any]:
         """Return the policy's options with the values that hold where the config has None.
@@ -86,9 +84,9 @@ class Method:
         """
         if self.policy is None:
             return {}
-        own = {name: parameter.default for name, parameter in inspect.signature(self.policy).parameters.items()}
-        own |= dict.fromkeys(self.policy.length_options, length_limit) | dict(self.policy_defaults)
-        return {name: own[name] for name in self.policy_options}
+        defaults = self.policy.options() | dict.fromkeys(self.policy.length_options, length_limit)
+        defaults |= self.policy_defaults
+        return {name: defaults[name] for name in self.policy_options}
 
     def make_policy(self, **options: Any) -> Policy | None:
         """Return the policy, None where the text is the dataset's.
@@ -96,7 +94,7 @@ class Method:
         Raises:
             UserError: A value outside its range.
         """
-        return None if self.policy is None else self.policy(**{**self.policy_defaults, **options})
+        return None if self.policy is None else self.policy.of(**{**self.policy_defaults, **options})
 
 
 METHODS: dict[str, Method] = {

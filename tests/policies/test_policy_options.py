@@ -19,7 +19,7 @@ KINDS = {int: "int", float: "float", str: "str"}
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_the_table_holds_the_fields_of_every_policy_with_their_defaults(name):
     """Help stated wrong defaults of initial_threshold for student_entropy and student_confidence."""
-    own = {field.name: field.default for field in dataclasses.fields(POLICIES[name]) if field.init}
+    own = POLICIES[name].options()
     table = {option: o.default[name] for option, o in POLICY_OPTIONS.items() if name in o.policies}
     assert own.keys() == table.keys()
     for option, default in own.items():
@@ -30,8 +30,8 @@ def test_the_table_holds_the_fields_of_every_policy_with_their_defaults(name):
 @pytest.mark.parametrize("policy", POLICIES.values())
 def test_a_policy_that_compares_something_says_what(policy):
     """Logs called the divergence of SWITCH, entropies and the training loss by one word."""
-    assert (policy.measure is Policy.measure) == (policy.measured is None)
-    assert policy.measured in (None, *MEASURED)
+    assert (policy.measure is Policy.measure) == (policy().measured is None)
+    assert policy().measured in (None, *MEASURED)
 
 
 def test_every_policy_and_option_is_on_the_command_line_and_in_the_config():

@@ -1,7 +1,6 @@
 """Laws of calibration: the share asked for is the share a rollout has, and what cannot be reached is said."""
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -51,8 +50,8 @@ def calibrated(policy, share, pair=None, rows=16, **options) -> Calibration:
         SwitchPolicy(schedule="constant"),
         SwitchPolicy(horizon=16, final_ratio=0.4, schedule="linear"),
         SwitchPolicy(horizon=16, schedule="increasing"),
-        SwitchPolicy(horizon=8, clock="since_teacher"),
-        SwitchPolicy(horizon=16, final_ratio=0.5, minimum_leg=2),
+        SwitchPolicy.of(horizon=8, clock="since_teacher"),
+        SwitchPolicy.of(horizon=16, final_ratio=0.5, minimum_leg=2),
         StudentEntropyPolicy(schedule="constant"),
         StudentConfidencePolicy(horizon=16),
     ],
@@ -63,7 +62,7 @@ def test_a_rollout_at_the_threshold_found_has_the_share_asked_for(policy, share)
     ids, mask = make_prompts(24)
     found = calibrated(policy, share, (student, teacher), rows=24, tolerance=0.03)
     assert found.reached and found.rounds <= 8
-    assert found.policy == dataclasses.replace(policy, initial_threshold=found.initial_threshold)
+    assert found.policy == policy.at_threshold(found.initial_threshold)
     rollout = roll_out(student, teacher, ids, mask, policy=found.policy, max_new_tokens=LENGTH, eos_token_id=EOS)
     assert rollout.teacher_share == found.teacher_share == pytest.approx(share, abs=0.03)
     assert found.lengths == rollout.completion_mask.sum(1).tolist()

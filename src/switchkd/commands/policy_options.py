@@ -45,4 +45,4 @@ def make_policy(options: argparse.Namespace) -> "Policy":
     taken = {name: getattr(options, name) for name, o in OPTIONS.items() if options.policy in o.policies}
     given = {name: value for name, value in taken.items() if value is not None}
     policy = POLICIES[options.policy]
-    return policy(**dict.fromkeys(policy.length_options, options.max_completion_length) | given)
+    return policy.of(**dict.fromkeys(policy.length_options, options.max_completion_length) | given)

@@ -13,8 +13,8 @@ import torch
 
 from switchkd.cli.display import plot_summary, position_curves, rollout_text
 from switchkd.cli.run_folder import RunFolder
-from switchkd.compare.findings import Comparison, tables
-from switchkd.compare.significance import verdict
+from switchkd.compare.findings import Comparison, find, sentences
+from switchkd.compare.report import tables
 from switchkd.compare.tasks import ONE_SET, WARM_START, Task, execute
 from switchkd.demo.settings import MODELS, DemoSettings, demo_tasks
 from switchkd.demo.task import generate, save_splits, train_tokenizer
@@ -22,7 +22,7 @@ from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.evaluation.metrics import bucket_names, length_bucket, mean_and_std
 from switchkd.models.loading import load_model, load_tokenizer
-from switchkd.policies import SwitchPolicy
+from switchkd.policies import SwitchPolicy, ThresholdPolicy
 from switchkd.rollout import Author
 from switchkd.training.calibration import calibrate
 
@@ -116,7 +116,7 @@ def _finished(task: Task, folder: Path, say: Say) -> dict[str, Any]:
 
 def _rollout(
     folder: Path, seed: int, settings: DemoSettings
-) -> tuple[SwitchPolicy, dict[str, list[float]], dict[str, Any]]:
+) -> tuple[ThresholdPolicy, dict[str, list[float]], dict[str, Any]]:
     """How SWITCH runs along the text where its training begins: its policy, curves, and one rollout to look at."""
     student = load_model(str(folder / "runs" / "warm-start" / f"seed-{seed}" / "train"))
     teacher = load_model(str(folder / MODELS["teacher"]))
@@ -181,11 +181,11 @@ def _say_findings(
 ) -> None:
     say("\nA rollout before distillation, the teacher's tokens in [brackets]:")
     say(rollout_text(example, color=False))
-    say(f"\n{tables(comparison)}\n")
-    for other in ("student only", "SFT"):
-        difference = comparison.difference("", "SWITCH", other)
-        if difference is not None:
-            say(verdict("SWITCH", other, difference))
+    comparisons, pairs = {ONE_SET: comparison}, [("SWITCH", "student only"), ("SWITCH", "SFT")]
+    findings = find(comparisons, pairs)
+    say(f"\n{tables(comparisons, findings, {})}\n")
+    for line in sentences(comparisons, findings, pairs):
+        say(line)
     rouge_l = summary["rouge_l"]
     say(
         f"\nUnder one objective (forward KL), the student's text alone takes the warm start from "

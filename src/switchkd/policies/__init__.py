@@ -1,6 +1,6 @@
 """Who writes the next token: a policy sees two next-token distributions and a position, never a model."""
 
-from switchkd.policies.base import Decision, Policy
+from switchkd.policies.base import Decision, Policy, Positions
 from switchkd.policies.controls import (
     RandomPolicy,
     StudentConfidencePolicy,
@@ -12,7 +12,7 @@ from switchkd.policies.controls import (
     TeacherPrefixPolicy,
 )
 from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
-from switchkd.policies.switch import SwitchPolicy
+from switchkd.policies.switch import PacedSwitchPolicy, SwitchPolicy, ThresholdPolicy
 
 #: The one registry: name on the command line -> class.
 POLICIES: dict[str, type[Policy]] = {
@@ -37,7 +37,9 @@ __all__ = [
     "AdaSwitchPolicy",
     "BlendPolicy",
     "Decision",
+    "PacedSwitchPolicy",
     "Policy",
+    "Positions",
     "RandomPolicy",
     "RelayPolicy",
     "SkdPolicy",
@@ -49,5 +51,6 @@ __all__ = [
     "TeacherFirstPolicy",
     "TeacherPolicy",
     "TeacherPrefixPolicy",
+    "ThresholdPolicy",
     "TrustRegionPolicy",
 ]

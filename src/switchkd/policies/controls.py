@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import check_count, check_range, check_share_of_training
-from switchkd.policies.base import Decision, Policy, everywhere, teacher_where
+from switchkd.policies.base import Decision, Policy, Positions, everywhere, teacher_where, without_threshold
 from switchkd.policies.switch import SwitchPolicy
 from switchkd.rollout import Author
 
@@ -23,20 +23,16 @@ class StudentPolicy(Policy):
 
     needs_teacher = False
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        return everywhere(Author.STUDENT, measure), None
+    def decide(self, at: Positions) -> Decision:
+        return everywhere(Author.STUDENT, at.measure)
 
 
 @dataclass(frozen=True)
 class TeacherPolicy(Policy):
     """The teacher writes everything, helped by the student's drafts: lossless speculative decoding of the teacher."""
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        return everywhere(Author.TEACHER, measure), None
+    def decide(self, at: Positions) -> Decision:
+        return everywhere(Author.TEACHER, at.measure)
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,9 @@ class RandomPolicy(Policy):
         check_range("teacher_share", teacher_share, 0.0, 1.0)
         return cls(teacher_share)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        assert uniform is not None  # the engine provides it, because `random` is set
-        author = teacher_where(uniform < self.teacher_probability)
-        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+    def decide(self, at: Positions) -> Decision:
+        assert at.uniform is not None  # the engine provides it, because `random` is set
+        return without_threshold(teacher_where(at.uniform < self.teacher_probability))
 
 
 @dataclass(frozen=True)
@@ -96,11 +89,8 @@ class TeacherFirstPolicy(Policy):
         """
         return cls(first_tokens_with_share(teacher_share, lengths))
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        author = teacher_where(position < self.teacher_tokens)
-        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+    def decide(self, at: Positions) -> Decision:
+        return without_threshold(teacher_where(at.position < self.teacher_tokens))
 
 
 @dataclass(frozen=True)
@@ -157,11 +147,8 @@ class StudentFirstPolicy(Policy):
         check_range("teacher_share", teacher_share, 0.0, 1.0)
         return cls(first_tokens_with_share(1.0 - teacher_share, lengths))
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        author = teacher_where(position >= self.switch_position)
-        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+    def decide(self, at: Positions) -> Decision:
+        return without_threshold(teacher_where(at.position >= self.switch_position))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from switchkd.engine import roll_out
 from switchkd.engine.arguments import IdsLike
 from switchkd.errors import UserError, check_count, check_range
-from switchkd.policies import SwitchPolicy
+from switchkd.policies import SwitchPolicy, ThresholdPolicy
 from switchkd.rollout import Author, Rollout
 
 #: Below this many nats a divergence is rounding: it must not distinguish two models that agree.
@@ -52,7 +52,7 @@ class Calibration:
         history: `(threshold, share)` of every round.
     """
 
-    policy: SwitchPolicy
+    policy: ThresholdPolicy
     target_teacher_share: float
     teacher_share: float
     standard_error: float
@@ -76,7 +76,7 @@ def calibrate(
     prompt_ids: IdsLike,
     prompt_mask: IdsLike | None = None,
     *,
-    policy: SwitchPolicy,
+    policy: ThresholdPolicy,
     target_teacher_share: float = 0.53,
     max_new_tokens: int = 256,
     tolerance: float = 0.02,
@@ -124,7 +124,7 @@ def calibrate(
             teacher,
             prompt_ids,
             prompt_mask,
-            policy=replace(policy, initial_threshold=threshold),
+            policy=policy.at_threshold(threshold),
             max_new_tokens=max_new_tokens,
             **rollout_options,
         )
@@ -135,7 +135,7 @@ def calibrate(
     threshold, best = min(tried, key=lambda pair: abs(pair[1].teacher_share - target_teacher_share))
     reached = abs(best.teacher_share - target_teacher_share) <= tolerance
     return Calibration(
-        policy=replace(policy, initial_threshold=threshold),
+        policy=policy.at_threshold(threshold),
         target_teacher_share=target_teacher_share,
         teacher_share=best.teacher_share,
         standard_error=_standard_error(best),
@@ -170,7 +170,7 @@ def share_by_position(rollout: Rollout, max_new_tokens: int, bins: int = 8) -> l
 class _Search:
     """Which threshold to try next; the share falls (almost) always as the threshold grows."""
 
-    def __init__(self, policy: SwitchPolicy, target: float) -> None:
+    def __init__(self, policy: ThresholdPolicy, target: float) -> None:
         self.policy = policy
         self.target = target
         self.smallest = SMALLEST_THRESHOLD

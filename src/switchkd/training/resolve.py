@@ -7,7 +7,7 @@ from typing import Any
 from switchkd.errors import UserError
 from switchkd.methods import Method, get_method
 from switchkd.objective import Objective
-from switchkd.policies import Policy, SwitchPolicy
+from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.policy_options import POLICY_OPTIONS
 from switchkd.training.config import SwitchConfig
 
@@ -165,11 +165,11 @@ def _weights_by_author(plan: Plan, args: SwitchConfig) -> str | None:
 
 
 def _threshold(plan: Plan, args: SwitchConfig) -> str | None:
-    return None if isinstance(plan.policy, SwitchPolicy) else f"method {plan.method.name!r} has no threshold to move"
+    return None if isinstance(plan.policy, ThresholdPolicy) else f"method {plan.method.name!r} has no threshold to move"
 
 
 def _schedule(plan: Plan, args: SwitchConfig) -> str | None:
-    return "schedule is constant" if getattr(plan.policy, "schedule", "") == "constant" else None
+    return "schedule is constant" if plan.policy_options.get("schedule") == "constant" else None
 
 
 def _dataset_steps(plan: Plan, args: SwitchConfig) -> str | None:

@@ -1,7 +1,6 @@
 """Where the text of an optimizer step comes from: the data set, a fresh rollout, or one of the past."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from switchkd import sampling
 from switchkd.data.batches import Rows
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.policies import Policy, SwitchPolicy
+from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.rollout import Author, Rollout
 from switchkd.training.calibration import ShareController, calibrate, scaled_divergences
 from switchkd.training.replay import AdaptiveFraction, ReplayStore
@@ -78,9 +77,9 @@ class TextSource:
         self.store = None if replay_capacity is None else ReplayStore(replay_capacity)
         self.controller: ShareController | None = None
         if target_teacher_share is not None:
-            if not isinstance(policy, SwitchPolicy):
+            if not isinstance(policy, ThresholdPolicy):
                 raise UserError("target_teacher_share needs a policy with a threshold, such as switch")
-            largest = type(policy).largest_threshold[0]
+            largest = policy.largest_threshold[0]
             self.controller = ShareController(target_teacher_share, policy.initial_threshold, largest=largest)
 
     @property
@@ -112,8 +111,8 @@ class TextSource:
         """
         assert self.policy is not None
         policy = self.policy
-        if self.controller is not None and isinstance(policy, SwitchPolicy):
-            policy = replace(policy, initial_threshold=self.controller.threshold)
+        if self.controller is not None and isinstance(policy, ThresholdPolicy):
+            policy = policy.at_threshold(self.controller.threshold)
         return policy.at_progress(progress)
 
     def length_limit_at(self, progress: float, full: int) -> int:
@@ -171,7 +170,7 @@ class TextSource:
             max_new_tokens: The full length limit, tokens.
             rollout_options: Passed on to `roll_out`.
         """
-        assert isinstance(self.policy, SwitchPolicy) and self.controller is not None
+        assert isinstance(self.policy, ThresholdPolicy) and self.controller is not None
         rows = Rows(list(data.select(range(min(CALIBRATION_PROMPTS, len(data))))))
         found = calibrate(
             student,
@@ -180,7 +179,7 @@ class TextSource:
             policy=self.policy,
             target_teacher_share=self.controller.target_teacher_share,
             teacher_prompt_ids=rows.teacher_prompts(),
-            max_completion_length=self.length_limit_at(0.0, max_new_tokens),
+            max_new_tokens=self.length_limit_at(0.0, max_new_tokens),
             **rollout_options,
         )
         self.controller.threshold = found.initial_threshold
