@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a nam
     from switchkd.policies import SwitchPolicy as SwitchPolicy
     from switchkd.policies import TeacherFirstPolicy as TeacherFirstPolicy
     from switchkd.policies import TeacherPolicy as TeacherPolicy
+    from switchkd.policies import TeacherPrefixPolicy as TeacherPrefixPolicy
     from switchkd.policies import TrustRegionPolicy as TrustRegionPolicy
     from switchkd.rollout import Author as Author
     from switchkd.rollout import Rollout as Rollout
@@ -56,6 +57,7 @@ _NAMES = {
         "SwitchPolicy",
         "TeacherFirstPolicy",
         "TeacherPolicy",
+        "TeacherPrefixPolicy",
         "TrustRegionPolicy",
     ),
     "rollout": ("Author", "Rollout"),

@@ -22,6 +22,7 @@ from switchkd.policies import (
     SwitchPolicy,
     TeacherFirstPolicy,
     TeacherPolicy,
+    TeacherPrefixPolicy,
 )
 from switchkd.policies.controls import first_tokens_with_share
 from switchkd.rollout import Author
@@ -51,6 +52,11 @@ def switch_author(policy, tables, prefix):
 RULES = {
     "random": (RandomPolicy(0.35), lambda tables, prefix: None),
     "teacher_first": (TeacherFirstPolicy(2), lambda tables, prefix: "teacher" if len(prefix) <= 2 else "student"),
+    # A third of the way: 3 tokens have become 2.
+    "teacher_prefix": (
+        TeacherPrefixPolicy(3).at_progress(1 / 3),
+        lambda tables, prefix: "teacher" if len(prefix) <= 2 else "student",
+    ),
     "student_first": (StudentFirstPolicy(1), lambda tables, prefix: "teacher" if len(prefix) > 1 else "student"),
     "student_entropy": (
         StudentEntropyPolicy(0.85, schedule="constant"),
@@ -93,6 +99,7 @@ def test_frequencies_of_whole_texts_match_the_enumerated_rule(name, draft_length
 POLICIES = {
     "random": RandomPolicy(0.4),
     "teacher_first": TeacherFirstPolicy(7),
+    "teacher_prefix": TeacherPrefixPolicy(12, prefix_decay=0.5).at_progress(0.25),
     "student_first": StudentFirstPolicy(7),
     "student_entropy": StudentEntropyPolicy(3.4, final_ratio=0.9, horizon=15),
     "student_confidence": StudentConfidencePolicy(1.0, final_ratio=0.5, horizon=20),
@@ -123,6 +130,9 @@ def test_every_draft_length_writes_the_same_tokens_authors_and_measures(name, fa
         (RandomPolicy(1.0), TeacherPolicy()),
         (TeacherFirstPolicy(0), StudentPolicy()),
         (TeacherFirstPolicy(20), TeacherPolicy()),
+        (TeacherPrefixPolicy(20), TeacherPolicy()),
+        (TeacherPrefixPolicy(20, prefix_decay=0.5).at_progress(0.5), StudentPolicy()),
+        (TeacherPrefixPolicy(7), TeacherFirstPolicy(7)),
         (StudentFirstPolicy(0), TeacherPolicy()),
         (StudentFirstPolicy(20), StudentPolicy()),
         (StudentEntropyPolicy(math.inf), StudentPolicy()),
@@ -282,6 +292,8 @@ def test_the_same_model_with_the_same_prompt_never_takes_over_from_itself(draft_
     [
         (RandomPolicy, {"teacher_probability": 1.1}, "teacher_probability must lie in .0, 1., got 1.1"),
         (RandomPolicy, {"teacher_probability": math.nan}, "teacher_probability"),
+        (TeacherPrefixPolicy, {"teacher_tokens": -1}, "teacher_tokens must be an integer >= 0, got -1"),
+        (TeacherPrefixPolicy, {"prefix_decay": 0.0}, "prefix_decay must lie in .0, 1., a share of the training, got"),
         (TeacherFirstPolicy, {"teacher_tokens": -1}, "teacher_tokens must be an integer >= 0, got -1"),
         (StudentFirstPolicy, {"switch_position": 1.5}, "switch_position must be an integer >= 0, got 1.5"),
         (StudentEntropyPolicy, {"initial_threshold": -0.1}, "initial_threshold must lie in .0, inf nats., got -0.1"),
@@ -300,3 +312,10 @@ def test_options_outside_their_range_are_refused_in_one_line(policy, options, me
 def test_shares_outside_their_range_are_refused(strategy):
     with pytest.raises(UserError, match="teacher_share must lie in"):
         strategy.from_share(1.5, 10)
+
+
+def test_the_teachers_prefix_falls_linearly_to_nothing():
+    policy = TeacherPrefixPolicy(teacher_tokens=40, prefix_decay=0.5)
+    assert policy.at_progress(0.0) == policy
+    seen = [policy.at_progress(progress).teacher_tokens for progress in (0.0, 0.125, 0.25, 0.4, 0.5, 1.0)]
+    assert seen == [40, 30, 20, 8, 0, 0]

@@ -61,6 +61,12 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     )
 
 
+def markdown_table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Return the same cells as a table of Markdown."""
+    lines = [list(headers), ["---"] * len(headers), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def position_curves(rollouts: Sequence["Rollout"], min_rows: int = 1) -> dict[str, list[float]]:
     """Return how rollouts run along the completion: the arguments of `plot_summary` that depend on the position.
 

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         list(data["prompt_ids"]),
         policy=policy,
         target_teacher_share=options.target_teacher_share,
-        max_completion_length=options.max_completion_length,
+        max_new_tokens=options.max_completion_length,
         tolerance=options.tolerance,
         max_rounds=options.max_rounds,
         seed=options.seed,

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
     source = args.model_name_or_path or config.teacher_model_name_or_path
     tokenizer = load_tokenizer(str(args.tokenizer_name_or_path or source))
-    train, evaluation = _datasets(args, config)
+    train, evaluation = load_datasets(args, config)
     student = _student(args, config, source, tokenizer)
     peft_config = _peft_config(args) if args.use_peft else None
     folder.make()  # the Trainer would, with a traceback where it cannot
@@ -124,7 +124,12 @@ def _student(args: RunArguments, config: SwitchConfig, source: str | None, token
     return str(args.model_name_or_path)
 
 
-def _datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
+def load_datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
+    """Return training and evaluation records; None where there is nothing to evaluate on.
+
+    Raises:
+        UserError: A data set cannot be found or read, or the evaluation has none.
+    """
     train = _first(load_records(str(args.dataset_name), split=args.dataset_train_split), args.max_train_samples)
     if args.eval_dataset_name is None and args.dataset_test_split is None:
         if config.eval_strategy != "no":

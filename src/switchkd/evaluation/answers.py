@@ -19,6 +19,7 @@ from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError, check_count
 from switchkd.evaluation.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
+from switchkd.evaluation.scorers import Scorer
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.objective import CROSS_ENTROPY, Objective
@@ -35,13 +36,15 @@ class EvaluationResult:
     Attributes:
         rows: One dict per seed and example, by seed, then by example: `index` (of the data set), `seed`, `prompt`,
             `completion`, `references`, `rouge_l`, `exact_match`, `completion_tokens` (the end of sequence included),
-            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference).
+            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference), and
+            under the name of a scorer its score in [0, 100].
         seeds: The decoding seeds.
         scores: Mean ROUGE-L of each seed, in the order of `seeds`, in [0, 100].
         rouge_l: Their mean.
         rouge_l_std: Their sample standard deviation (divisor n - 1; 0 for one seed).
         exact_match: Exact matches, percent of all rows.
-        by_length: For every length of the first reference that occurs: `examples` and mean `rouge_l`.
+        by_length: For every length of the first reference that occurs: `examples`, mean `rouge_l` and the scorer's.
+        by_scorer: Name of the scorer -> mean over all rows; empty without one.
         seconds: Time spent on generating.
         decoding: The settings that made the text.
     """
@@ -53,6 +56,7 @@ class EvaluationResult:
     rouge_l_std: float
     exact_match: float
     by_length: dict[str, dict[str, float]]
+    by_scorer: dict[str, float]
     seconds: float
     decoding: dict[str, Any]
 
@@ -67,6 +71,7 @@ class EvaluationResult:
             "completion_tokens": sum(row["completion_tokens"] for row in self.rows) / len(self.rows),
             "finished_share": sum(row["finished"] for row in self.rows) / len(self.rows),
             "by_length": self.by_length,
+            "by_scorer": self.by_scorer,
             "seconds": self.seconds,
             "decoding": self.decoding,
         }
@@ -84,6 +89,7 @@ def evaluate(
     top_k: int = 0,
     batch_size: int = 8,
     no_repeat_ngram_size: int = 0,
+    scorer: Scorer | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -104,6 +110,7 @@ def evaluate(
         batch_size: Prompts decoded at once.
         no_repeat_ngram_size: No n-gram of this length may occur twice in prompt and answer; 0 allows all. MiniLLM and
             DistiLLM score with 6.
+        scorer: One more measure, see `switchkd.evaluation.scorers.load_scorer`.
         device: Where the model is moved to; None leaves it.
         progress: Whether to show a progress bar on standard error.
 
@@ -150,7 +157,7 @@ def evaluate(
     decoder = "roll_out" if blocked is None else "transformers.generate"
     settings["max_completion_length"] = settings.pop("max_new_tokens")
     decoding = {"decoder": decoder, **settings, "seeds": list(seeds), "batch_size": batch_size}
-    return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding)
+    return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding, scorer)
 
 
 def write_rows(result: EvaluationResult, path: str | Path) -> None:
@@ -308,6 +315,7 @@ def _score(
     eos: set[int],
     seconds: float,
     decoding: dict[str, Any],
+    scorer: Scorer | None,
 ) -> EvaluationResult:
     references, prompts = list(dataset["references"]), list(dataset["prompt"])
     first = [accepted[0] for accepted in references]
@@ -331,17 +339,24 @@ def _score(
                     "completion_tokens": len(ids),
                     "finished": finished,
                     "reference_tokens": reference_tokens[index],
+                    **({scorer.name: scorer(prompts[index], text, accepted)} if scorer is not None else {}),
                 }
             )
     scores = [mean_and_std([row["rouge_l"] for row in rows if row["seed"] == seed])[0] for seed in seeds]
     mean, std = mean_and_std(scores)
+    measures = ["rouge_l", *([scorer.name] if scorer is not None else [])]
+
+    def means(chosen: list[dict[str, Any]]) -> dict[str, float]:
+        return {measure: mean_and_std([row[measure] for row in chosen])[0] for measure in measures}
+
     by_length = {}
     for name in bucket_names():
-        chosen = [row["rouge_l"] for row in rows if length_bucket(row["reference_tokens"]) == name]
+        chosen = [row for row in rows if length_bucket(row["reference_tokens"]) == name]
         if chosen:
-            by_length[name] = {"examples": len(chosen) // len(seeds), "rouge_l": mean_and_std(chosen)[0]}
+            by_length[name] = {"examples": len(chosen) // len(seeds), **means(chosen)}
+    by_scorer = {measure: value for measure, value in means(rows).items() if measure != "rouge_l"}
     matches = 100.0 * sum(row["exact_match"] for row in rows) / len(rows)
-    return EvaluationResult(rows, seeds, scores, mean, std, matches, by_length, seconds, decoding)
+    return EvaluationResult(rows, seeds, scores, mean, std, matches, by_length, by_scorer, seconds, decoding)
 
 
 def _check_prepared(dataset: Dataset) -> None:

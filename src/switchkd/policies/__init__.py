@@ -9,6 +9,7 @@ from switchkd.policies.controls import (
     StudentPolicy,
     TeacherFirstPolicy,
     TeacherPolicy,
+    TeacherPrefixPolicy,
 )
 from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
 from switchkd.policies.switch import PacedSwitchPolicy, SwitchPolicy, ThresholdPolicy
@@ -25,6 +26,7 @@ POLICIES: dict[str, type[Policy]] = {
     "trb": TrustRegionPolicy,
     "random": RandomPolicy,
     "teacher_first": TeacherFirstPolicy,
+    "teacher_prefix": TeacherPrefixPolicy,
     "student_first": StudentFirstPolicy,
     "student_entropy": StudentEntropyPolicy,
     "student_confidence": StudentConfidencePolicy,
@@ -48,6 +50,7 @@ __all__ = [
     "SwitchPolicy",
     "TeacherFirstPolicy",
     "TeacherPolicy",
+    "TeacherPrefixPolicy",
     "ThresholdPolicy",
     "TrustRegionPolicy",
 ]

@@ -11,7 +11,7 @@ the vocabulary work is done once for a whole draft and the rest is arithmetic on
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Policy:
     redraws: bool = False
     #: Whether `decide` reads `uniform`.
     random: bool = False
+    #: Options that follow the length limit of completions where nothing else is said, tokens.
+    length_options: ClassVar[tuple[str, ...]] = ()
 
     @property
     def measured(self) -> str | None:

@@ -5,13 +5,13 @@ teacher share, so that strategies are compared at equal share.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from switchkd.errors import check_count, check_range
+from switchkd.errors import check_count, check_range, check_share_of_training
 from switchkd.policies.base import Decision, Policy, Positions, everywhere, teacher_where, without_threshold
 from switchkd.policies.switch import SwitchPolicy
 from switchkd.rollout import Author
@@ -91,6 +91,35 @@ class TeacherFirstPolicy(Policy):
 
     def decide(self, at: Positions) -> Decision:
         return without_threshold(teacher_where(at.position < self.teacher_tokens))
+
+
+@dataclass(frozen=True)
+class TeacherPrefixPolicy(TeacherFirstPolicy):
+    """The teacher writes the first k tokens, the student everything after; k falls to 0 while the student learns.
+
+    At a share p of the training k is `teacher_tokens` max(1 - p / `prefix_decay`, 0), rounded. `from_share` gives the
+    share at the start.
+
+    Args:
+        teacher_tokens: k at the start, >= 0. Its default, the length limit of completions, is chosen here.
+        prefix_decay: Share of the training after which the student writes alone, in (0, 1]. Chosen here, too.
+
+    Raises:
+        UserError: An option outside its range.
+    """
+
+    teacher_tokens: int = 256
+    prefix_decay: float = 1.0
+    length_options: ClassVar[tuple[str, ...]] = ("teacher_tokens",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share_of_training("prefix_decay", self.prefix_decay)
+
+    def at_progress(self, progress: float) -> Self:
+        """Return the policy with the k of a moment of training."""
+        left = max(1.0 - progress / self.prefix_decay, 0.0)
+        return replace(self, teacher_tokens=round(self.teacher_tokens * left))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchkd.divergences import LARGEST_JSD, forward_kl, generalized_jsd
-from switchkd.errors import UserError, check_count, check_range
+from switchkd.errors import UserError, check_count, check_range, check_share_of_training
 from switchkd.policies.base import Decision, Policy, Positions, everywhere, teacher_where
 from switchkd.rollout import Author
 
@@ -203,10 +203,7 @@ class TrustRegionPolicy(Policy):
     def __post_init__(self) -> None:
         if not self.kl_budget >= 0.0:
             raise UserError(f"kl_budget must be >= 0 nats, got {self.kl_budget}")
-        if not 0.0 < self.kl_budget_warmup <= 1.0:
-            raise UserError(
-                f"kl_budget_warmup must lie in (0, 1], a share of the training, got {self.kl_budget_warmup}"
-            )
+        check_share_of_training("kl_budget_warmup", self.kl_budget_warmup)
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy with the budget of a moment of training."""

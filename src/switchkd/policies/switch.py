@@ -53,6 +53,8 @@ class SwitchPolicy(Policy):
     #: The largest value that `measure` can take, nats, and how messages name it.
     largest_threshold: ClassVar[tuple[float, str]] = (LARGEST_JSD, "ln 2 nats")
 
+    length_options: ClassVar[tuple[str, ...]] = ("horizon",)
+
     def __post_init__(self) -> None:
         check_range("initial_threshold", self.initial_threshold, 0.0, *self.largest_threshold)
         if not 0.0 < self.final_ratio <= 1.0:
