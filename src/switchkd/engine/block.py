@@ -17,7 +17,7 @@ from torch import Tensor
 from switchkd import sampling
 from switchkd.engine.draft_length import DraftLength
 from switchkd.engine.readable import last_slot
-from switchkd.engine.readers import RowReader
+from switchkd.engine.readers import RowReader, row_reader
 from switchkd.engine.request import Request
 from switchkd.engine.verification import Verified, verify
 from switchkd.policies import Positions
@@ -88,12 +88,12 @@ class BlockDecoder:
         rows = len(request)
         self.width = min(max_active_rows or rows, rows)
         longest = request.prompts.width + self.limit
-        self.student = RowReader(request.student, self.width, longest)
+        self.student = row_reader(request.student, self.width, longest)
         self.teacher: RowReader | None = None
         teacher, teacher_prompts = request.teacher, request.teacher_prompts
         if teacher is not None and teacher_prompts is not None:
             longest_teacher = teacher_prompts.width + self.limit
-            self.teacher = RowReader(teacher, self.width, longest_teacher, keep_hidden=request.return_teacher_hidden)
+            self.teacher = row_reader(teacher, self.width, longest_teacher, keep_hidden=request.return_teacher_hidden)
             # A draft may run past the end of its row. A model's own forward can fail beyond its context, or read the
             # other rows differently beyond a window.
             self._student_slots = None if self.student.lean else last_slot(request.student, longest)
@@ -164,9 +164,9 @@ class BlockDecoder:
         self.draft_length.forget(pool.active[place])
         if place != last:
             row = pool.active[last]
-            self.student.cache.move(last, place, self._start(row, pool.prompts))
+            self.student.move(last, place, self._start(row, pool.prompts))
             if self.teacher is not None and pool.teacher_prompts is not None:
-                self.teacher.cache.move(last, place, self._start(row, pool.teacher_prompts))
+                self.teacher.move(last, place, self._start(row, pool.teacher_prompts))
             if self.state is not None:
                 self.state[place] = self.state[last]
             pool.active[place] = row
