@@ -54,7 +54,7 @@ from switchkd.policies import StudentPolicy
 
 # A few thousand parameters stand for the student, most of a hundred thousand for the teacher.
 TEACHER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-STUDENT = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+STUDENT = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 COMMON_OPTIONS: dict[str, Any] = {
     "method": "sft",
     "per_device_train_batch_size": 32,
@@ -65,8 +65,8 @@ COMMON_OPTIONS: dict[str, Any] = {
     "use_cpu": True,
 }
 TEACHER_OPTIONS = {"max_steps": 700, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "adam_beta2": 0.95}
-# Stopped where the student answers about every second walk.
-WARM_START_OPTIONS = {"max_steps": 1100, "learning_rate": 5e-3, "lr_scheduler_type": "constant_with_warmup"}
+# Stopped where the student answers a third of the walks without an error: 26-47% with seeds 0, 1, 2.
+WARM_START_OPTIONS = {"max_steps": 1000, "learning_rate": 5e-3, "lr_scheduler_type": "constant_with_warmup"}
 EVALUATION_SEEDS = (10, 20, 30)
 FIGURES = ("whole", "correct_prefix", "first_error", "followed")
 WINDOW = 8  # steps that the teacher goes on
@@ -89,6 +89,8 @@ def make_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> LlamaForCaus
             num_key_value_heads=sizes["num_attention_heads"],
             vocab_size=len(tokenizer),
             max_position_embeddings=128,
+            # Every place is read 50 words after its direction: fast rotations tell such neighbours apart.
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             tie_word_embeddings=True,
             initializer_range=0.06,
             bos_token_id=None,

@@ -6,10 +6,10 @@ A prompt lists directions and a start, the answer the places that one comes thro
     completion    mo ti zu
 
 Every place has three *streets*, each in one of 16 directions. In every other direction one gets to the place's
-*detour*: one further place, the same for all those directions. Walks to be answered follow streets only, so that nobody needs a
-detour to answer. But after a wrong place the remaining directions are mostly no streets there, and the map goes on by
-detours: what comes next is then known to somebody who has seen the detour of that place, and to nobody else, because
-detours follow no rule.
+*detour*: one further place, the same for all those directions. Walks to be answered follow streets only, so nobody
+needs a detour to answer. But after a wrong place the remaining directions are mostly no streets there, and the map goes
+on by detours: what comes next is then known to somebody who has seen the detour of that place and to nobody else,
+because detours follow no rule.
 
 The dial is `rho`, the share of the places whose detour occurs in the teacher's training data. Everything else (the
 map, the walks to be answered, the student's data) does not depend on it.
