@@ -4,7 +4,7 @@
     python benchmarks/tasks/partial_walk.py --score runs/walk_0/compare
 
 The first command writes `data` (teacher, train, validation, test), `teacher`, `student_warm_start` and `gate.json`,
-and fails where the gate does not hold; about two minutes on one core. What the task is: `walk_map.py`. The second
+and fails where the gate does not hold; about a minute and a half on one core. What the task is: `walk_map.py`. The second
 scores every `rows.jsonl` below a folder, as `switchkd evaluate` and `switchkd compare` write it.
 
 The gate, all on test prompts, texts sampled at temperature 1:
@@ -45,6 +45,7 @@ from walk_map import (
 
 import switchkd
 from switchkd.cli.display import table
+from switchkd.cli.run_folder import plain
 from switchkd.data import pad_prompts, prepare
 from switchkd.demo.task import EOS_TOKEN, PAD_TOKEN, save_splits
 from switchkd.errors import UserError, check_range
@@ -232,16 +233,19 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
         holds["teacher goes on after an error < 30%"] = blind < 30
     if rho == 1:
         holds["teacher goes on after an error as before it, within 5 points"] = abs(clean - blind) <= 5
-    gate = {
-        "rho": rho,
-        "seed": seed,
-        "holds": holds,
-        "student": student,
-        "teacher": teacher,
-        "teacher_goes_on": go_on,
-        "seconds": time.perf_counter() - started,
-    }
-    (output_dir / "gate.json").write_text(json.dumps(gate, indent=2) + "\n", encoding="utf-8")
+    # What cannot be measured, such as the first error of a model without errors, is null.
+    gate: dict[str, Any] = plain(
+        {
+            "rho": rho,
+            "seed": seed,
+            "holds": holds,
+            "student": student,
+            "teacher": teacher,
+            "teacher_goes_on": go_on,
+            "seconds": time.perf_counter() - started,
+        }
+    )
+    (output_dir / "gate.json").write_text(json.dumps(gate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return gate
 
 
