@@ -4,8 +4,8 @@
     python benchmarks/tasks/partial_walk.py --score runs/walk_0/compare
 
 The first command writes `data` (teacher, train, validation, test), `teacher`, `student_warm_start` and `gate.json`,
-and fails where the gate does not hold; about a minute and a half on one core. What the task is: `walk_map.py`. The second
-scores every `rows.jsonl` below a folder, as `switchkd evaluate` and `switchkd compare` write it.
+and fails where the gate does not hold; about a minute and a half on one core. What the task is: `walk_map.py`. The
+second scores every `rows.jsonl` below a folder, as `switchkd evaluate` and `switchkd compare` write it.
 
 The gate, all on test prompts, texts sampled at temperature 1:
 
