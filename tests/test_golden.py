@@ -64,6 +64,7 @@ ROLLED_OUT: dict[str, dict[str, Any]] = {
     "trb": {},
     "random": {"teacher_probability": 0.4},
     "teacher_first": {"teacher_tokens": 6},
+    "teacher_prefix": {"teacher_tokens": 9},
     "student_first": {"switch_position": 6},
     "student_entropy": {"initial_threshold": 3.0, "horizon": 16},
     "student_confidence": {"initial_threshold": 2.0, "horizon": 16},

@@ -44,6 +44,12 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
+def check_share_of_training(name: str, value: Any) -> None:
+    """Refuse a number outside (0, 1], with one line."""
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"{name} must lie in (0, 1], a share of the training, got {value}")
+
+
 def nearest_name(name: str, valid: Iterable[str]) -> str:
     """Return the valid name most similar to a given one; a half-typed name is near the whole one."""
 

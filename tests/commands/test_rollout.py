@@ -60,6 +60,7 @@ def test_rollout_writes_its_folder_only_when_asked(models: Path, tmp_path: Path,
         ("relay", ("--trigger_threshold", 0.0, "--leg_length", 2)),
         ("trb", ("--kl_budget", 5)),
         ("teacher_first", ("--teacher_tokens", 3)),
+        ("teacher_prefix", ("--teacher_tokens", 3)),
         ("student_entropy", ("--initial_threshold", 0.5)),
     ],
 )

@@ -218,9 +218,9 @@ class AlternatingPolicy(Policy):
     def initial_state(self, rows, device):
         return torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def decide(self, measure, position, state=None, uniform=None):
-        author = torch.where(state % 2 == 1, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
-        return Decision(author, torch.full_like(measure, math.nan)), state + 1
+    def decide(self, at):
+        author = torch.where(at.state % 2 == 1, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
+        return Decision(author, torch.full_like(at.measure, math.nan), at.state + 1)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, "auto"])

@@ -66,9 +66,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.training.calibration import calibrate
 
     quiet_libraries(options.verbose)
-    given = {name: getattr(options, name) for name in POLICY_OPTIONS}
-    chosen = {"horizon": options.max_completion_length} | {name: it for name, it in given.items() if it is not None}
-    policy = SwitchPolicy(**chosen)
+    flags = {name: getattr(options, name) for name in POLICY_OPTIONS}
+    policy_options = SwitchPolicy.options() | {"horizon": options.max_completion_length}
+    policy_options |= {name: value for name, value in flags.items() if value is not None}
+    policy = SwitchPolicy.of(**policy_options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     excluded_ids = check_tokenizers(
         tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         list(data["prompt_ids"]),
         policy=policy,
         target_teacher_share=options.target_teacher_share,
-        max_completion_length=options.max_completion_length,
+        max_new_tokens=options.max_completion_length,
         tolerance=options.tolerance,
         max_rounds=options.max_rounds,
         seed=options.seed,
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_active_rows=options.batch_size,
         excluded_ids=excluded_ids,
     )
-    summary = _summary(found)
+    summary = _summary(found, policy_options)
     console.say(_text(found))
     if folder is not None:
         folder.claim(vars(options))
@@ -128,11 +129,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
 
 
-def _summary(found: "Calibration") -> dict[str, Any]:
+def _summary(found: "Calibration", policy_options: dict[str, Any]) -> dict[str, Any]:
     names = ("initial_threshold", "target_teacher_share", "teacher_share", "standard_error", "reached", "note")
     return {
         **{name: getattr(found, name) for name in (*names, "rounds", "seconds")},
-        "policy": {name: getattr(found.policy, name) for name in POLICY_OPTIONS},
+        "policy": {**policy_options, "initial_threshold": found.initial_threshold},
         "share_by_position": [vars(part) for part in found.share_by_position],
         "history": [{"initial_threshold": threshold, "teacher_share": share} for threshold, share in found.history],
         "completion_tokens": sum(found.lengths) / len(found.lengths),

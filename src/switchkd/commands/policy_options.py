@@ -44,6 +44,5 @@ def make_policy(options: argparse.Namespace) -> "Policy":
 
     taken = {name: getattr(options, name) for name, o in OPTIONS.items() if options.policy in o.policies}
     given = {name: value for name, value in taken.items() if value is not None}
-    if "horizon" in taken:
-        given.setdefault("horizon", options.max_completion_length)
-    return POLICIES[options.policy](**given)
+    policy = POLICIES[options.policy]
+    return policy.of(**dict.fromkeys(policy.length_options, options.max_completion_length) | given)

@@ -20,6 +20,7 @@ from switchkd.engine.readable import last_slot
 from switchkd.engine.readers import RowReader
 from switchkd.engine.request import Request
 from switchkd.engine.verification import Verified, verify
+from switchkd.policies import Positions
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import NoiseTable, Stream
 
@@ -262,7 +263,7 @@ class BlockDecoder:
         length = min(room, ROUND_ALONE if not self.eos else ROUND_ALONE_WITH_END)
         draft = self._draft(length)
         nothing = torch.full(draft.position.shape, math.nan, device=self.device)
-        decision, _ = self.policy.decide(nothing.flatten(), draft.position.flatten(), None)
+        decision = self.policy.decide(Positions(nothing.flatten(), draft.position.flatten()))
         verified = Verified(
             tokens=draft.tokens[:, 1:],
             kept=torch.full((len(draft.rows),), length, device=self.device),

@@ -53,8 +53,10 @@ def student_from_config(
             raise UserError(f"student_config: {start.model_type} has no option {name!r}; the nearest is {near!r}")
     set_seed(seed)
     try:
-        # Rebuilt, not patched: lists that depend on the number of layers are made afresh.
-        values = {name: value for name, value in start.to_dict().items() if name not in _DERIVED}
+        # Rebuilt, not patched: lists that depend on the number of layers are made afresh, and what a type derives from
+        # other values, such as the size of a head, from the given ones.
+        inherited = {} if model_type is not None else start.to_dict()
+        values = {name: value for name, value in inherited.items() if name not in _DERIVED}
         for name, value in given.items():
             values[start.attribute_map.get(name, name)] = value
         config = type(start)(**values)

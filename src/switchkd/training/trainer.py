@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
-from switchkd.rollout import Author, Prompts, Rollout
+from switchkd.rollout import Prompts, Rollout
 from switchkd.training.callback import LoopCallback
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
@@ -258,7 +259,7 @@ class SwitchTrainer(Trainer):
         self._means.add_rollout(rollout, time.perf_counter() - started)
         self.teacher_passes += rollout.stats["teacher_passes"]
         self._unlogged_rollout = rollout
-        self._observe_share(rollout)
+        self.text.observe_share(rollout, self._gathered if args.world_size > 1 else None)
         if rollout.teacher_hidden is not None:
             dtype = args.teacher_hidden_dtype and getattr(torch, args.teacher_hidden_dtype)
             place = "cpu" if args.offload_teacher_hidden else None
@@ -276,13 +277,11 @@ class SwitchTrainer(Trainer):
             return False
         return self.plan.teacher_writes and output_head(self.teacher_model) is not None
 
-    def _observe_share(self, rollout: Rollout) -> None:
-        if self.text.controller is None:
-            return
-        written = torch.stack([(rollout.author == Author.TEACHER).sum(), rollout.completion_mask.sum()]).double()
-        if self.args.world_size > 1:
-            written = self.accelerator.reduce(written, "sum")
-        self.text.observe_share(float(written[0] / written[1]))
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Return `[n]` of all processes, whose n may differ."""
+        padded = self.accelerator.pad_across_processes(values.to(self.args.device), pad_index=math.nan)
+        values = self.accelerator.gather(padded)
+        return values[~values.isnan()]
 
     # ---- learning from it
 
