@@ -46,7 +46,7 @@ from walk_map import (
 import switchkd
 from switchkd.cli.display import table
 from switchkd.cli.run_folder import plain
-from switchkd.data import pad_prompts, prepare
+from switchkd.data import prepare
 from switchkd.demo.task import EOS_TOKEN, PAD_TOKEN, save_splits
 from switchkd.errors import UserError, check_range
 from switchkd.evaluation import evaluate, write_rows
@@ -148,7 +148,7 @@ def goes_on(
     rollout = switchkd.roll_out(
         teacher,
         None,
-        *pad_prompts(ids, tokenizer.pad_token_id),
+        ids,
         policy=StudentPolicy(),
         max_new_tokens=WINDOW,
         eos_token_id=tokenizer.eos_token_id,
@@ -208,7 +208,7 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
             tokenizer,
             data["test"],
             seeds=EVALUATION_SEEDS,
-            max_new_tokens=LONGEST + 1,
+            max_completion_length=LONGEST + 1,
             batch_size=len(data["test"]),
             progress=False,
         )

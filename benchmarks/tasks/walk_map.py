@@ -15,6 +15,7 @@ The dial is `rho`, the share of the places whose detour occurs in the teacher's 
 map, the walks to be answered, the student's data) does not depend on it.
 """
 
+import functools
 import math
 import random
 import statistics
@@ -65,6 +66,7 @@ class WalkMap:
         return set(self.known_order[: round(rho * len(self.names))])
 
 
+@functools.cache
 def make_map(places: int = PLACES, streets: int = STREETS) -> WalkMap:
     """Return the map, the same for every seed of the data.
 
@@ -256,3 +258,14 @@ def score_rows(walk_map: WalkMap, rows: Sequence[Mapping[str, Any]]) -> dict[str
     scores = [score(walk_map, row["prompt"], row["completion"], finished=row["finished"]) for row in rows]
     by_length = {f"{low}-{high}": [one for one in scores if low <= one.steps <= high] for low, high in LENGTH_BUCKETS}
     return {**summarize(scores), "by_length": {name: summarize(part) for name, part in by_length.items() if part}}
+
+
+def correct_prefix(prompt: str, answer: str, references: Sequence[str]) -> float:
+    """Return the share of the walk before the first error, in [0, 1]: a scorer for `switchkd evaluate --scorer`."""
+    one = score(make_map(), prompt, answer)
+    return one.correct / one.steps
+
+
+def whole_walk(prompt: str, answer: str, references: Sequence[str]) -> float:
+    """Return 1 for an answer that is the walk from end to end, else 0: a scorer, too."""
+    return float(score(make_map(), prompt, answer).whole)
