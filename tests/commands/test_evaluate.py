@@ -26,6 +26,10 @@ def test_evaluate_writes_summary_and_rows(models: Path, tmp_path: Path, run: Run
     assert [row["seed"] for row in metrics] == [10, 20]
     config = read_config(folder)
     assert config is not None and config["seeds"] == [10, 20]
+    divergences = summary["sequence_divergences"]
+    assert divergences["answers_sample_the_model"] and divergences["reverse_sequence_kl"]["texts"] == 6
+    assert divergences["reverse_sequence_kl"]["per_token"] > 0 < divergences["forward_sequence_kl"]["per_token"]
+    assert "the last on texts that the teacher wrote" in err and "not sampled from the model" not in err
     assert "ROUGE-L" in err and "cross-entropy" in err and "KL(teacher, model)" in err
 
 
@@ -68,3 +72,22 @@ def test_data_without_answers_cannot_be_scored(models: Path, tmp_path: Path, run
         *evaluate_options(models, models / "student", tmp_path / "run", "--dataset_name", data, "--json")
     )
     assert code == 2 and "row 1 of the prepared data set has no reference" in err.splitlines()[-1]
+
+
+def test_answers_that_do_not_sample_the_model_are_said_to_give_no_divergence_of_texts(
+    models: Path, tmp_path: Path, run: Run
+) -> None:
+    options = evaluate_options(models, models / "student", tmp_path / "run", "--temperature", 0.5, "--json")
+    code, out, err = run(*options, "--teacher_model_name_or_path", models / "teacher")
+    assert code == 0, err
+    assert json.loads(out)["sequence_divergences"]["answers_sample_the_model"] is False
+    assert "not estimates of a KL between texts" in err
+
+
+def test_without_a_teacher_no_line_compares_with_one(models: Path, tmp_path: Path, run: Run) -> None:
+    code, out, err = run(*evaluate_options(models, models / "student", tmp_path / "run", "--max_samples", 1, "--json"))
+    assert code == 0, err
+    summary = json.loads(out)
+    assert "sequence_divergences" not in summary and "forward_kl" not in summary["reference_losses"]
+    assert "KL(" not in err and "teacher's" not in err and "repeated 4-grams" in err
+    assert summary["intervals"] == {"rouge_l": None}  # one prompt shows no spread between prompts

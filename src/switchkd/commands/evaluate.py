@@ -18,7 +18,7 @@ def parser() -> OptionParser:
         prog="switchkd evaluate",
         usage="switchkd evaluate --model_name_or_path MODEL --dataset_name DATA ...",
         description="Score a causal language model's own answers by ROUGE-L (F-measure, stemmed, best reference, "
-        "times 100), sampled at several decoding seeds. The teacher never writes.",
+        "times 100), sampled at several decoding seeds. The teacher never writes in them.",
     )
     inputs = result.add_argument_group("model and data")
     inputs.add_argument("--model_name_or_path", metavar="MODEL", help="folder or hub id of any causal language model")
@@ -26,7 +26,7 @@ def parser() -> OptionParser:
     inputs.add_argument(
         "--teacher_model_name_or_path",
         metavar="TEACHER",
-        help="also compare the model with it on the reference answers",
+        help="also compare the model with it: on the reference answers, the model's own and the teacher's",
     )
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
@@ -67,7 +67,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder.check(overwrite=options.overwrite_output_dir)
 
     from switchkd.data import load_records, prepare
-    from switchkd.evaluation import evaluate, reference_losses
+    from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
+    from switchkd.evaluation.losses import samples_the_model
     from switchkd.evaluation.scorers import load_scorer
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers
@@ -116,6 +117,24 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "reference_losses": losses,
         "data": vars(report),
     }
+    if teacher is not None:
+        divergences = sequence_divergences(
+            model,
+            teacher,
+            tokenizer,
+            data,
+            [(row["index"], ids) for row, ids in zip(result.rows, result.completion_ids, strict=True)],
+            max_completion_length=options.max_completion_length,
+            seed=seeds[0],
+            batch_size=options.batch_size,
+            excluded_ids=excluded_ids,
+        )
+        for row, value in zip(result.rows, divergences["reverse_sequence_kl"].pop("of_answers"), strict=True):
+            row["reverse_sequence_kl"] = value
+        summary["sequence_divergences"] = {
+            "answers_sample_the_model": samples_the_model(result.decoding),
+            **divergences,
+        }
     console.say("\n" + _tables(summary))
     folder.claim({**vars(options), "seeds": seeds})
     folder.append("rows.jsonl", result.rows)
@@ -155,22 +174,80 @@ def check(options: argparse.Namespace) -> list[int]:
 
 
 def _tables(summary: dict[str, Any]) -> str:
-    decoding, losses = summary["decoding"], summary["reference_losses"]
+    decoding, losses, diversity = summary["decoding"], summary["reference_losses"], summary["diversity"]
     measures = {"rouge_l": "ROUGE-L"} | {name: name for name in summary["by_scorer"]}
-    rows = {"all": {"rouge_l": summary["rouge_l"], **summary["by_scorer"], "examples": summary["examples"]}}
+    compared = {"cross_entropy": "cross-entropy", "forward_kl": "KL(teacher, model)"}
+    ends = {f"{measure}_interval": pair for measure, pair in summary["intervals"].items()}
+    rows = {"all": {"rouge_l": summary["rouge_l"], **summary["by_scorer"], **ends, "examples": summary["examples"]}}
+    of_losses = {"all": losses, **losses["by_length"]}
     scores = [
-        (name, row["examples"], *(f"{row[measure]:.2f}" for measure in measures))
+        (
+            name,
+            row["examples"],
+            *(_with_interval(row[measure], row[f"{measure}_interval"], 1) for measure in measures),
+            *(
+                _with_interval(of_losses[name][loss], of_losses[name]["intervals"][loss], 3)
+                for loss in compared
+                if loss in losses
+            ),
+        )
         for name, row in (rows | summary["by_length"]).items()
     ]
+    heads = (*measures.values(), *(head for loss, head in compared.items() if loss in losses))
     lines = [
-        table(scores, ("reference tokens", "examples", *measures.values())),
+        table(scores, ("reference tokens", "examples", *heads)),
+        "scores of the answers, losses of the references in nats per token; 95% intervals over prompts",
         "",
         f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over seeds "
         + ", ".join(f"{seed}: {score:.2f}" for seed, score in summary["scores"].items()),
         f"exact matches {summary['exact_match']:.1f}%, mean length {summary['completion_tokens']:.0f} tokens, "
         f"{summary['finished_share']:.0%} ended with an end-of-sequence token",
+        *(
+            f"{of}: distinct 1, 2 and 3-grams {diversity[f'{prefix}distinct_1']:.3f}, "
+            f"{diversity[f'{prefix}distinct_2']:.3f}, {diversity[f'{prefix}distinct_3']:.3f}; "
+            f"repeated 4-grams {diversity[f'{prefix}repetition']:.1%}"
+            for of, prefix in (("answers", ""), ("references", "reference_"))
+        ),
         "decoding: " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "seeds"),
         f"on the {losses['tokens']:,} reference tokens: cross-entropy {losses['cross_entropy']:.3f} nats"
         + (f", KL(teacher, model) {losses['forward_kl']:.3f}, JSD {losses['jsd']:.3f}" if "jsd" in losses else ""),
     ]
+    if "sequence_divergences" in summary:
+        lines += ["", *_sequence_table(summary["sequence_divergences"])]
     return "\n".join(lines)
+
+
+def _sequence_table(found: dict[str, Any]) -> list[str]:
+    """How far the model is from the teacher as a writer: per token by position, and per text."""
+    heads = {
+        "reverse_sequence_kl": "KL(model, teacher)",
+        "teacher_cross_entropy": "teacher's cross-entropy",
+        "forward_sequence_kl": "KL(teacher, model)",
+    }
+
+    def at(name: str, part: str, position: str | None = None) -> str:
+        parts = found[name] if position is None else found[name]["by_position"].get(position)
+        return "" if parts is None else _with_interval(parts[part], parts[f"{part}_interval"], 3)
+
+    positions = [position for name in heads for position in found[name]["by_position"]]
+    rows = [("per token", *(at(name, "per_token") for name in heads))]
+    rows += [
+        (f"position {position}", *(at(name, "per_token", position) for name in heads))
+        for position in dict.fromkeys(positions)
+    ]
+    rows.append(("per text", *(at(name, "per_sequence") for name in heads)))
+    lines = [
+        table(rows, ("nats", *heads.values())),
+        "the first two on the model's answers, the last on texts that the teacher wrote",
+    ]
+    if not found["answers_sample_the_model"]:
+        lines.append(
+            "The answers were not sampled from the model as it is (see decoding): the first two are means on these "
+            "answers, not estimates of a KL between texts."
+        )
+    return lines
+
+
+def _with_interval(value: float, interval: tuple[float, float] | None, digits: int) -> str:
+    ends = "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+    return f"{value:.{digits}f}{ends}"

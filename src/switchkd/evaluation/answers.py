@@ -1,4 +1,4 @@
-"""Evaluation: sampled answers scored with ROUGE-L over several decoding seeds, and losses on the reference text."""
+"""Evaluation: sampled answers scored with ROUGE-L over several decoding seeds."""
 
 import contextlib
 import json
@@ -8,22 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.data.batches import Rows, padded_batch
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError, check_count
-from switchkd.evaluation.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
+from switchkd.evaluation.losses import check_prepared, reference_ids
+from switchkd.evaluation.metrics import (
+    bucket_names,
+    distinct_ngrams,
+    exact_match,
+    length_bucket,
+    mean_and_std,
+    mean_with_interval,
+    repetition,
+    rouge_l,
+)
 from switchkd.evaluation.scorers import Scorer
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
-from switchkd.objective import CROSS_ENTROPY, Objective
-from switchkd.objective.step import StepLoss
 from switchkd.policies import StudentPolicy
 from switchkd.rollout import Prompts
 from switchkd.sampling import check_warping
@@ -36,27 +44,36 @@ class EvaluationResult:
     Attributes:
         rows: One dict per seed and example, by seed, then by example: `index` (of the data set), `seed`, `prompt`,
             `completion`, `references`, `rouge_l`, `exact_match`, `completion_tokens` (the end of sequence included),
-            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference), and
-            under the name of a scorer its score in [0, 100].
+            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference),
+            `repetition` (share of its 4-grams that occurred before in it), and under the name of a scorer its score
+            in [0, 100].
+        completion_ids: The tokens of each row, the end of sequence included.
         seeds: The decoding seeds.
         scores: Mean ROUGE-L of each seed, in the order of `seeds`, in [0, 100].
         rouge_l: Their mean.
         rouge_l_std: Their sample standard deviation (divisor n - 1; 0 for one seed).
         exact_match: Exact matches, percent of all rows.
-        by_length: For every length of the first reference that occurs: `examples`, mean `rouge_l` and the scorer's.
+        by_length: For every length of the first reference that occurs: `examples`, mean `rouge_l` and the scorer's,
+            and with `_interval` their 95% intervals over prompts.
         by_scorer: Name of the scorer -> mean over all rows; empty without one.
+        intervals: `rouge_l` and the scorer -> ends of the 95% interval over prompts; None for a single prompt.
+        diversity: `distinct_1`, `distinct_2`, `distinct_3` (means over seeds of what all answers of a seed hold),
+            `repetition` (mean over rows), and the same of the first references with `reference_` before the name.
         seconds: Time spent on generating.
         decoding: The settings that made the text.
     """
 
     rows: list[dict[str, Any]]
+    completion_ids: list[list[int]]
     seeds: list[int]
     scores: list[float]
     rouge_l: float
     rouge_l_std: float
     exact_match: float
-    by_length: dict[str, dict[str, float]]
+    by_length: dict[str, dict[str, Any]]
     by_scorer: dict[str, float]
+    intervals: dict[str, tuple[float, float] | None]
+    diversity: dict[str, float]
     seconds: float
     decoding: dict[str, Any]
 
@@ -65,6 +82,7 @@ class EvaluationResult:
         return {
             "rouge_l": self.rouge_l,
             "rouge_l_std": self.rouge_l_std,
+            "intervals": self.intervals,
             "scores": {str(seed): score for seed, score in zip(self.seeds, self.scores, strict=True)},
             "exact_match": self.exact_match,
             "examples": len(self.rows) // len(self.seeds),
@@ -72,6 +90,7 @@ class EvaluationResult:
             "finished_share": sum(row["finished"] for row in self.rows) / len(self.rows),
             "by_length": self.by_length,
             "by_scorer": self.by_scorer,
+            "diversity": self.diversity,
             "seconds": self.seconds,
             "decoding": self.decoding,
         }
@@ -165,81 +184,6 @@ def write_rows(result: EvaluationResult, path: str | Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-@torch.no_grad()
-def reference_losses(
-    model: nn.Module,
-    tokenizer: Any,
-    dataset: Dataset,
-    *,
-    teacher: nn.Module | None = None,
-    batch_size: int = 8,
-    excluded_ids: Sequence[int] = (),
-) -> dict[str, float]:
-    """Return losses on the reference completions, means over their tokens, the end of sequence included, in nats.
-
-    Args:
-        model: The student, or any causal language model.
-        tokenizer: Its tokenizer.
-        dataset: Made by `switchkd.data.prepare`, with a completion in every row.
-        teacher: Compared with the model at every token, on the ids both have.
-        batch_size: Rows read at once; affects only speed.
-        excluded_ids: Left out of the comparison, see `switchkd.models.vocabulary.check_tokenizers`.
-
-    Returns:
-        `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and
-        `jsd`, the symmetric Jensen-Shannon divergence, at most ln 2.
-
-    Raises:
-        UserError: A row has no completion, a row exceeds a model's context, or a model cannot read padded rows.
-    """
-    _check_prepared(dataset)
-    prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
-    empty = next((row for row, ids in enumerate(completions, start=1) if not len(ids)), None)
-    if empty is not None:
-        raise UserError(f"row {empty} of the prepared data set has no reference completion: losses need an answer")
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    for role, reader in (("model", model), ("teacher", teacher)):
-        limit = context_length(reader) if reader is not None else None
-        if limit is not None and max(lengths) > limit:
-            raise UserError(
-                f"the longest prompt and reference have {max(lengths)} tokens, the {role}'s context is {limit}; "
-                "lower max_prompt_length or max_completion_length"
-            )
-    pad = readable_pad_id(tokenizer.pad_token_id, require_eos(tokenizer, model), model, teacher)
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    totals: dict[str, float] = {}
-    with eval_mode(model, teacher):
-        for role, reader in (("model", model), ("teacher", teacher)):
-            require_readable(reader, role, padded=batch_size > 1)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [{"prompt_ids": prompts[i], "completion_ids": completions[i]} for i in batch]
-            losses = _batch_losses(model, teacher, rows, pad, tuple(excluded_ids))
-            for name, total in losses.items():
-                totals[name] = totals.get(name, 0.0) + total
-    tokens = sum(len(ids) for ids in completions)
-    return {**{name: total / tokens for name, total in totals.items()}, "tokens": tokens}
-
-
-def _batch_losses(
-    model: nn.Module, teacher: nn.Module | None, rows: list[dict[str, Any]], pad: int, excluded_ids: tuple[int, ...]
-) -> dict[str, float]:
-    """Sums over the reference tokens of a batch, by the trainer's own way from states to losses."""
-    device = device_of(model)
-    inputs = {name: value.to(device) for name, value in padded_batch(Rows(rows), pad).items()}
-    of_divergence = {
-        name: StepLoss(Objective(objective, excluded_ids=excluded_ids))
-        for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd"))
-        if teacher is not None
-    }
-    reading = of_divergence.get("forward_kl", StepLoss(Objective(CROSS_ENTROPY)))
-    of_model, of_teacher = reading.predictions(model, teacher, inputs)
-    losses = {"cross_entropy": reading.cross_entropy(of_model, inputs)}
-    losses |= {name: loss.compare(of_model, of_teacher, inputs) for name, loss in of_divergence.items()}
-    # Tokens without supervision have a loss of 0.
-    return {name: float(loss.token_losses[inputs["completion_mask"]].double().sum()) for name, loss in losses.items()}
-
-
 def _sample(
     model: nn.Module,
     prompts: list[list[int]],
@@ -314,15 +258,15 @@ def _score(
     scorer: Scorer | None,
 ) -> EvaluationResult:
     references, prompts = list(dataset["references"]), list(dataset["prompt"])
-    first = [accepted[0] for accepted in references]
-    plain = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    reference_tokens = [len(ids) for ids in tokenizer(first, **plain)["input_ids"]]
+    of_reference = reference_ids(tokenizer, dataset)
     rows: list[dict[str, Any]] = []
+    written: dict[int, list[list[int]]] = {seed: [] for seed in seeds}
     for seed in seeds:
         for index, accepted in enumerate(references):
             ids = answers[seed, index]
             finished = bool(ids) and ids[-1] in eos
-            text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+            written[seed].append(ids[:-1] if finished else ids)
+            text = tokenizer.decode(written[seed][-1], skip_special_tokens=True)
             rows.append(
                 {
                     "index": index,
@@ -334,7 +278,8 @@ def _score(
                     "exact_match": exact_match(text, accepted),
                     "completion_tokens": len(ids),
                     "finished": finished,
-                    "reference_tokens": reference_tokens[index],
+                    "reference_tokens": len(of_reference[index]),
+                    "repetition": repetition(written[seed][-1]),
                     **({scorer.name: scorer(prompts[index], text, accepted)} if scorer is not None else {}),
                 }
             )
@@ -345,28 +290,49 @@ def _score(
     def means(chosen: list[dict[str, Any]]) -> dict[str, float]:
         return {measure: mean_and_std([row[measure] for row in chosen])[0] for measure in measures}
 
+    def intervals(chosen: list[dict[str, Any]]) -> dict[str, tuple[float, float] | None]:
+        """Over prompts: the answers to one prompt are not independent. Every seed answers every prompt."""
+        found = {}
+        for measure in measures:
+            by_prompt = np.array([row[measure] for row in chosen]).reshape(len(seeds), -1).mean(0)
+            found[measure] = mean_with_interval(by_prompt).interval
+        return found
+
     by_length = {}
     for name in bucket_names():
         chosen = [row for row in rows if length_bucket(row["reference_tokens"]) == name]
         if chosen:
-            by_length[name] = {"examples": len(chosen) // len(seeds), **means(chosen)}
+            ends = {f"{measure}_interval": pair for measure, pair in intervals(chosen).items()}
+            by_length[name] = {"examples": len(chosen) // len(seeds), **means(chosen), **ends}
     by_scorer = {measure: value for measure, value in means(rows).items() if measure != "rouge_l"}
     matches = 100.0 * sum(row["exact_match"] for row in rows) / len(rows)
-    return EvaluationResult(rows, seeds, scores, mean, std, matches, by_length, by_scorer, seconds, decoding)
-
-
-def _check_prepared(dataset: Dataset) -> None:
-    missing = {"prompt_ids", "completion_ids", "references", "prompt"} - set(dataset.column_names)
-    if missing:
-        raise UserError(f"the data set lacks {', '.join(sorted(missing))}: make it with switchkd.data.prepare")
-    if len(dataset) == 0:
-        raise UserError("the data set holds no records: there is nothing to evaluate")
+    diversity = {
+        **{f"distinct_{n}": mean_and_std([distinct_ngrams(written[s], n) for s in seeds])[0] for n in (1, 2, 3)},
+        "repetition": mean_and_std([row["repetition"] for row in rows])[0],
+        **{f"reference_distinct_{n}": distinct_ngrams(of_reference, n) for n in (1, 2, 3)},
+        "reference_repetition": mean_and_std([repetition(ids) for ids in of_reference])[0],
+    }
+    return EvaluationResult(
+        rows=rows,
+        completion_ids=[answers[row["seed"], row["index"]] for row in rows],
+        seeds=seeds,
+        scores=scores,
+        rouge_l=mean,
+        rouge_l_std=std,
+        exact_match=matches,
+        by_length=by_length,
+        by_scorer=by_scorer,
+        intervals=intervals(rows),
+        diversity=diversity,
+        seconds=seconds,
+        decoding=decoding,
+    )
 
 
 def _check(
     model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_completion_length: int, batch_size: int, ngram: int
 ) -> None:
-    _check_prepared(dataset)
+    check_prepared(dataset)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be one or more different integers, got {list(seeds)}")
     check_count("max_completion_length", max_completion_length, 1)

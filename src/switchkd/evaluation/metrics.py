@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from rouge_score import rouge_scorer
+from scipy import stats
 
 # Upper edges, in tokens and inclusive, of every length bucket but the last.
 LENGTH_EDGES = (10, 40, 100)
+#: First position, counted from 0, of every range of positions.
+POSITION_STARTS = (0, *LENGTH_EDGES)
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -58,6 +63,83 @@ def length_bucket(reference_tokens: int) -> str:
 def bucket_names() -> list[str]:
     """Return the names of all length buckets, shortest references first."""
     return [length_bucket(tokens) for tokens in (*LENGTH_EDGES, LENGTH_EDGES[-1] + 1)]
+
+
+def position_names() -> list[str]:
+    """Return the names of the ranges of positions: "0-9", "10-39", "40-99" and "from 100"."""
+    ends = [f"{start}-{end - 1}" for start, end in zip(POSITION_STARTS, LENGTH_EDGES, strict=False)]
+    return [*ends, f"from {POSITION_STARTS[-1]}"]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean and the ends of its 95% interval, None where there is one sampled unit."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+def mean_with_interval(
+    totals: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray | None = None
+) -> Mean:
+    """Return sum(totals) / sum(counts) and its 95% interval over the units that were sampled, such as prompts.
+
+    The tokens of a prompt are not independent, prompts are: with r the ratio, the standard error is that of the mean of
+    (total_i - r count_i) over the mean count (the ratio estimator), and the interval takes Student's quantile with one
+    degree of freedom less than units.
+
+    Args:
+        totals: One sum per unit, `[n]`, n >= 1.
+        counts: How much each unit holds, `[n]`, such as its tokens; 1 each if None.
+
+    Reference:
+        Cochran, "Sampling Techniques", 1977, section 6.3.
+    """
+    totals = np.asarray(totals, dtype=np.float64)
+    counts = np.ones_like(totals) if counts is None else np.asarray(counts, dtype=np.float64)
+    units, mean = len(totals), float(totals.sum() / counts.sum())
+    if units < 2:
+        return Mean(mean, None)
+    residuals = totals - mean * counts
+    error = math.sqrt(float((residuals**2).sum()) * units / (units - 1)) / float(counts.sum())
+    reach = float(stats.t.ppf(0.975, units - 1)) * error
+    return Mean(mean, (mean - reach, mean + reach))
+
+
+def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Return distinct-n of some texts: different n-grams of token ids over all n-grams, in [0, 1].
+
+    It falls with the amount of text: compare texts for the same prompts.
+
+    Args:
+        texts: Token ids, the end of sequence not included.
+        n: At least 1.
+
+    Returns:
+        0 where no text has n tokens.
+
+    Reference:
+        Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", arXiv 1510.03055.
+    """
+    grams = [tuple(ids[start : start + n]) for ids in texts for start in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Return the share of a text's n-grams that occurred earlier in it, in [0, 1); near 1 for a loop.
+
+    Args:
+        ids: Token ids, the end of sequence not included.
+        n: At least 1.
+
+    Returns:
+        0 for a text without two n-grams.
+
+    Reference:
+        Welleck et al., "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319 (seq-rep-4).
+    """
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from switchkd.errors import UserError, nearest_name
 
 # What rows of answers and their means by length hold already.
 _ROW = ("index", "seed", "prompt", "completion", "references", "rouge_l", "exact_match", "completion_tokens")
-_TAKEN = (*_ROW, "finished", "reference_tokens", "examples")
+_TAKEN = (*_ROW, "finished", "reference_tokens", "repetition", "examples")
 
 
 @dataclass(frozen=True)
