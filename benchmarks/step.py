@@ -90,7 +90,7 @@ class Bench:
                 self.prompts[: 2 * self.options.batch],
                 policy=SwitchPolicy(schedule="constant"),
                 target_teacher_share=share,
-                max_new_tokens=self.options.completion,
+                max_completion_length=self.options.completion,
             )
             self.thresholds[name] = found.initial_threshold
             print(f"{name}: threshold {found.initial_threshold:.4f} nats, share {found.teacher_share:.2f}", flush=True)

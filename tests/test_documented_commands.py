@@ -29,7 +29,7 @@ PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git")
 SHELLS = ("bash", "sh", "shell", "console")
 
 TRAIN = "--use_cpu --max_steps 2 --max_completion_length 8 --per_device_train_batch_size 2 --logging_steps 1"
-WRITE = "--max_new_tokens 8"
+WRITE = "--max_completion_length 8"
 SCORE = f"{WRITE} --max_samples 2"
 COMPARE = shlex.join(
     [
@@ -47,7 +47,10 @@ COMPARE = shlex.join(
                 "use_cpu": True,
             }
         ),
-        *("--evaluate", json.dumps({"dataset_name": "runs/demo/data/test.jsonl", "seeds": [1], "max_new_tokens": 8})),
+        *(
+            "--evaluate",
+            json.dumps({"dataset_name": "runs/demo/data/test.jsonl", "seeds": [1], "max_completion_length": 8}),
+        ),
     ]
 )
 
@@ -85,14 +88,14 @@ RUN: dict[str, Run | Look] = {
     "switchkd train --config examples/tinystories_switch.yaml --teacher_model_name_or_path TEACHER "
     "--dataset_name stories.jsonl --output_dir runs/tinystories": Run(TRAIN),
     "switchkd rollout --model_name_or_path runs/tinystories --teacher_model_name_or_path TEACHER "
-    '--prompt "<s>Once upon a time" --max_new_tokens 100': Run(),
+    '--prompt "<s>Once upon a time" --max_completion_length 100': Run(),
     "switchkd train --config examples/gpt2_small_teacher_sft.yaml --tokenizer_name_or_path TOKENIZER "
     "--dataset_name dolly/train.jsonl.gz": Run(f"{TRAIN} --max_prompt_length 400"),
     "switchkd train --config examples/gpt2_small_switch.yaml --dataset_name dolly/train.jsonl.gz": Run(
         f"{TRAIN} --max_prompt_length 400"
     ),
     "switchkd evaluate --model_name_or_path runs/gpt2-student --teacher_model_name_or_path runs/gpt2-teacher "
-    "--dataset_name dolly/valid.jsonl --seeds 10,20 --max_new_tokens 64 --batch_size 32": Run(
+    "--dataset_name dolly/valid.jsonl --seeds 10,20 --max_completion_length 64 --batch_size 32": Run(
         f"{SCORE} --max_prompt_length 400"
     ),
 }

@@ -62,8 +62,9 @@ ROLLED_OUT: dict[str, dict[str, Any]] = {
     "ssd": {"initial_threshold": 0.4, "minimum_leg": 2},
     "relay": {"leg_length": 3, "leg_budget": 2},
     "trb": {},
-    "random": {"teacher_share": 0.4},
+    "random": {"teacher_probability": 0.4},
     "teacher_first": {"teacher_tokens": 6},
+    "teacher_prefix": {"teacher_tokens": 9},
     "student_first": {"switch_position": 6},
     "student_entropy": {"initial_threshold": 3.0, "horizon": 16},
     "student_confidence": {"initial_threshold": 2.0, "horizon": 16},
@@ -120,7 +121,7 @@ def rows_of(rollout: switchkd.Rollout) -> list[dict[str, Any]]:
     """Return of each row the authors, a letter each, and the tokens."""
     return [
         {"author": "".join(author[0] for author in record["author"]), "ids": record["completion_ids"]}
-        for record in rollout.records()
+        for record in rollout.to_dicts()
     ]
 
 

@@ -201,7 +201,7 @@ def test_warping_into_a_tensor_is_the_warping():
 
 def test_the_source_of_a_step_is_not_the_number_that_random_uses_for_that_row():
     """The draw "data set or rollout" of step s was the policy's number of row s at position 0."""
-    source = TextSource(RandomPolicy(teacher_share=0.5), fraction=0.5, seed=3)
+    source = TextSource(RandomPolicy(teacher_probability=0.5), fraction=0.5, seed=3)
     steps = torch.arange(4000)
     rolled_out = torch.tensor([source.of_step(int(step), 0.0) == "fresh" for step in steps])
     of_policy = sampling.uniform(keys(4000, Stream.POLICY, seed=3)) < 0.5

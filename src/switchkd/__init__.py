@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a nam
     from switchkd.methods import METHODS as METHODS
     from switchkd.policies import AdaSwitchPolicy as AdaSwitchPolicy
     from switchkd.policies import BlendPolicy as BlendPolicy
+    from switchkd.policies import PacedSwitchPolicy as PacedSwitchPolicy
     from switchkd.policies import Policy as Policy
     from switchkd.policies import RandomPolicy as RandomPolicy
     from switchkd.policies import RelayPolicy as RelayPolicy
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a nam
     from switchkd.policies import SwitchPolicy as SwitchPolicy
     from switchkd.policies import TeacherFirstPolicy as TeacherFirstPolicy
     from switchkd.policies import TeacherPolicy as TeacherPolicy
+    from switchkd.policies import TeacherPrefixPolicy as TeacherPrefixPolicy
     from switchkd.policies import TrustRegionPolicy as TrustRegionPolicy
     from switchkd.rollout import Author as Author
     from switchkd.rollout import Rollout as Rollout
@@ -43,6 +45,7 @@ _NAMES = {
     "policies": (
         "AdaSwitchPolicy",
         "BlendPolicy",
+        "PacedSwitchPolicy",
         "Policy",
         "RandomPolicy",
         "RelayPolicy",
@@ -54,6 +57,7 @@ _NAMES = {
         "SwitchPolicy",
         "TeacherFirstPolicy",
         "TeacherPolicy",
+        "TeacherPrefixPolicy",
         "TrustRegionPolicy",
     ),
     "rollout": ("Author", "Rollout"),

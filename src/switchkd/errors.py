@@ -1,7 +1,7 @@
 """The one exception for mistakes that a user can correct, and the checks that raise it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -11,6 +11,19 @@ class UserError(ValueError):
     The message is one line: what is wrong, with which value, and the way out. The command line prints it after
     `switchkd: error:` and exits with code 2; library users catch it as a `ValueError`.
     """
+
+
+class UserErrors(UserError):
+    """Several mistakes at once, or a command that reached a part of what it should.
+
+    Attributes:
+        messages: One line each.
+        result: What `--json` prints nevertheless; None for nothing.
+    """
+
+    def __init__(self, messages: Sequence[str], result: dict[str, Any] | None = None) -> None:
+        super().__init__("\n".join(messages))
+        self.messages, self.result = tuple(messages), result
 
 
 def check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
@@ -29,6 +42,12 @@ def check_count(name: str, value: Any, least: int) -> None:
     """Refuse anything but an integer of at least that size, with one line."""
     if not (isinstance(value, int) and value >= least):
         raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_share_of_training(name: str, value: Any) -> None:
+    """Refuse a number outside (0, 1], with one line."""
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"{name} must lie in (0, 1], a share of the training, got {value}")
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:

@@ -1,9 +1,8 @@
 """The methods as values: exact name -> who writes the training text, how often, and what is learned from it."""
 
 import difflib
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from switchkd.errors import UserError
@@ -22,6 +21,7 @@ from switchkd.policies import (
     SwitchPolicy,
     TeacherFirstPolicy,
     TeacherPolicy,
+    TeacherPrefixPolicy,
     TrustRegionPolicy,
 )
 
@@ -40,6 +40,7 @@ class Method:
         tunable: Options of the policy that a config may set, each a field of the same name; all of them if None.
         policy_defaults: Arguments of `policy` that differ from its own defaults.
         on_policy_fraction: Share of optimizer steps whose text is rolled out, in [0, 1]; the others use the dataset.
+        truncation_start: Length limit of rollouts at the start of training, as a share of the full one, in (0, 1].
         adaptive_fraction: That share is only the start; it grows each time the evaluation loss gets worse.
         replay: Rolled-out rows are stored, and a growing part of the rolled-out steps takes stored ones.
         policy_gradient: The objective is MiniLLM's: the divergence weighted by importance, plus the policy gradient.
@@ -56,6 +57,7 @@ class Method:
     tunable: tuple[str, ...] | None = None
     policy_defaults: Mapping[str, Any] = field(default_factory=dict)
     on_policy_fraction: float = 0.0
+    truncation_start: float = 1.0
     adaptive_fraction: bool = False
     replay: bool = False
     policy_gradient: bool = False
@@ -72,15 +74,19 @@ class Method:
         """Names of the config fields that are passed to the policy."""
         if self.tunable is not None or self.policy is None:
             return self.tunable or ()
-        policy: Any = self.policy  # every policy is a dataclass, which their base does not say
-        return tuple(option.name for option in fields(policy) if option.init)
+        return tuple(self.policy.options())
 
-    def default_options(self) -> dict[str, Any]:
-        """Return the policy's options with the values that hold where the config has None."""
+    def default_options(self, length_limit: Any) -> dict[str, Any]:
+        """Return the policy's options with the values that hold where the config has None.
+
+        Args:
+            length_limit: Of completions, tokens; some options follow it.
+        """
         if self.policy is None:
             return {}
-        own = inspect.signature(self.policy).parameters
-        return {name: self.policy_defaults.get(name, own[name].default) for name in self.policy_options}
+        defaults = self.policy.options() | dict.fromkeys(self.policy.length_options, length_limit)
+        defaults |= self.policy_defaults
+        return {name: defaults[name] for name in self.policy_options}
 
     def make_policy(self, **options: Any) -> Policy | None:
         """Return the policy, None where the text is the dataset's.
@@ -88,7 +94,7 @@ class Method:
         Raises:
             UserError: A value outside its range.
         """
-        return None if self.policy is None else self.policy(**{**self.policy_defaults, **options})
+        return None if self.policy is None else self.policy.of(**{**self.policy_defaults, **options})
 
 
 METHODS: dict[str, Method] = {
@@ -157,6 +163,23 @@ METHODS: dict[str, Method] = {
             adaptive_fraction=True,
             replay=True,
             source="Ko et al., arXiv 2402.03898",
+        ),
+        Method(
+            name="truncated",
+            summary="student-written text whose length limit grows over training; reverse KL",
+            objective="reverse_kl",
+            policy=StudentPolicy,
+            on_policy_fraction=1.0,
+            truncation_start=0.1,
+            source="Ziheng et al., arXiv 2605.27028; Zhang et al., arXiv 2605.31490",
+        ),
+        Method(
+            name="teacher_prefix",
+            summary="the teacher writes the first tokens, ever fewer over training, the student the rest; reverse KL",
+            objective="reverse_kl",
+            policy=TeacherPrefixPolicy,
+            on_policy_fraction=1.0,
+            source="public practice, no paper",
         ),
         Method(
             name="switch",

@@ -84,11 +84,21 @@ POLICY_OPTIONS: dict[str, PolicyOption] = {
     "kl_budget_warmup": PolicyOption(
         float, "P", "share of the training over which kl_budget falls to 0, in (0, 1]", {"trb": 0.5}
     ),
-    "teacher_share": PolicyOption(float, "P", "share of positions the teacher writes, in [0, 1]", {"random": 0.53}),
-    "teacher_tokens": PolicyOption(int, "N", "number of first tokens the teacher writes", {"teacher_first": 64}),
+    "teacher_probability": PolicyOption(
+        float, "P", "probability that the teacher writes a position, in [0, 1]", {"random": 0.53}
+    ),
+    "teacher_tokens": PolicyOption(
+        int,
+        "N",
+        "number of first tokens the teacher writes; for teacher_prefix at the start of training",
+        {"teacher_first": 64, "teacher_prefix": None},
+    ),
+    "prefix_decay": PolicyOption(
+        float, "P", "share of the training over which teacher_tokens falls to 0, in (0, 1]", {"teacher_prefix": 1.0}
+    ),
     "switch_position": PolicyOption(
         int, "N", "position where the teacher takes over, counted from 0", {"student_first": 64}
     ),
 }
 #: Names on the command line of the rollout; what is annealed over a training has no meaning in one rollout.
-TRAINING_ONLY = ("kl_budget_warmup",)
+TRAINING_ONLY = ("kl_budget_warmup", "prefix_decay")

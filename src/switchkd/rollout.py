@@ -1,4 +1,4 @@
-"""The record of a rollout: which tokens were written, by whom, and why.
+"""What a rollout returns: which tokens were written, by whom, and why.
 
 Legend for the whole package: B rows, P prompt length, C completion length, T = P + C, V vocabulary.
 """
@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+#: What a policy may compare, with its unit: the Jensen-Shannon and the Kullback-Leibler divergence of the two models,
+#: the student's entropy and the surprisal of its likeliest token, the drafted token's rank in the teacher's order.
+MEASURED = ("jsd_nats", "kl_nats", "entropy_nats", "surprisal_nats", "rank")
 
 
 class Author(IntEnum):
@@ -57,6 +61,10 @@ class Prompts:
         """P, the length of the longest prompt and the padding beside it."""
         return self.ids.shape[1]
 
+    def last(self, width: int) -> "Prompts":
+        """Return the last columns, all that rows of at most `width` tokens need."""
+        return Prompts(self.ids[:, -width:], self.mask[:, -width:])
+
     def to(self, device: torch.device) -> "Prompts":
         """Return the prompts on a device."""
         return Prompts(self.ids.to(device), self.mask.to(device))
@@ -81,7 +89,7 @@ class Rollout:
         divergence: The value the policy compared, in `unit`, float32 `[B, C]`; nan where there was none.
         threshold: What it was compared with, in `unit`, float32 `[B, C]`; nan where the policy has none.
         teacher_hidden: The teacher's last hidden state that predicted each token `[B, C, H]`, or None.
-        unit: Unit of `divergence` and `threshold`: "nats", or "rank" for a place in the teacher's ordered vocabulary.
+        measured: What `divergence` holds, one of `MEASURED`; None for a policy that compares nothing.
         stats: Counts and times: `student_passes`, `teacher_passes`, `drafted`, `kept`, `seconds`, `tokens_per_s`.
     """
 
@@ -93,7 +101,7 @@ class Rollout:
     divergence: Tensor
     threshold: Tensor
     teacher_hidden: Tensor | None = None
-    unit: str = "nats"
+    measured: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,12 +131,17 @@ class Rollout:
         return len(self.completion_ids)
 
     @property
+    def unit(self) -> str:
+        """Unit of `divergence` and `threshold`: "nats", or "rank" in the teacher's ordered vocabulary."""
+        return "rank" if self.measured == "rank" else "nats"
+
+    @property
     def teacher_share(self) -> float:
         """Share of the emitted tokens that the teacher wrote, in [0, 1]; nan for an empty rollout."""
         total = int(self.completion_mask.sum())
         return int((self.author == Author.TEACHER).sum()) / total if total else float("nan")
 
-    def records(self, tokenizer: Any = None) -> list[dict[str, Any]]:
+    def to_dicts(self, tokenizer: Any = None) -> list[dict[str, Any]]:
         """Return one JSON-ready dict per row; with a tokenizer the text of prompt and tokens is added.
 
         Args:
@@ -136,26 +149,27 @@ class Rollout:
 
         Returns:
             Dicts with `prompt_ids`, `completion_ids`, `author` (lower-case names), `divergence`, `threshold` (None for
-            nan), their `unit`, and with a tokenizer `prompt`, `completion`, `tokens`.
+            nan), what was `measured`, the `unit`, and with a tokenizer `prompt`, `completion`, `tokens`.
         """
         rows = []
         for row in range(len(self)):
             keep = self.completion_mask[row]
             ids = self.completion_ids[row][keep].tolist()
             prompt_ids = self.prompt_ids[row][self.prompt_mask[row].bool()].tolist()
-            record: dict[str, Any] = {
+            result: dict[str, Any] = {
                 "prompt_ids": prompt_ids,
                 "completion_ids": ids,
                 "author": [Author(value).name.lower() for value in self.author[row][keep].tolist()],
                 "divergence": [_number_or_none(value) for value in self.divergence[row][keep].tolist()],
                 "threshold": [_number_or_none(value) for value in self.threshold[row][keep].tolist()],
+                "measured": self.measured,
                 "unit": self.unit,
             }
             if tokenizer is not None:
-                record["prompt"] = tokenizer.decode(prompt_ids)
-                record["completion"] = tokenizer.decode(ids, skip_special_tokens=True)
-                record["tokens"] = token_texts(tokenizer, ids, prompt_ids)
-            rows.append(record)
+                result["prompt"] = tokenizer.decode(prompt_ids)
+                result["completion"] = tokenizer.decode(ids, skip_special_tokens=True)
+                result["tokens"] = token_texts(tokenizer, ids, prompt_ids)
+            rows.append(result)
         return rows
 
 

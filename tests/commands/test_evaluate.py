@@ -34,7 +34,7 @@ def test_evaluate_without_a_folder_takes_a_free_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = evaluate_options(
-        models, models / "llama", tmp_path, "--seeds", 1, "--max_samples", 1, "--max_new_tokens", 2
+        models, models / "llama", tmp_path, "--seeds", 1, "--max_samples", 1, "--max_completion_length", 2
     )
     del options[options.index("--output_dir") : options.index("--output_dir") + 2]
     assert run(*options)[0] == run(*options)[0] == 0
@@ -49,7 +49,7 @@ def test_evaluate_without_a_folder_takes_a_free_one(
         (["--seeds", "1,x"], "seeds must be integers"),
         (["--seeds", "1,1"], "seeds must be one or more different integers"),
         (["--max_samples", "0"], "max_samples must be >= 1"),
-        (["--max_new_tokens", "500"], "context of 128"),
+        (["--max_completion_length", "500"], "context of 128"),
         (["--dataset_name", "missing.jsonl"], "no file or folder missing.jsonl"),
         (["--top_p", "2"], "top_p"),
         (["--dtype", "int8"], "dtype must be one of"),

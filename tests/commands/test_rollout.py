@@ -17,19 +17,19 @@ def test_rollout_prints_the_text_and_a_line_of_numbers(models: Path, run: Run) -
     assert code == 0 and err == ""
     assert out.startswith("Hello")
     last = out.splitlines()[-1]
-    assert "teacher wrote" in last and "mean divergence" in last and "threshold 0.100 to" in last and "tokens/s" in last
+    assert "teacher wrote" in last and "mean jsd" in last and "threshold 0.100 to" in last and "tokens/s" in last
 
 
-def test_rollout_json_is_the_record_that_was_printed(models: Path, run: Run) -> None:
+def test_rollout_json_is_what_was_printed(models: Path, run: Run) -> None:
     options = rollout_options(models, "--prompt", "Hello", "Bye", "--num_samples", 2, "--batch_size", 3)
     code, out, err = run(*options, "--json")
     assert code == 0 and out.count("\n") == 1
     result = json.loads(out)
-    assert [record["prompt"] for record in result["rollouts"]] == ["Hello", "Hello", "Bye", "Bye"]
-    authors = [author for record in result["rollouts"] for author in record["author"]]
+    assert [row["prompt"] for row in result["rollouts"]] == ["Hello", "Hello", "Bye", "Bye"]
+    authors = [author for row in result["rollouts"] for author in row["author"]]
     assert result["teacher_share"] == pytest.approx(authors.count("teacher") / len(authors))
-    for record in result["rollouts"]:
-        assert report.rollout_text(record, color=False) in err
+    for row in result["rollouts"]:
+        assert report.rollout_text(row, color=False) in err
     # The same rows whatever the batch.
     again = json.loads(run(*options, "--json", "--batch_size", 1)[1])
     for one, other in zip(again["rollouts"], result["rollouts"], strict=True):
@@ -60,6 +60,7 @@ def test_rollout_writes_its_folder_only_when_asked(models: Path, tmp_path: Path,
         ("relay", ("--trigger_threshold", 0.0, "--leg_length", 2)),
         ("trb", ("--kl_budget", 5)),
         ("teacher_first", ("--teacher_tokens", 3)),
+        ("teacher_prefix", ("--teacher_tokens", 3)),
         ("student_entropy", ("--initial_threshold", 0.5)),
     ],
 )
@@ -75,7 +76,7 @@ def test_rollout_of_one_writer(models: Path, run: Run, policy: str, author: str)
     result = json.loads(run(*options)[1])
     assert set(result["rollouts"][0]["author"]) == {author}
     assert result["teacher_share"] == (policy == "teacher")
-    assert result["divergence_nats"] is None and result["threshold_nats"] is None
+    assert result["measured"] is None and result["threshold_nats"] is None
 
 
 def test_rollout_blends(models: Path, run: Run) -> None:
@@ -84,13 +85,15 @@ def test_rollout_blends(models: Path, run: Run) -> None:
 
 
 def test_rollout_of_data_takes_the_first_prompts(models: Path, run: Run) -> None:
-    options = rollout_options(models, "--dataset_name", models / "train.jsonl", "--num_prompts", 2, "--json")
-    prompts = [record["prompt"] for record in json.loads(run(*options)[1])["rollouts"]]
+    options = rollout_options(models, "--dataset_name", models / "train.jsonl", "--max_samples", 2, "--json")
+    prompts = [row["prompt"] for row in json.loads(run(*options)[1])["rollouts"]]
     assert prompts == [row["prompt"] for row in RAGGED_ROWS[:2]]
 
 
 def test_rollout_fills_the_alpaca_template(models: Path, run: Run) -> None:
-    options = rollout_options(models, "--prompt", "Add.", "--template", "alpaca", "--max_new_tokens", 2, "--json")
+    options = rollout_options(
+        models, "--prompt", "Add.", "--template", "alpaca", "--max_completion_length", 2, "--json"
+    )
     error = one_line_error(*run(*options))  # 128 tokens of context do not hold the template
     assert "exceed the student's context of 128" in error
 
@@ -112,7 +115,7 @@ def test_colour_is_for_terminals_unless_asked_for(models: Path, run: Run) -> Non
         (["--template", "chat"], "chat template"),
         (["--template", "llama"], "template must be one of"),
         (["--dataset_name", "x.jsonl"], "either --prompt or --dataset_name"),
-        (["--max_new_tokens", "500"], "exceed the student's context"),
+        (["--max_completion_length", "500"], "exceed the student's context"),
         (["--temperature", "-1"], "temperature must be >= 0"),
         (["--draft_length", "-2"], "draft_length"),
         (["--num_samples", "0"], "num_samples must be >= 1"),
@@ -131,7 +134,7 @@ def test_wrong_rollouts_are_one_line(models: Path, tmp_path: Path, run: Run, mor
 
 
 def test_rollout_needs_a_teacher_unless_the_student_is_alone(models: Path, run: Run) -> None:
-    options = ["rollout", "--model_name_or_path", models / "student", "--prompt", "a", "--max_new_tokens", 3]
+    options = ["rollout", "--model_name_or_path", models / "student", "--prompt", "a", "--max_completion_length", 3]
     assert "--teacher_model_name_or_path" in one_line_error(*run(*options))
     assert run(*options, "--policy", "student")[0] == 0
 
@@ -141,5 +144,5 @@ def test_a_rank_is_not_printed_as_nats(models: Path, run: Run) -> None:
     out = run(*options)[1]
     assert "mean rank of the drafted tokens" in out and "replaced beyond rank 5" in out and "nats" not in out
     result = json.loads(run(*options, "--json")[1])
-    assert result["unit"] == result["rollouts"][0]["unit"] == "rank"
-    assert result["divergence_rank"] >= 1 and "divergence_nats" not in result
+    assert result["measured"] == result["rollouts"][0]["unit"] == "rank"
+    assert result["rank"] >= 1 and not [name for name in result if name.endswith("_nats")]

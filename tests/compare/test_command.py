@@ -14,7 +14,8 @@ from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer
 
 from switchkd.__main__ import main
 from switchkd.compare import command
-from switchkd.compare import tasks as compare
+from switchkd.compare.checks import check
+from switchkd.compare.plan import plan
 from switchkd.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_demo.yaml"
@@ -47,7 +48,7 @@ def config_of(home, **over):
         "students": {"small": {"student_config": student}, "wide": {"student_config": {**student, "n_embd": 32}}},
         "warm_start": {"max_steps": 3},
         "runs": {"sft": None, "switch": {"initial_threshold": 0.2}},
-        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_new_tokens": 8},
+        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_completion_length": 8},
         "threads": 1,
     } | over
 
@@ -117,7 +118,9 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(finished, home, c
     changed = {path for path in after if before[path] != after[path]}
     assert changed == {cut / "result.json"}
     first, second = results_of(finished), results_of(again)
-    scores = [{(r["student"], r["run"], r["seed"]): r["evaluate"]["rouge_l"] for r in rs} for rs in (first, second)]
+    scores = [
+        {(r["student"], r["run"], r["seed"]): r["evaluate"]["test"]["rouge_l"] for r in rs} for rs in (first, second)
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
@@ -139,15 +142,15 @@ def test_runs_of_another_warm_start_are_not_taken_for_done(finished, home, capfd
         shutil.rmtree(path)
     for path in shorter.rglob("result.json"):
         path.write_text(path.read_text().replace(str(finished), str(shorter)))
-    tasks = compare.plan(output_dir=shorter, seeds=[0], **{name: config[name] for name in command.SECTIONS})
+    tasks = plan(output_dir=shorter, seeds=[0], **{name: config.get(name) for name in command.SECTIONS})
     with pytest.raises(UserError, match=r"max_steps=3 \(warm_start\), now it is 4"):
         [task.result() for task in tasks]
 
 
 def test_words_that_yaml_reads_as_truth_values_reach_the_option(home):
-    sections = {name: config_of(home)[name] for name in command.SECTIONS}
+    sections = {name: config_of(home).get(name) for name in command.SECTIONS}
     sections["train"] |= {"save_strategy": False, "eval_strategy": False, "use_cpu": True}
-    compare.check(compare.plan(output_dir=Path("runs"), seeds=[0], **sections))
+    check(plan(output_dir=Path("runs"), seeds=[0], **sections))
 
 
 @pytest.mark.parametrize(
@@ -175,14 +178,132 @@ def test_mistakes_are_refused_before_anything_is_trained(home, tmp_path, capfd, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(home, tmp_path, capfd):
+@pytest.fixture(scope="module")
+def partly_failed(home):
+    """A comparison of which one run fails in training: its data have no answers."""
+    (home / "bare.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "a dog"}\n', encoding="utf-8")
     config = config_of(home, seeds=[0], students={"small": config_of(home)["students"]["small"]}, warm_start=None)
-    config["runs"] = {"sft": {"dataset_name": "missing.jsonl"}, "kd": None}
-    assert call(tmp_path / "runs", config) == 2
-    error = capfd.readouterr().err
-    assert "small sft, seed 0: FAILED, no file or folder missing.jsonl" in error
+    config["runs"] = {"sft": {"dataset_name": str(home / "bare.jsonl")}, "kd": None}
+    return home / "partly", config
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on_and_give_a_result(partly_failed, capfd):
+    folder, config = partly_failed
+    assert call(folder, config) == 2
+    out, error = capfd.readouterr()
+    assert "small sft, seed 0: FAILED, " in error and "answer" in error
     assert "1 of 2 runs failed" in error
-    assert [result["run"] for result in results_of(tmp_path / "runs")] == ["kd"]
+    assert [result["run"] for result in results_of(folder)] == ["kd"]
+    (line,) = out.splitlines()
+    result = json.loads(line)
+    assert result["runs"] == 1 and list(result["failed"]) == ["small sft, seed 0"]
+
+
+def test_a_run_that_fails_alone_gives_a_result_too(partly_failed, tmp_path, capfd):
+    config = {**partly_failed[1], "runs": {"sft": partly_failed[1]["runs"]["sft"]}}
+    assert call(tmp_path / "runs", config) == 2
+    assert json.loads(capfd.readouterr().out)["runs"] == 0
+
+
+def test_every_missing_input_is_one_line_however_many_runs_need_it(home, tmp_path, capfd):
+    config = config_of(home, runs={"sft": None, "kd": None, "gkd": {"tokenizer_name_or_path": "./no/tokenizer"}})
+    config["train"] |= {"teacher_model_name_or_path": "./no/teacher", "dataset_name": "no.jsonl"}
+    config["evaluate"] = {"datasets": {"one": "no.jsonl", "two": "other.jsonl"}, "scorer": "no.py:accuracy"}
+    assert call(tmp_path / "runs", config) == 2
+    lines = capfd.readouterr().err.splitlines()
+    for part in ("./no/teacher", "./no/tokenizer", "no.jsonl", "other.jsonl", "no.py"):
+        assert sum(f" {part}" in line for line in lines) == 1, (part, lines)
+    assert len(lines) == 5 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"students": {"s": {"student_config": {"n_embd": 15, "n_head": 2}}}}, "student_config is not a valid"),
+        ({"students": {"s": {"student_config": {"n_embed": 16}}}}, "has no option 'n_embed'"),
+        ({"students": {"s": {"student_layers": [0, 9]}}}, "has layers 0 to 1, not 9"),
+        ({"students": {"s": {"model_name_or_path": "./no/student"}}}, "student folder ./no/student does not exist"),
+        ({"warm_start": None, "students": {"s": {"student_config": {"n_embed": 16}}}}, "has no option 'n_embed'"),
+        (
+            {
+                "train": {"dataset_name": "x.jsonl", "max_steps": 1},
+                "students": {"s": {"model_name_or_path": "TEACHER"}},
+            },
+            "needs a teacher",
+        ),
+        ({"evaluate": {"max_completion_length": 8}}, "give --dataset_name"),
+        ({"evaluate": {"dataset_name": "x.jsonl", "top_p": 2}}, "top_p must lie in (0, 1]"),
+        ({"evaluate": {"dataset_name": "x.jsonl", "seeds": [1, 1]}}, "seeds must be one or more different integers"),
+        ({"evaluate": {"datasets": ["x.jsonl"]}}, "datasets must be a mapping"),
+        ({"evaluate": {"datasets": {"a b": "x.jsonl", "a-b": "y.jsonl"}}}, "would share the folder"),
+        ({"measure": "accuracy"}, "measure must be one of rouge_l, exact_match, got 'accuracy'"),
+    ],
+)
+def test_what_every_run_would_refuse_is_said_once_and_first(home, tmp_path, capfd, change, message):
+    config = config_of(home, **change)
+    for name in ("x.jsonl", "y.jsonl"):
+        (tmp_path / name).write_text((home / "test.jsonl").read_text(), encoding="utf-8")
+    text = yaml.safe_dump(config).replace("TEACHER", str(home / "teacher"))
+    for name in ("x.jsonl", "y.jsonl"):
+        text = text.replace(name, str(tmp_path / name))
+    assert call(tmp_path / "runs", yaml.safe_load(text)) == 2
+    error = capfd.readouterr().err
+    assert error.count(message) == 1 and error.count("\n") == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_models_of_finished_runs_go_where_only_their_scores_are_kept(finished, home, capfd, tmp_path):
+    folder = tmp_path / "runs"
+    config = config_of(home, students={"small": config_of(home)["students"]["small"]}, seeds=[0], keep_models=False)
+    config["train"] |= {"save_strategy": "steps", "save_steps": 1}
+    assert call(folder, config) == 0
+    left = {path.relative_to(folder / "small").parts[0] for path in folder.rglob("*.safetensors")}
+    assert left == {"warm-start"}
+    assert not list((folder / "small" / "sft").rglob("checkpoint-*"))
+    assert all(task.is_file() for task in (folder / "small").glob("*/seed-0/evaluate/rows.jsonl"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    capfd.readouterr()
+    assert call(folder, {**config, "runs": {**config["runs"], "kd": None}}) == 0
+    assert "3 of 4 runs are already finished" in capfd.readouterr().err
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_a_grid_is_trained_scored_and_compared_within_its_columns(home, tmp_path, capfd):
+    """Each cell's scores are those of the same run spelt out by hand; files and pictures are by axis."""
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text("def vowels(prompt, answer, references):\n    return sum(c in 'aeiou' for c in answer) / 8\n")
+    base = config_of(home, warm_start=None, students=None, seeds=[0, 1], measure="vowels")
+    base["train"] |= {"student_config": {"n_embd": 16, "n_layer": 1, "n_head": 2}, "full_determinism": True}
+    base["evaluate"] |= {"scorer": f"{scorer}:vowels"}
+    writer = {"student": {"method": "opd"}, "dataset": {"method": "kd"}}
+    objective = {"forward": {"divergence": "forward_kl"}, "reverse": {"divergence": "reverse_kl"}}
+    exclude = [{"writer": "dataset", "objective": "reverse"}]
+    grid = {**base, "runs": None, "grid": {"writer": writer, "objective": objective, "exclude": exclude}}
+    assert call(tmp_path / "grid", grid) == 0, capfd.readouterr().err
+    result = json.loads(capfd.readouterr().out)
+    spelt = {f"{w} {o}": writer[w] | objective[o] for w, o in (("student", "forward"), ("dataset", "forward"))}
+    assert call(tmp_path / "spelt", {**base, "runs": spelt}) == 0
+    by_hand = json.loads(capfd.readouterr().out)["vowels"]["test"][""]
+    found = result["vowels"]["test"][""]
+    assert list(found) == ["student / forward", "student / reverse", "dataset / forward"]
+    assert {label.replace(" ", " / "): scores for label, scores in by_hand.items()} == {
+        label: scores for label, scores in found.items() if "reverse" not in label
+    }
+    with (tmp_path / "grid" / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    by_axis = {(row["writer"], row["objective"], row["seed"]): float(row["vowels"]) for row in rows}
+    assert by_axis == pytest.approx(
+        {(*label.split(" / "), str(seed)): one[seed] for label, one in found.items() for seed in (0, 1)}
+    )
+    with (tmp_path / "grid" / "differences.csv").open(encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["first"], row["second"], row["writer"]) == ("dataset / forward", "student / forward", "dataset")
+    assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+    assert row["p"] == row["adjusted_p"]  # of one comparison
+    report = (tmp_path / "grid" / "report.txt").read_text(encoding="utf-8")
+    assert "too few training seeds (2)" in report and "vowels: mean +-" in report
+    assert "| writer | forward | reverse |" in (tmp_path / "grid" / "results.md").read_text(encoding="utf-8")
+    assert (tmp_path / "grid" / "map.png").stat().st_size > 10_000
 
 
 def test_workers_of_a_comparison_that_was_killed_do_not_go_on_for_ever(home, tmp_path):
@@ -227,10 +348,10 @@ def test_one_run_more_adds_to_what_is_there(finished, home, tmp_path):
 
 def test_the_shipped_example_is_valid():
     options = command.parser().resolve(["--config", str(EXAMPLE)])
-    sections = {name: json.loads(getattr(options, name)) for name in command.SECTIONS}
-    tasks = compare.plan(output_dir=Path("runs"), seeds=[0], **sections)
-    compare.check(tasks)
-    command._pairs(options, sections["runs"])
+    sections = {name: command._section(name, getattr(options, name)) for name in command.SECTIONS}
+    tasks = plan(output_dir=Path("runs"), seeds=[0], **sections)
+    check(tasks, inputs=False)
+    command.compared(options, sections)
     assert {"sft", "kd", "seqkd", "imitkd", "gkd", "minillm", "distillm", "switch"} <= {task.label for task in tasks}
     assert len({task.student for task in tasks}) == 2
 
@@ -240,4 +361,4 @@ def test_a_file_where_a_folder_should_be_is_one_line(home, tmp_path, capfd):
     assert call(tmp_path / "runs", config_of(home)) == 2
     assert "is a file; give a folder" in capfd.readouterr().err
     with pytest.raises(UserError):
-        compare.plan(output_dir=tmp_path, seeds=[0], train={}, runs={"..": None}, evaluate={})
+        plan(output_dir=tmp_path, seeds=[0], train={}, runs={"..": None}, evaluate={})

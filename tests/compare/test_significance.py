@@ -7,7 +7,7 @@ import pytest
 from numpy.random import default_rng
 from scipy.integrate import trapezoid
 
-from switchkd.compare.significance import Difference, difference_of_gains, paired_difference, t_quantile, verdict
+from switchkd.compare.significance import Difference, difference_of_gains, holm, paired_difference, t_quantile, verdict
 
 # Deviations of training seeds, prompts and single scores: seeds alone, all three, prompts alone.
 NOISES = [(1.0, 0.0, 0.01), (1.0, 3.0, 5.0), (0.3, 5.0, 10.0), (0.0, 10.0, 1.0)]
@@ -43,13 +43,13 @@ def test_a_shift_without_noise_is_found_exactly():
     second = rng.uniform(0, 100, size=(3, 50))
     found = paired_difference(second + 1.5, second)
     assert (found.mean, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
-    assert (found.wrong_side, found.seeds_ahead, found.is_clear) == (0.0, 3, True)
+    assert (found.seeds_ahead, found.is_clear) == (3, True) and found.p_value < 1e-9
 
 
 def test_equal_scores_differ_by_nothing():
     scores = default_rng(2).uniform(0, 100, size=(3, 50))
     found = paired_difference(scores, scores)
-    assert (found.mean, found.low, found.high, found.wrong_side) == (0, 0, 0, 1.0)
+    assert (found.mean, found.low, found.high, found.p_value) == (0, 0, 0, 1.0)
     assert not found.is_clear
 
 
@@ -58,7 +58,7 @@ def test_swapping_the_methods_mirrors_everything():
     first, second = rng.normal(1, 5, size=(3, 80)), rng.normal(0, 5, size=(3, 80))
     one, other = paired_difference(first, second), paired_difference(second, first)
     assert (other.mean, other.low, other.high) == pytest.approx((-one.mean, -one.high, -one.low))
-    assert (other.wrong_side, other.seeds_ahead) == (one.wrong_side, one.seeds_ahead)
+    assert (other.p_value, other.seeds_ahead) == (one.p_value, one.seeds_ahead)
 
 
 def test_pairing_removes_what_both_methods_share():
@@ -80,6 +80,57 @@ def test_more_seeds_narrow_the_interval_when_seeds_are_what_varies():
     assert widths[0] > 3 * widths[-1]
 
 
+@pytest.mark.parametrize("noise", NOISES)
+def test_without_a_difference_p_values_are_small_as_seldom_as_they_say(noise):
+    rng = default_rng(9)
+    found = [paired_difference(simulated(rng, 3, 60, noise), np.zeros((3, 60)), resamples=1) for _ in range(2000)]
+    p_values = np.array([one.p_value for one in found])
+    for level in (0.05, 0.01):
+        # Two standard errors above; below it may lie, as noise of single scores counts twice.
+        assert (p_values < level).mean() <= level + 2 * np.sqrt(level / len(found)) + 0.01
+    assert (p_values < 0.5).mean() > 0.2
+
+
+def test_the_p_value_is_small_where_the_interval_excludes_zero():
+    rng = default_rng(10)
+    agree = []
+    for case in range(200):
+        scores = simulated(rng, 3, 60, NOISES[case % len(NOISES)]) + rng.uniform(0, 2)
+        found = paired_difference(scores, np.zeros_like(scores))
+        agree.append(found.is_clear == (found.p_value < 0.05))
+    assert np.mean(agree) > 0.9
+
+
+def test_holm_is_the_stepwise_rule_of_its_paper():
+    """At every level: walk up the sorted values and stop at the first that exceeds level / (number left)."""
+    rng = default_rng(11)
+    for size in (1, 2, 3, 10):
+        for _ in range(20):
+            p_values = list(rng.uniform(size=size) ** 3)
+            adjusted = holm(p_values)
+            for level in (0.01, 0.05, 0.3, 0.9):
+                rejected: set[int] = set()
+                for rank, index in enumerate(np.argsort(p_values)):
+                    if p_values[index] >= level / (size - rank):
+                        break
+                    rejected.add(int(index))
+                assert rejected == {index for index, value in enumerate(adjusted) if value < level}
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.7, 0.6]) == [1.0, 1.0]
+
+
+def test_twenty_equal_methods_are_seldom_told_apart():
+    """Without the correction about two in three such comparisons would call some difference significant."""
+    rng, raw, corrected = default_rng(12), [], []
+    for _ in range(200):
+        scores = [simulated(rng, 3, 60, NOISES[1]) for _ in range(20)]
+        p_values = [paired_difference(one, np.zeros_like(one), resamples=1).p_value for one in scores]
+        raw.append(min(p_values) < 0.05)
+        corrected.append(min(holm(p_values)) < 0.05)
+    assert np.mean(raw) > 0.3
+    assert np.mean(corrected) <= 0.09
+
+
 def test_the_order_of_seeds_and_prompts_does_not_matter():
     rng = default_rng(6)
     scores = simulated(rng, 3, 90, NOISES[1]) + 2
@@ -98,8 +149,10 @@ def test_one_training_seed_is_compared_over_prompts_and_said_to_be_one():
     assert found.seeds == 1 and found.is_clear
     # The only source of chance left is the prompts': the normal interval of their mean.
     assert found.high - found.low == pytest.approx(2 * 1.97 * 3 / np.sqrt(200), rel=0.2)
-    text = verdict("switch", "sft", found)
-    assert "one training seed only" in text and "unknown" in text and "over prompts)" in text
+    text = verdict("switch", "sft", found, 0.01)
+    assert (
+        "one training seed only" in text and "unknown" in text and "over prompts)" in text and "significant" not in text
+    )
 
 
 def test_gains_that_grow_are_told_from_gains_that_do_not():
@@ -111,26 +164,38 @@ def test_gains_that_grow_are_told_from_gains_that_do_not():
 
 
 def difference(mean: float, low: float, high: float, seeds: int = 3) -> Difference:
-    return Difference(mean, low, high, wrong_side=0.01, seeds=seeds, prompts=240, seeds_ahead=seeds)
+    return Difference(mean, low, high, p_value=0.01, seeds=seeds, prompts=240, seeds_ahead=seeds)
 
 
 @pytest.mark.parametrize(
-    ("found", "text"),
+    ("found", "adjusted_p", "text"),
     [
         (
             difference(1.9, 0.4, 3.1),
-            "switch is ahead of sft by 1.9 points: significant (95% interval 0.4 to 3.1 over seeds and prompts)",
+            0.012,
+            "switch is ahead of sft by 1.9 points: significant (95% interval 0.4 to 3.1 over seeds and prompts; "
+            "adjusted p 0.012)",
         ),
-        (difference(-1.9, -3.1, -0.4), "switch is behind sft by 1.9 points: significant (95% interval 0.4 to 3.1"),
+        (
+            difference(1.9, 0.4, 3.1),
+            0.051,
+            "switch against sft: no significant difference: +1.9 points (95% interval +0.4 to +3.1",
+        ),
+        (
+            difference(-1.9, -3.1, -0.4),
+            0.0001,
+            "switch is behind sft by 1.9 points: significant (95% interval 0.4 to 3.1",
+        ),
         (
             difference(0.9, -0.4, 2.1),
+            0.3,
             "switch against sft: no significant difference: +0.9 points (95% interval -0.4 to +2.1",
         ),
     ],
 )
-def test_the_verdict_says_which_is_ahead_or_that_there_is_no_significant_difference(found, text):
-    assert verdict("switch", "sft", found).startswith(text)
-    assert "same sign in 3 of 3 seeds" in verdict("switch", "sft", found)
+def test_the_verdict_says_which_is_ahead_or_that_there_is_no_significant_difference(found, adjusted_p, text):
+    assert verdict("switch", "sft", found, adjusted_p).startswith(text)
+    assert "same sign in 3 of 3 seeds" in verdict("switch", "sft", found, adjusted_p)
 
 
 @pytest.mark.parametrize("shapes", [((3, 5), (3, 4)), ((0, 5), (0, 5)), ((3, 1), (3, 1)), ((5,), (5,))])

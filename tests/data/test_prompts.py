@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import torch
 from datasets import Dataset
 from helpers.tiny import build_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from switchkd.data import PrepareReport, alpaca_prompt, encode_prompt, load_records, pad_prompts, prepare
+from switchkd.data import PrepareReport, alpaca_prompt, encode_prompt, load_records, prepare
 from switchkd.errors import UserError
 
 CHAT_TEMPLATE = (
@@ -379,16 +378,6 @@ def test_template_that_refuses_the_messages_is_reported_in_one_line():
     tokenizer = byte_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     message = refusal(prepare, rows({"messages": [USER, USER]}), tokenizer)
     assert message.startswith("row 1: ") and "roles must alternate" in message
-
-
-# -------------------------------------------------------------------------------------------------- batches
-
-
-def test_prompts_are_padded_on_the_left():
-    prompt_ids, prompt_mask = pad_prompts([[5, 6, 7], [8]], pad_token_id=0)
-    assert prompt_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert prompt_mask.tolist() == [[True] * 3, [False, False, True]]
-    assert (prompt_ids.dtype, prompt_mask.dtype) == (torch.int64, torch.bool)
 
 
 # ---------------------------------------------------------------------------------------------- real records

@@ -16,6 +16,7 @@ from switchkd.policies import StudentPolicy, SwitchPolicy
 
 IDS, MASK = make_prompts(3, longest=5)
 ROWS = torch.tensor([4, 9, 2])
+RAGGED = [ids[keep].tolist() for ids, keep in zip(IDS, MASK, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,9 @@ def written(pair, **over):
         {"prompt_ids": IDS.numpy()[::-1][::-1].astype(np.int32), "row_ids": ROWS.numpy().astype(np.uint16)},
         {"prompt_ids": IDS.to(torch.int16), "prompt_mask": MASK.float(), "row_ids": tuple(ROWS.tolist())},
         {"prompt_mask": MASK.long(), "row_ids": ROWS.int()},
+        {"prompt_ids": RAGGED, "prompt_mask": None},
+        {"prompt_ids": tuple(map(torch.tensor, RAGGED)), "prompt_mask": None},
+        {"teacher_prompt_ids": RAGGED, "teacher_prompt_mask": None},
         {"eos_token_id": np.array([7, EOS_ID])},
         {"eos_token_id": torch.tensor([EOS_ID, 7, 7])},
         {"eos_token_id": {np.int64(7), EOS_ID}},
@@ -152,8 +156,19 @@ def test_what_is_no_integer_is_named_with_its_value(pair, name, value):
         ({"eos_token_id": "7"}, "eos_token_id must be an integer, got '7'"),
         ({"prompt_ids": IDS.float()}, "student prompts must hold integers, got float32"),
         ({"prompt_ids": MASK}, "student prompts must hold integers, got bool"),
-        ({"prompt_ids": [[1, 2], [3]]}, "switchkd.data.pad_prompts pads lists of ids"),
-        ({"prompt_ids": [1, 2, 3]}, "student prompts must be [B, P] with at least one token, got [3]"),
+        (
+            {"prompt_ids": [1, 2, 3], "prompt_mask": None},
+            "student prompts must be [B, P] or a list of ids for each row",
+        ),
+        ({"prompt_ids": [[1, 2], []], "prompt_mask": None}, "student prompt of row 1 is empty"),
+        ({"prompt_ids": [[1, 2], [0.5]], "prompt_mask": None}, "student prompt of row 1 must hold integers"),
+        ({"prompt_ids": [[1, 2], "ab"], "prompt_mask": None}, "student prompt of row 1 must be a tensor"),
+        ({"prompt_ids": [[1, 2], [10**30]], "prompt_mask": None}, "an id that does not fit 64 bits"),
+        (
+            {"prompt_ids": [], "prompt_mask": None},
+            "student prompts must be [B, P] with at least one token, got no rows",
+        ),
+        ({"prompt_ids": [[1, 2], [3]]}, "student prompts must be a tensor, an array or lists of equal length"),
         ({"prompt_ids": IDS.masked_fill(MASK, -5)}, "student prompt holds id -5, but the model knows only ids 0 to 97"),
         ({"prompt_mask": MASK * 2}, "student prompt mask must hold only True and False, or 1 and 0"),
         ({"prompt_mask": torch.where(MASK, 0.0, -math.inf)}, "student prompt mask must hold only"),

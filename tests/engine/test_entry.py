@@ -218,9 +218,9 @@ class AlternatingPolicy(Policy):
     def initial_state(self, rows, device):
         return torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def decide(self, measure, position, state=None, uniform=None):
-        author = torch.where(state % 2 == 1, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
-        return Decision(author, torch.full_like(measure, math.nan)), state + 1
+    def decide(self, at):
+        author = torch.where(at.state % 2 == 1, int(Author.TEACHER), int(Author.STUDENT)).to(torch.uint8)
+        return Decision(author, torch.full_like(at.measure, math.nan), at.state + 1)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, "auto"])
@@ -483,12 +483,12 @@ def test_rollout_record_names_author_and_evidence_of_every_token(tiny_tokenizer)
     student, teacher = make_pair("gpt2")
     ids = torch.tensor([tiny_tokenizer("Hi there").input_ids])
     rollout = roll_out(student, teacher, ids, policy=SWITCH, max_new_tokens=12)
-    record = rollout.records(tiny_tokenizer)[0]
+    record = rollout.to_dicts(tiny_tokenizer)[0]
     assert record["prompt"] == "Hi there"
     assert set(record["author"]) <= {"student", "teacher"}
     assert len(record["tokens"]) == len(record["author"]) == len(record["divergence"]) == 12
     assert rollout.teacher_share == pytest.approx(record["author"].count("teacher") / 12)
-    pure = roll_out(student, None, ids, policy=StudentPolicy(), max_new_tokens=3).records()[0]
+    pure = roll_out(student, None, ids, policy=StudentPolicy(), max_new_tokens=3).to_dicts()[0]
     assert pure["divergence"] == pure["threshold"] == [None] * 3
 
 

@@ -46,7 +46,7 @@ def refusal(function, *arguments, **options) -> str:
     return message
 
 
-OPTIONS = {"seeds": (10, 20), "max_new_tokens": 12, "progress": False}
+OPTIONS = {"seeds": (10, 20), "max_completion_length": 12, "progress": False}
 
 
 # ------------------------------------------------------------------------------------------ generated text
@@ -83,7 +83,7 @@ def test_every_eos_of_tokenizer_and_model_ends_an_answer_and_is_counted_but_not_
     model = make_gpt2()
     letters = [tiny_tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefghijklm"]
     model.generation_config.eos_token_id = letters
-    result = evaluate(model, tiny_tokenizer, data, **{**OPTIONS, "max_new_tokens": 40})
+    result = evaluate(model, tiny_tokenizer, data, **{**OPTIONS, "max_completion_length": 40})
     finished = [row for row in result.rows if row["finished"]]
     assert finished
     for row in result.rows:
@@ -93,7 +93,7 @@ def test_every_eos_of_tokenizer_and_model_ends_an_answer_and_is_counted_but_not_
 
 
 def test_scores_are_the_means_of_their_rows(make_gpt2, tiny_tokenizer, data):
-    result = evaluate(make_gpt2(), tiny_tokenizer, data, **{**OPTIONS, "seeds": (1, 2, 3), "max_new_tokens": 40})
+    result = evaluate(make_gpt2(), tiny_tokenizer, data, **{**OPTIONS, "seeds": (1, 2, 3), "max_completion_length": 40})
     for seed, score in zip(result.seeds, result.scores, strict=True):
         scores = [row["rouge_l"] for row in result.rows if row["seed"] == seed]
         assert len(scores) == len(data)
@@ -154,7 +154,7 @@ def test_rows_and_summary_are_json(make_gpt2, tiny_tokenizer, data, tmp_path):
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
-        "max_new_tokens": 12,
+        "max_completion_length": 12,
         "no_repeat_ngram_size": 0,
         "seeds": [10, 20],
         "batch_size": 8,
@@ -167,12 +167,12 @@ def test_rows_and_summary_are_json(make_gpt2, tiny_tokenizer, data, tmp_path):
 def test_ngram_block_is_said_seeded_and_leaves_the_global_generator_alone(make_gpt2, tiny_tokenizer, data):
     model = make_gpt2()
     state = torch.random.get_rng_state()
-    result = evaluate(model, tiny_tokenizer, data, no_repeat_ngram_size=2, **{**OPTIONS, "max_new_tokens": 40})
+    result = evaluate(model, tiny_tokenizer, data, no_repeat_ngram_size=2, **{**OPTIONS, "max_completion_length": 40})
     assert torch.equal(torch.random.get_rng_state(), state)
     assert result.summary()["decoding"]["decoder"] == "transformers.generate"
     assert result.summary()["decoding"]["no_repeat_ngram_size"] == 2
     torch.manual_seed(123)
-    again = evaluate(model, tiny_tokenizer, data, no_repeat_ngram_size=2, **{**OPTIONS, "max_new_tokens": 40})
+    again = evaluate(model, tiny_tokenizer, data, no_repeat_ngram_size=2, **{**OPTIONS, "max_completion_length": 40})
     assert again.rows == result.rows
     assert texts(result)[10, 0] != texts(result)[20, 0]
 
@@ -184,7 +184,7 @@ def test_ngram_block_blocks(make_gpt2, tiny_tokenizer, data, temperature):
             make_gpt2(),
             tiny_tokenizer,
             data,
-            **{**OPTIONS, "max_new_tokens": 60},
+            **{**OPTIONS, "max_completion_length": 60},
             temperature=temperature,
             top_k=2,
             **options,
@@ -211,10 +211,13 @@ def test_ngram_decoder_samples_from_the_whole_distribution_whatever_the_model_as
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 122}, "the longest prompt has 8 tokens and max_new_tokens is 122, together more than"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be >= 0, got -1"),
+        (
+            {"max_completion_length": 122},
+            "the longest prompt has 8 tokens and max_completion_length is 122, together more than",
+        ),
+        ({"max_completion_length": 0}, "max_completion_length must be an integer >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0, got -1"),
         ({"seeds": ()}, "seeds must be one or more different integers, got []"),
         ({"seeds": (1, 1)}, "seeds must be one or more different integers, got [1, 1]"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
@@ -228,7 +231,7 @@ def test_settings_out_of_range_are_refused(make_model, tiny_tokenizer, data, opt
 
 def test_longest_answer_that_fits_the_context_is_accepted(make_model, tiny_tokenizer):
     data, _ = prepare(Dataset.from_list([{"prompt": "p" * 120, "completion": "a"}]), tiny_tokenizer)
-    evaluate(make_model(), tiny_tokenizer, data, **{**OPTIONS, "max_new_tokens": 8})
+    evaluate(make_model(), tiny_tokenizer, data, **{**OPTIONS, "max_completion_length": 8})
 
 
 def test_data_without_references_and_unprepared_data_are_refused(make_gpt2, tiny_tokenizer):
@@ -337,7 +340,7 @@ def test_real_instruction_records_are_scored(shared_dir, make_gpt2):
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "data" / "tokenizers" / "gpt2")
     data, _ = prepare(load_records(str(shared_dir / "data" / "vicuna" / "valid.jsonl")), tokenizer)
     model = make_gpt2(vocab_size=50257, n_positions=512, eos_token_id=50256, bos_token_id=50256, pad_token_id=50256)
-    result = evaluate(model, tokenizer, data.select(range(6)), seeds=(10, 20), max_new_tokens=16, progress=False)
+    result = evaluate(model, tokenizer, data.select(range(6)), seeds=(10, 20), max_completion_length=16, progress=False)
     assert len(result.rows) == 12
     assert result.by_length.keys() <= {"41-100", "over 100", "11-40", "0-10"}
 

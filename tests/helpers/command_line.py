@@ -39,12 +39,12 @@ def one_line_error(code: int, out: str, err: str) -> str:
 def rollout_options(models: Path, *more: Any) -> list[Any]:
     return [
         *("rollout", "--model_name_or_path", models / "student", "--teacher_model_name_or_path", models / "teacher"),
-        *("--max_new_tokens", 12, *more),
+        *("--max_completion_length", 12, *more),
     ]
 
 
 def evaluate_options(models: Path, model: Path, output_dir: Path, *more: Any) -> list[Any]:
     return [
         *("evaluate", "--model_name_or_path", model, "--dataset_name", models / "train.jsonl"),
-        *("--output_dir", output_dir, "--max_new_tokens", 8, "--seeds", "10,20", *more),
+        *("--output_dir", output_dir, "--max_completion_length", 8, "--seeds", "10,20", *more),
     ]

@@ -16,6 +16,12 @@ from helpers.tiny import EOS_ID, RAGGED_ROWS, build_gpt2, build_trainer
 RUNS = {
     "kd": {"method": "kd"},
     "switch": {"initial_threshold": 0.42, "schedule": "constant", "draft_length": "3"},
+    "share_held": {
+        "initial_threshold": 0.42,
+        "schedule": "constant",
+        "draft_length": "3",
+        "target_teacher_share": 0.3,
+    },
     "accumulated": {
         "initial_threshold": 0.42,
         "schedule": "constant",

@@ -12,6 +12,8 @@ from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import (
+    PacedSwitchPolicy,
+    Positions,
     RandomPolicy,
     StudentConfidencePolicy,
     StudentEntropyPolicy,
@@ -20,6 +22,7 @@ from switchkd.policies import (
     SwitchPolicy,
     TeacherFirstPolicy,
     TeacherPolicy,
+    TeacherPrefixPolicy,
 )
 from switchkd.policies.controls import first_tokens_with_share
 from switchkd.rollout import Author
@@ -36,7 +39,7 @@ def switch_author(policy, tables, prefix):
     writer, leg, since = None, 0, 0
     for position, token in enumerate(prefix):
         clock = since if policy.clock == "since_teacher" else position
-        wanted = "teacher" if jsd_of(tables, token) > float(policy.threshold(torch.tensor(clock))) else "student"
+        wanted = "teacher" if jsd_of(tables, token) > float(policy.rule.threshold(torch.tensor(clock))) else "student"
         if writer is not None and leg < policy.minimum_leg:
             wanted = writer
         leg = leg + 1 if wanted == writer else 1
@@ -49,6 +52,11 @@ def switch_author(policy, tables, prefix):
 RULES = {
     "random": (RandomPolicy(0.35), lambda tables, prefix: None),
     "teacher_first": (TeacherFirstPolicy(2), lambda tables, prefix: "teacher" if len(prefix) <= 2 else "student"),
+    # A third of the way: 3 tokens have become 2.
+    "teacher_prefix": (
+        TeacherPrefixPolicy(3).at_progress(1 / 3),
+        lambda tables, prefix: "teacher" if len(prefix) <= 2 else "student",
+    ),
     "student_first": (StudentFirstPolicy(1), lambda tables, prefix: "teacher" if len(prefix) > 1 else "student"),
     "student_entropy": (
         StudentEntropyPolicy(0.85, schedule="constant"),
@@ -60,9 +68,12 @@ RULES = {
         StudentConfidencePolicy(-math.log(0.6), schedule="constant"),
         lambda tables, prefix: "teacher" if float(tables[0][prefix[-1]].exp().max()) < 0.6 else "student",
     ),
-    "minimum_leg": (SwitchPolicy(0.1, schedule="constant", minimum_leg=2), None),
-    "since_teacher": (SwitchPolicy(0.2, final_ratio=0.1, horizon=2, clock="since_teacher"), None),
-    "both": (SwitchPolicy(0.2, final_ratio=0.1, horizon=2, clock="since_teacher", minimum_leg=2), None),
+    "minimum_leg": (PacedSwitchPolicy(SwitchPolicy(0.1, schedule="constant"), 2), None),
+    "since_teacher": (PacedSwitchPolicy(SwitchPolicy(0.2, final_ratio=0.1, horizon=2), 1, "since_teacher"), None),
+    "both": (
+        SwitchPolicy.of(initial_threshold=0.2, final_ratio=0.1, horizon=2, clock="since_teacher", minimum_leg=2),
+        None,
+    ),
 }
 
 
@@ -88,12 +99,13 @@ def test_frequencies_of_whole_texts_match_the_enumerated_rule(name, draft_length
 POLICIES = {
     "random": RandomPolicy(0.4),
     "teacher_first": TeacherFirstPolicy(7),
+    "teacher_prefix": TeacherPrefixPolicy(12, prefix_decay=0.5).at_progress(0.25),
     "student_first": StudentFirstPolicy(7),
     "student_entropy": StudentEntropyPolicy(3.4, final_ratio=0.9, horizon=15),
     "student_confidence": StudentConfidencePolicy(1.0, final_ratio=0.5, horizon=20),
-    "minimum_leg": SwitchPolicy(0.12, final_ratio=0.2, horizon=24, minimum_leg=3),
-    "since_teacher": SwitchPolicy(0.3, final_ratio=0.2, horizon=6, clock="since_teacher"),
-    "both": SwitchPolicy(0.3, final_ratio=0.2, horizon=6, clock="since_teacher", minimum_leg=2),
+    "minimum_leg": SwitchPolicy.of(initial_threshold=0.12, final_ratio=0.2, horizon=24, minimum_leg=3),
+    "since_teacher": SwitchPolicy.of(initial_threshold=0.3, final_ratio=0.2, horizon=6, clock="since_teacher"),
+    "both": SwitchPolicy.of(initial_threshold=0.3, final_ratio=0.2, horizon=6, clock="since_teacher", minimum_leg=2),
 }
 
 
@@ -118,6 +130,9 @@ def test_every_draft_length_writes_the_same_tokens_authors_and_measures(name, fa
         (RandomPolicy(1.0), TeacherPolicy()),
         (TeacherFirstPolicy(0), StudentPolicy()),
         (TeacherFirstPolicy(20), TeacherPolicy()),
+        (TeacherPrefixPolicy(20), TeacherPolicy()),
+        (TeacherPrefixPolicy(20, prefix_decay=0.5).at_progress(0.5), StudentPolicy()),
+        (TeacherPrefixPolicy(7), TeacherFirstPolicy(7)),
         (StudentFirstPolicy(0), TeacherPolicy()),
         (StudentFirstPolicy(20), StudentPolicy()),
         (StudentEntropyPolicy(math.inf), StudentPolicy()),
@@ -199,7 +214,7 @@ def legs_of(rollout, row):
 def test_nobody_gives_the_pen_back_before_the_minimum_leg(minimum, draft_length):
     student, teacher = make_pair("llama")
     ids, mask = make_prompts(3)
-    policy = SwitchPolicy(initial_threshold=0.1, schedule="constant", minimum_leg=minimum)
+    policy = SwitchPolicy.of(initial_threshold=0.1, schedule="constant", minimum_leg=minimum)
     options = {"max_new_tokens": 30, "draft_length": draft_length}
     rollout = roll_out(student, teacher, ids, mask, policy=policy, **options)
     legs = [legs_of(rollout, row) for row in range(3)]
@@ -218,7 +233,7 @@ def test_nobody_gives_the_pen_back_before_the_minimum_leg(minimum, draft_length)
 def test_minimum_leg_beyond_the_text_leaves_it_to_the_first_author():
     student, teacher = make_pair("gpt2")
     ids, mask = make_prompts(8)
-    policy = SwitchPolicy(initial_threshold=0.1, schedule="constant", minimum_leg=100)
+    policy = SwitchPolicy.of(initial_threshold=0.1, schedule="constant", minimum_leg=100)
     rollout = roll_out(student, teacher, ids, mask, policy=policy, max_new_tokens=20)
     assert bool((rollout.author == rollout.author[:, :1]).all())
     assert 0.0 < rollout.teacher_share < 1.0
@@ -231,20 +246,21 @@ def test_drift_clock_with_a_constant_schedule_and_legs_of_one_token_is_the_plain
     ids, mask = make_prompts(5)
     options = {"max_new_tokens": 24, "eos_token_id": EOS_ID, "draft_length": draft_length}
     plain = SwitchPolicy(0.12, schedule="constant")
-    walked = SwitchPolicy(0.12, schedule="constant", clock="since_teacher", minimum_leg=1)
+    walked = PacedSwitchPolicy(plain, minimum_leg=1, clock="since_teacher")
     assert walked.stateful and not plain.stateful
     first = roll_out(student, teacher, ids, mask, policy=plain, **options)
     assert_same(first, roll_out(student, teacher, ids, mask, policy=walked, **options), tolerance=0.0)
 
 
 def test_drift_clock_is_the_position_until_the_teacher_writes_and_starts_anew_afterwards():
-    policy = SwitchPolicy(0.4, final_ratio=0.1, horizon=10, clock="since_teacher")
+    policy = SwitchPolicy.of(initial_threshold=0.4, final_ratio=0.1, horizon=10, clock="since_teacher")
     measures = [0.0, 0.0, 0.5, 0.0, 0.0, 0.0]
     state, seen = policy.initial_state(1, torch.device("cpu")), []
     for position, measure in enumerate(measures):
-        decision, state = policy.decide(torch.tensor([measure]), torch.tensor([position]), state)
+        decision = policy.decide(Positions(torch.tensor([measure]), torch.tensor([position]), state))
+        state = decision.state
         seen.append(float(decision.threshold))
-    by_position = policy.threshold(torch.arange(6))
+    by_position = policy.rule.threshold(torch.arange(6))
     assert seen == pytest.approx([*by_position[:3].tolist(), *by_position[:3].tolist()])
 
 
@@ -252,7 +268,7 @@ def test_drift_clock_is_the_position_until_the_teacher_writes_and_starts_anew_af
 def test_threshold_ln_2_is_the_student_alone_with_legs_and_clock_too(draft_length):
     student, teacher = make_pair("gpt2", noise=1.0)
     ids, mask = make_prompts(3)
-    policy = SwitchPolicy(LN_2, schedule="constant", minimum_leg=4, clock="since_teacher")
+    policy = SwitchPolicy.of(initial_threshold=LN_2, schedule="constant", minimum_leg=4, clock="since_teacher")
     rollout = roll_out(student, teacher, ids, mask, policy=policy, max_new_tokens=15, draft_length=draft_length)
     alone = roll_out(student, None, ids, mask, policy=StudentPolicy(), max_new_tokens=15)
     assert torch.equal(rollout.completion_ids, alone.completion_ids)
@@ -274,14 +290,16 @@ def test_the_same_model_with_the_same_prompt_never_takes_over_from_itself(draft_
 @pytest.mark.parametrize(
     ("policy", "options", "message"),
     [
-        (RandomPolicy, {"teacher_share": 1.1}, "teacher_share must lie in .0, 1., got 1.1"),
-        (RandomPolicy, {"teacher_share": math.nan}, "teacher_share"),
+        (RandomPolicy, {"teacher_probability": 1.1}, "teacher_probability must lie in .0, 1., got 1.1"),
+        (RandomPolicy, {"teacher_probability": math.nan}, "teacher_probability"),
+        (TeacherPrefixPolicy, {"teacher_tokens": -1}, "teacher_tokens must be an integer >= 0, got -1"),
+        (TeacherPrefixPolicy, {"prefix_decay": 0.0}, "prefix_decay must lie in .0, 1., a share of the training, got"),
         (TeacherFirstPolicy, {"teacher_tokens": -1}, "teacher_tokens must be an integer >= 0, got -1"),
         (StudentFirstPolicy, {"switch_position": 1.5}, "switch_position must be an integer >= 0, got 1.5"),
         (StudentEntropyPolicy, {"initial_threshold": -0.1}, "initial_threshold must lie in .0, inf nats., got -0.1"),
         (StudentConfidencePolicy, {"initial_threshold": math.nan}, "initial_threshold"),
-        (SwitchPolicy, {"minimum_leg": 0}, "minimum_leg must be an integer >= 1, got 0"),
-        (SwitchPolicy, {"clock": "steps"}, "clock must be one of position, since_teacher, got 'steps'"),
+        (SwitchPolicy.of, {"minimum_leg": 0}, "minimum_leg must be an integer >= 1, got 0"),
+        (SwitchPolicy.of, {"clock": "steps"}, "clock must be one of position, since_teacher, got 'steps'"),
     ],
 )
 def test_options_outside_their_range_are_refused_in_one_line(policy, options, message):
@@ -294,3 +312,10 @@ def test_options_outside_their_range_are_refused_in_one_line(policy, options, me
 def test_shares_outside_their_range_are_refused(strategy):
     with pytest.raises(UserError, match="teacher_share must lie in"):
         strategy.from_share(1.5, 10)
+
+
+def test_the_teachers_prefix_falls_linearly_to_nothing():
+    policy = TeacherPrefixPolicy(teacher_tokens=40, prefix_decay=0.5)
+    assert policy.at_progress(0.0) == policy
+    seen = [policy.at_progress(progress).teacher_tokens for progress in (0.0, 0.125, 0.25, 0.4, 0.5, 1.0)]
+    assert seen == [40, 30, 20, 8, 0, 0]

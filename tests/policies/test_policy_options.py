@@ -8,7 +8,9 @@ import pytest
 from switchkd.commands.policy_options import NAMES, OPTIONS, add_policy_options
 from switchkd.methods import METHODS
 from switchkd.policies import POLICIES
+from switchkd.policies.base import Policy
 from switchkd.policy_options import POLICY_OPTIONS, TRAINING_ONLY
+from switchkd.rollout import MEASURED
 from switchkd.training.config import SwitchConfig
 
 KINDS = {int: "int", float: "float", str: "str"}
@@ -17,12 +19,19 @@ KINDS = {int: "int", float: "float", str: "str"}
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_the_table_holds_the_fields_of_every_policy_with_their_defaults(name):
     """Help stated wrong defaults of initial_threshold for student_entropy and student_confidence."""
-    own = {field.name: field.default for field in dataclasses.fields(POLICIES[name]) if field.init}
+    own = POLICIES[name].options()
     table = {option: o.default[name] for option, o in POLICY_OPTIONS.items() if name in o.policies}
     assert own.keys() == table.keys()
     for option, default in own.items():
-        # The horizon follows the length limit of completions wherever there is one.
-        assert table[option] == (None if option == "horizon" else default), option
+        follows_limit = option in POLICIES[name].length_options
+        assert table[option] == (None if follows_limit else default), option
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_a_policy_that_compares_something_says_what(policy):
+    """Logs called the divergence of SWITCH, entropies and the training loss by one word."""
+    assert (policy.measure is Policy.measure) == (policy().measured is None)
+    assert policy().measured in (None, *MEASURED)
 
 
 def test_every_policy_and_option_is_on_the_command_line_and_in_the_config():
@@ -40,7 +49,7 @@ def test_every_policy_and_option_is_on_the_command_line_and_in_the_config():
 @pytest.mark.parametrize("method", [method for method in METHODS.values() if method.policy_options])
 def test_the_help_of_train_states_the_value_that_holds_for_each_method(method):
     fields = {field.name: field for field in dataclasses.fields(SwitchConfig)}
-    for name, value in method.default_options().items():
+    for name, value in method.default_options("max_completion_length").items():
         help = fields[name].metadata["help"]
-        shown = "max_completion_length" if name == "horizon" else f"{value:.4g}" if isinstance(value, float) else value
+        shown = f"{value:.4g}" if isinstance(value, float) else value
         assert method.name in help.split(":")[0].lower() and f"{shown}" in help.split("(default: ")[1]

@@ -14,6 +14,7 @@ from switchkd.errors import UserError
 from switchkd.policies import (
     AdaSwitchPolicy,
     BlendPolicy,
+    Positions,
     RelayPolicy,
     SkdPolicy,
     StudentPolicy,
@@ -162,7 +163,7 @@ def test_skd_ranks_the_drafted_token_in_the_teachers_order_and_ties_belong_to_th
     assert ranks[:5].tolist() == [1.0, 2.0, 2.0, 4.0, 4.0]
     for top_k, inside in ((1, 1), (2, 3), (3, 3), (4, 5), (6, 5), (100, 5)):
         policy = SkdPolicy(top_k)
-        author = policy.decide(policy.measure(student, teacher, torch.arange(6)), torch.zeros(6))[0].author
+        author = policy.decide(Positions(policy.measure(student, teacher, torch.arange(6)), torch.zeros(6))).author
         # An id that the teacher excludes is outside every top K.
         assert author.tolist() == [Author.STUDENT] * inside + [Author.TEACHER] * (6 - inside)
 
@@ -213,7 +214,8 @@ def test_ada_switch_forgets_an_infinite_divergence_with_its_window():
     policy = AdaSwitchPolicy(divergence_multiple=2.0, divergence_window=2)
     state, authors = policy.initial_state(1, torch.device("cpu")), []
     for position, measure in enumerate([math.inf, 0.1, 0.1, 0.1, 0.5, 0.1]):
-        decision, state = policy.decide(torch.tensor([measure]), torch.tensor([position]), state)
+        decision = policy.decide(Positions(torch.tensor([measure]), torch.tensor([position]), state))
+        state = decision.state
         authors.append(int(decision.author))
     assert authors == [1, 1, 1, 1, 2, 2]
 

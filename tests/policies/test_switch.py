@@ -7,7 +7,7 @@ import torch
 
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.errors import UserError
-from switchkd.policies import BlendPolicy, RelayPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
+from switchkd.policies import BlendPolicy, Positions, RelayPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
 from switchkd.rollout import Author
 
 
@@ -50,7 +50,7 @@ def test_teacher_writes_exactly_where_the_jsd_exceeds_the_threshold():
     position = torch.arange(200)
     measure = policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64))
     assert torch.allclose(measure, generalized_jsd(student, teacher))
-    decision, _ = policy.decide(measure, position)
+    decision = policy.decide(Positions(measure, position))
     assert torch.equal(decision.author == Author.TEACHER, measure > decision.threshold)
     assert 0 < int((decision.author == Author.TEACHER).sum()) < 200
 
@@ -62,17 +62,16 @@ def test_threshold_ln_2_without_decay_never_gives_a_position_away_even_to_disjoi
     policy = SwitchPolicy(initial_threshold=LN_2, schedule="constant")
     measure = policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64))
     assert float(measure) == pytest.approx(LN_2)
-    assert policy.decide(measure, torch.tensor([0]))[0].author.item() == Author.STUDENT
+    assert policy.decide(Positions(measure, torch.tensor([0]))).author.item() == Author.STUDENT
     below = SwitchPolicy(initial_threshold=0.69, schedule="constant")
-    assert below.decide(measure, torch.tensor([0]))[0].author.item() == Author.TEACHER
+    assert below.decide(Positions(measure, torch.tensor([0]))).author.item() == Author.TEACHER
 
 
 def test_threshold_zero_gives_every_position_where_the_two_differ_to_the_teacher():
     student, teacher = pairs()
     policy = SwitchPolicy(initial_threshold=0.0)
-    decision, _ = policy.decide(
-        policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64)), torch.arange(200)
-    )
+    measure = policy.measure(student, teacher, torch.zeros(len(student), dtype=torch.int64))
+    decision = policy.decide(Positions(measure, torch.arange(200)))
     assert bool((decision.author == Author.TEACHER).all())
 
 
@@ -86,7 +85,7 @@ def test_blend_is_the_weighted_sum_of_probabilities(weight):
 def test_pure_policies_give_every_position_to_one_author():
     measure = torch.full((5,), math.nan)
     for policy, author in ((StudentPolicy(), Author.STUDENT), (TeacherPolicy(), Author.TEACHER)):
-        decision, _ = policy.decide(measure, torch.arange(5))
+        decision = policy.decide(Positions(measure, torch.arange(5)))
         assert decision.author.tolist() == [author] * 5
         assert bool(decision.threshold.isnan().all())
 

@@ -159,8 +159,11 @@ EFFECTS = {
     "leg_budget": ((0, 12), _text, {"method": "relay", "trigger_threshold": 0.0}),
     "kl_budget": ((0.0, 5.0), _text, {"method": "trb"}),
     "kl_budget_warmup": ((0.01, 1.0), _text, {"method": "trb", "kl_budget": 5.0, "max_steps": 2}),
-    "teacher_share": ((0.0, 1.0), _text, {"method": "random"}),
+    "teacher_probability": ((0.0, 1.0), _text, {"method": "random"}),
     "teacher_tokens": ((0, 12), _text, {"method": "teacher_first"}),
+    "prefix_decay": ((0.1, 1.0), _text, {"method": "teacher_prefix", "max_steps": 2}),
+    "truncation_start": ((0.1, 1.0), _text, {"method": "opd"}),
+    "truncation_warmup": ((0.1, 1.0), _text, {"method": "truncated", "max_steps": 2}),
     "switch_position": ((0, 12), _text, {"method": "student_first"}),
     "replay_capacity": (
         (2, 5),

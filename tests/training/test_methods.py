@@ -13,7 +13,7 @@ from switchkd.divergences import LN_2
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.methods import METHODS
-from switchkd.policies import BlendPolicy
+from switchkd.policies import BlendPolicy, SwitchPolicy
 from switchkd.rollout import Author
 
 WITH_HINTS = Dataset.from_list([{**row, "teacher_prompt": "Hint! " + row["prompt"]} for row in RAGGED_ROWS])
@@ -37,6 +37,7 @@ MIDDLE = {
     "relay": {"trigger_threshold": 0.4, "leg_length": 2, "leg_budget": 2},
     "trb": {"kl_budget": 1.0},
     "teacher_first": {"teacher_tokens": 5},
+    "teacher_prefix": {"teacher_tokens": 6},
     "student_first": {"switch_position": 5},
     "student_entropy": {"initial_threshold": 3.3, "schedule": "constant"},
     "student_confidence": {"initial_threshold": 1.5, "schedule": "constant"},
@@ -57,7 +58,7 @@ class Watch:
 
         def watched_write(*args, **kwargs):
             written = write(*args, **kwargs)
-            self.rollouts.append(written[0])
+            self.rollouts.append(written)
             return written
 
         trainer.compute_loss, trainer.text.write = watched, watched_write
@@ -77,7 +78,10 @@ class Watch:
 
     @property
     def authors(self):
-        return {Author(value) for inputs in self.inputs for value in inputs["author"].unique().tolist()} - {Author.NONE}
+        """The writers of the micro-batches; text of the data set has no column `author`."""
+        dataset = torch.tensor([int(Author.DATASET)])
+        values = {value for inputs in self.inputs for value in inputs.get("author", dataset).unique().tolist()}
+        return {Author(value) for value in values} - {Author.NONE}
 
     @property
     def share(self):
@@ -113,7 +117,7 @@ def test_every_method_trains_every_family_as_its_rule_says(train, family, name):
         assert run.authors == {Author.DATASET} and not run.rollouts
     elif name in ("gkd",):
         assert run.authors == {Author.DATASET, Author.STUDENT}
-    elif name in ("imitkd", "opd", "distillm"):
+    elif name in ("imitkd", "opd", "distillm", "truncated"):
         assert run.authors == {Author.STUDENT} and run.share == 0.0
     else:
         assert run.authors == {Author.STUDENT, Author.TEACHER}
@@ -158,8 +162,10 @@ def same(first, second, tolerance=2e-6):
          {"method": "switch", "initial_threshold": 0.3, "schedule": "constant"}),
         ({"method": "adaswitch", "divergence_window": 50}, {"method": "imitkd"}),
         ({"method": "trb", "kl_budget": 0.0}, {"method": "opd"}),
-        ({"method": "random", "teacher_share": 0.0}, {"method": "opd"}),
+        ({"method": "random", "teacher_probability": 0.0}, {"method": "opd"}),
         ({"method": "teacher_first", "teacher_tokens": 0}, {"method": "opd"}),
+        ({"method": "teacher_prefix", "teacher_tokens": 0}, {"method": "opd"}),
+        ({"method": "truncated", "truncation_start": 1.0}, {"method": "opd"}),
         ({"method": "student_first", "switch_position": 0},
          {"method": "switch", "initial_threshold": 0.0, "schedule": "constant"}),
         ({"method": "distillm", **NEEDS["distillm"], "replay_capacity": 0}, {"method": "opd",
@@ -203,6 +209,45 @@ def test_minillm_refuses_a_sampling_that_its_weights_do_not_know(make_trainer):
             make_trainer(build_gpt2(), build_gpt2(seed=1), method="minillm", **{name: value})
     with pytest.raises(UserError, match="its gradient is that of the reverse KL"):
         make_trainer(build_gpt2(), build_gpt2(seed=1), method="minillm", divergence="forward_kl")
+
+
+# ---- text that grows, and a teacher who lets go
+
+
+def test_truncated_text_grows_to_the_full_length_and_begins_as_the_full_text_does(train):
+    """The limit is the only difference: a truncated text is the beginning of what opd would have written."""
+    options = {"max_steps": 4, "learning_rate": 0.0, "max_completion_length": 12}
+    short = train(build_gpt2(), build_gpt2(seed=1), method="truncated", truncation_start=0.25, **options)
+    full = train(build_gpt2(), build_gpt2(seed=1), method="opd", **options)
+    limits = [3, 8, 12, 12]  # 12 (0.25 + 0.75 p / 0.5) at p = 0, 1/4, 1/2, 3/4, half to even
+    for limit, one, other in zip(limits, short.rollouts, full.rollouts, strict=True):
+        assert one.completion_ids.shape[1] == limit
+        assert torch.equal(one.completion_ids, other.completion_ids[:, :limit])
+
+
+def test_rollouts_stay_short_with_an_endless_warmup_which_is_a_loss_on_the_first_tokens(train):
+    options = {"max_steps": 3, "learning_rate": 0.05}
+    short = train(build_gpt2(), build_gpt2(seed=1), method="truncated", truncation_start=0.5,
+                  truncation_warmup=math.inf, max_completion_length=12, **options)  # fmt: skip
+    same(short, train(build_gpt2(), build_gpt2(seed=1), method="opd", max_completion_length=6, **options))
+
+
+def test_any_policy_can_be_truncated_and_its_schedule_still_ends_at_the_full_length(train):
+    options = {"method": "switch", "truncation_start": 0.5, "max_completion_length": 12, "max_steps": 1}
+    rollout = train(build_gpt2(), build_gpt2(seed=1), **options).rollouts[0]
+    expected = SwitchPolicy(0.3, horizon=12).threshold(torch.arange(6))
+    assert rollout.threshold.shape[1] == 6
+    assert torch.equal(
+        rollout.threshold[rollout.completion_mask], expected.expand(len(rollout), 6)[rollout.completion_mask]
+    )
+
+
+def test_the_teachers_prefix_shortens_from_step_to_step(train):
+    run = train(build_gpt2(), build_gpt2(seed=1), **options_of("teacher_prefix", teacher_tokens=6, prefix_decay=0.67))
+    written = [int((rollout.author == Author.TEACHER).sum(1).max()) for rollout in run.rollouts]
+    assert written == [6, 3, 0]
+    whole = train(build_gpt2(), build_gpt2(seed=1), **options_of("teacher_prefix", max_steps=1))
+    assert whole.share == 1.0  # k is the length limit where nothing else is said
 
 
 # ---- sequence-level distillation

@@ -9,14 +9,13 @@ from datasets import Dataset
 from helpers.tiny import EOS_ID, RAGGED_ROWS, build_gpt2
 from helpers.training import MIDDLE, largest_difference, parameters, trained, watch_batches
 
-from switchkd.data.batches import collate, regrouped, rollout_batches
+from switchkd.data.batches import Rows, dataset_batches, rollout_batches
 from switchkd.data.plain_text import PlainText
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.models.heads import output_head
 from switchkd.objective import completion_logits, predictions, reduce_losses, token_losses
 from switchkd.policies import StudentPolicy, SwitchPolicy
-from switchkd.rollout import Author
 
 TEXTS = Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in RAGGED_ROWS])
 LENGTHS = {"max_prompt_length": 16, "max_completion_length": 12}
@@ -176,7 +175,7 @@ def test_ce_weight_never_trains_on_text_the_models_wrote(make_trainer):
     for one in (trainer, plain):
         one.seen = watch_batches(one)
         one.train()
-    first = next(i for i, (inputs, _) in enumerate(plain.seen) if Author.DATASET in inputs["author"])
+    first = next(i for i, (inputs, _) in enumerate(plain.seen) if "author" not in inputs)
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (trainer, plain)]
     assert losses[0][:first] == pytest.approx(losses[1][:first], abs=1e-6)
     assert losses[0][first] > losses[1][first] + 1.0
@@ -243,11 +242,22 @@ def test_rows_of_like_length_share_a_micro_batch_and_none_is_lost():
 
 def test_dataset_rows_are_regrouped_by_length_too():
     rows = [{"prompt_ids": [1] * (1 + i % 3), "completion_ids": [2] * (1 + 5 * (i % 2))} for i in range(6)]
-    batches = regrouped([collate(rows[:3], 0), collate(rows[3:], 0)], 0)
+    batches = dataset_batches([Rows(rows[:3]), Rows(rows[3:])], 0)
     assert [batch["completion_mask"].shape[1] for batch in batches] == [1, 6]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == sum(
         len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows
     )
+
+
+def test_answers_of_on_policy_steps_are_never_padded(make_trainer, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the text of the data set was made into a micro-batch")
+
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="switch", max_steps=2)
+    monkeypatch.setattr("switchkd.data.batches.padded_batch", refuse)
+    trainer.train()
+    with pytest.raises(AssertionError, match="was made into a micro-batch"):
+        make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd", max_steps=1).train()
 
 
 # ---- evaluation

@@ -12,7 +12,7 @@ from helpers.tiny import BUILDERS, EOS_ID, RAGGED_ROWS, build_gpt2, build_llama,
 from helpers.training import MIDDLE, largest_difference, logged, parameters, trained, watch_batches
 from safetensors.torch import load_file
 
-from switchkd.data.batches import collate
+from switchkd.data.batches import Rows, padded_batch
 from switchkd.divergences import LN_2
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
@@ -67,9 +67,10 @@ def test_loss_of_a_row_is_the_same_alone_and_padded(make_model, make_trainer, ob
     """GPT-2 with left padding and no position ids reads wrong positions; OPT counts them from the mask."""
     trainer = make_trainer(make_model(), make_model(seed=1), method="kd", divergence=objective)
     rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
-    together = trainer.compute_loss(trainer.model, collate(rows, EOS_ID))
+    together = trainer.compute_loss(trainer.model, padded_batch(Rows(rows), EOS_ID))
     alone = [
-        (trainer.compute_loss(trainer.model, collate([row], EOS_ID)).item(), len(row["completion_ids"])) for row in rows
+        (trainer.compute_loss(trainer.model, padded_batch(Rows([row]), EOS_ID)).item(), len(row["completion_ids"]))
+        for row in rows
     ]
     expected = sum(loss * tokens for loss, tokens in alone) / sum(tokens for _, tokens in alone)
     assert together.item() == pytest.approx(expected, abs=1e-5)
@@ -80,7 +81,7 @@ def test_trained_end_of_sequence_survives_that_it_also_pads(make_trainer):
     uncut = Dataset.from_list(RAGGED_ROWS[1:])
     trainer = make_trainer(build_gpt2(), method="sft", train_dataset=uncut, learning_rate=0.1, max_steps=60)
     assert trainer.processing_class.pad_token_id == trainer.processing_class.eos_token_id == EOS_ID
-    batch = collate([trainer.train_dataset[index] for index in range(7)], EOS_ID)
+    batch = padded_batch(Rows([trainer.train_dataset[index] for index in range(7)]), EOS_ID)
     length = batch["completion_mask"].shape[1]
     last = batch["completion_mask"].sum(-1) - 1
     assert bool((batch["input_ids"][:, -length:].gather(1, last.unsqueeze(1)) == EOS_ID).all())
@@ -119,7 +120,7 @@ def test_rollouts_end_at_any_end_of_sequence_of_either_model_and_supervise_it(ma
 
 def test_no_supervised_token_gives_zero_loss_not_nan(make_trainer):
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd")
-    batch = collate([trainer.train_dataset[0]], EOS_ID)
+    batch = padded_batch(Rows([trainer.train_dataset[0]]), EOS_ID)
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
     loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == 0.0
@@ -382,7 +383,7 @@ def test_switch_that_never_switches_is_gkd_on_the_students_text(make_trainer):
     gkd = make_trainer(build_gpt2(), build_gpt2(seed=1), method="gkd", on_policy_fraction=1.0, **options)
     assert largest_difference(trained(switch), trained(gkd)) == 0.0
     assert all(entry["rollout/teacher_share"] == 0.0 for entry in logged(switch))
-    assert all(entry["rollout/divergence_nats"] > 0.1 for entry in logged(switch))
+    assert all(entry["rollout/jsd_nats"] > 0.1 for entry in logged(switch))
 
 
 # ---- checkpoints
@@ -456,7 +457,7 @@ def test_rollout_and_time_keys_are_logged_with_plausible_values(make_trainer):
     trainer.train()
     for entry in logged(trainer, times=True):
         assert 0 < entry["rollout/teacher_share"] < 1
-        assert 0 < entry["rollout/divergence_nats"] < LN_2
+        assert 0 < entry["rollout/jsd_nats"] < LN_2
         assert entry["rollout/threshold_nats"] == pytest.approx(0.42)
         assert 1 <= entry["rollout/completion_tokens"] <= 12
         assert entry["rollout/tokens_per_s"] > 0
@@ -474,7 +475,7 @@ def test_logged_rollout_values_are_means_over_the_tokens_since_the_last_log(make
 
     def watched(*args, **kwargs):
         written = write(*args, **kwargs)
-        rollouts.append(written[0])
+        rollouts.append(written)
         return written
 
     trainer.text.write = watched
@@ -485,7 +486,7 @@ def test_logged_rollout_values_are_means_over_the_tokens_since_the_last_log(make
     by_teacher = sum(int((rollout.author == Author.TEACHER).sum()) for rollout in rollouts)
     assert entry["rollout/teacher_share"] == pytest.approx(by_teacher / tokens)
     divergence = torch.cat([rollout.divergence[rollout.completion_mask] for rollout in rollouts])
-    assert entry["rollout/divergence_nats"] == pytest.approx(float(divergence.mean()), rel=1e-5)
+    assert entry["rollout/jsd_nats"] == pytest.approx(float(divergence.mean()), rel=1e-5)
     assert entry["rollout/completion_tokens"] == pytest.approx(tokens / sum(map(len, rollouts)))
 
 

@@ -18,22 +18,22 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 SERIES_COLOURS = ("#B8B8B8", ORANGE, BLUE, GREEN, "#CC79A7", "#D55E00")
 
 
-def rollout_text(record: Mapping[str, Any], color: bool) -> str:
+def rollout_text(row: Mapping[str, Any], color: bool) -> str:
     """Return a rollout as text to print: the prompt, then the completion with the teacher's tokens marked.
 
     Args:
-        record: One of `Rollout.records(tokenizer)`: `prompt`, `tokens` and `author` are read.
+        row: One of `Rollout.to_dicts(tokenizer)`: `prompt`, `tokens` and `author` are read.
         color: Mark the prompt faint and the teacher's tokens in colour; otherwise each run of the teacher's tokens
             stands in [brackets].
     """
     runs: list[tuple[bool, str]] = []
-    for token, author in zip(record["tokens"], record["author"], strict=True):
+    for token, author in zip(row["tokens"], row["author"], strict=True):
         by_teacher = author == "teacher"
         if runs and runs[-1][0] == by_teacher:
             runs[-1] = (by_teacher, runs[-1][1] + _printable(token))
         else:
             runs.append((by_teacher, _printable(token)))
-    prompt = _printable(record["prompt"])
+    prompt = _printable(row["prompt"])
     if not color:
         return prompt + "".join(f"[{text}]" if by_teacher else text for by_teacher, text in runs)
     pieces = [_styled(prompt, PROMPT_STYLE)]
@@ -59,6 +59,12 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def markdown_table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Return the same cells as a table of Markdown."""
+    lines = [list(headers), ["---"] * len(headers), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def position_curves(rollouts: Sequence["Rollout"], min_rows: int = 1) -> dict[str, list[float]]:

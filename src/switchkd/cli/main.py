@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from switchkd.cli.console import Console, quiet, write
 from switchkd.cli.options import OptionsMixin
-from switchkd.errors import UserError, nearest_name
+from switchkd.errors import UserError, UserErrors, nearest_name
 
 HELP = """usage: switchkd COMMAND [options]
 
@@ -45,7 +45,7 @@ class Command(Protocol):
 
 
 def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake that one line explains, 130 for Ctrl-C.
+    """Run the command line and return its exit code: 0, 2 for mistakes, each explained in one line, 130 for Ctrl-C.
 
     Args:
         commands: Name -> the module of the command, imported when the command runs, and its line of help.
@@ -61,7 +61,8 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
     except UserError as error:
         if "--verbose" in arguments:
             traceback.print_exc()
-        write(sys.stderr, f"switchkd: error: {' '.join(str(error).split())}\n")
+        for message in error.messages if isinstance(error, UserErrors) else [str(error)]:
+            write(sys.stderr, f"switchkd: error: {' '.join(message.split())}\n")
         return 2
     except KeyboardInterrupt:
         write(sys.stderr, "switchkd: interrupted\n")
@@ -88,5 +89,10 @@ def _run(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> int:
     options = parser.resolve(rest)
     console = Console(json=options.json, verbose=options.verbose)
     with quiet(console):
-        console.result(command.run(options, console))
+        try:
+            console.result(command.run(options, console))
+        except UserErrors as error:
+            if error.result is not None:
+                console.result(error.result)
+            raise
     return 0

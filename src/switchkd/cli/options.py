@@ -18,7 +18,7 @@ OTHER_NAMES = {
     "lmbda": "on_policy_fraction",
     "beta": "teacher_weight",
     "max_new_tokens": "max_completion_length",
-    "max_completion_length": "max_new_tokens",
+    "num_prompts": "max_samples",
     "num_samples": "max_samples",
     "teacher_model": "teacher_model_name_or_path",
     "model": "model_name_or_path",

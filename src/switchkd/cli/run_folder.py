@@ -20,8 +20,8 @@ HEADER = "# Written by switchkd"
 # Options that say how a command was called, not what it did: a run started from this config must not inherit them.
 NOT_KEPT = ("config", "json", "verbose", "overwrite_output_dir", "resume_from_checkpoint", "hub_token")
 
-# What a run may leave in its folder. Overwriting removes these and nothing else.
-OWN_FILES = (
+# What a run may leave in its folder: what it reports, and its model. Overwriting removes these and nothing else.
+REPORT_FILES = (
     "config.yaml",
     "versions.json",
     "metrics.jsonl",
@@ -30,6 +30,8 @@ OWN_FILES = (
     "rollouts.jsonl",
     "completions.jsonl",
     "summary.png",
+)
+MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -43,7 +45,8 @@ OWN_FILES = (
     "chat_template.jinja",
     "training_args.bin",
 )
-OWN_FOLDERS = ("checkpoint-[0-9]*",)
+MODEL_FOLDERS = ("checkpoint-[0-9]*",)
+OWN_FILES = (*REPORT_FILES, *MODEL_FILES)
 
 
 class RunFolder:
@@ -163,9 +166,17 @@ class RunFolder:
         for pattern in OWN_FILES:
             for path in self.path.glob(pattern):
                 path.unlink()
-        for pattern in OWN_FOLDERS:
-            for path in self.path.glob(pattern):
-                shutil.rmtree(path)
+        remove_model(self.path)
+
+
+def remove_model(folder: Path) -> None:
+    """Remove the model that a run left in its folder, its tokenizer and its checkpoints."""
+    for pattern in MODEL_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for pattern in MODEL_FOLDERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

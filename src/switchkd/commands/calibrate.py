@@ -31,7 +31,7 @@ def parser() -> OptionParser:
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id to take prompts from")
     inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
-    inputs.add_argument("--num_prompts", type=int, default=64, metavar="N", help="number of its prompts to use")
+    inputs.add_argument("--max_samples", type=int, default=64, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     share = result.add_argument_group("the share")
     share.add_argument(
@@ -59,16 +59,17 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import load_records, pad_prompts, prepare
+    from switchkd.data import load_records, prepare
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers, readable_pad_id, require_eos
     from switchkd.policies import SwitchPolicy
     from switchkd.training.calibration import calibrate
 
     quiet_libraries(options.verbose)
-    given = {name: getattr(options, name) for name in POLICY_OPTIONS}
-    chosen = {"horizon": options.max_completion_length} | {name: it for name, it in given.items() if it is not None}
-    policy = SwitchPolicy(**chosen)
+    flags = {name: getattr(options, name) for name in POLICY_OPTIONS}
+    policy_options = SwitchPolicy.options() | {"horizon": options.max_completion_length}
+    policy_options |= {name: value for name, value in flags.items() if value is not None}
+    policy = SwitchPolicy.of(**policy_options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     excluded_ids = check_tokenizers(
         tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
     records = load_records(options.dataset_name, split=options.dataset_train_split)
     data, report = prepare(
-        records.select(range(min(options.num_prompts, len(records)))),
+        records.select(range(min(options.max_samples, len(records)))),
         tokenizer,
         max_prompt_length=options.max_prompt_length,
         max_completion_length=options.max_completion_length,
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found = calibrate(
         student,
         teacher,
-        *pad_prompts(list(data["prompt_ids"]), pad),
+        list(data["prompt_ids"]),
         policy=policy,
         target_teacher_share=options.target_teacher_share,
         max_new_tokens=options.max_completion_length,
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_active_rows=options.batch_size,
         excluded_ids=excluded_ids,
     )
-    summary = _summary(found)
+    summary = _summary(found, policy_options)
     console.say(_text(found))
     if folder is not None:
         folder.claim(vars(options))
@@ -121,18 +122,18 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
-    for name in ("num_prompts", "max_prompt_length", "max_completion_length", "batch_size"):
+    for name in ("max_samples", "max_prompt_length", "max_completion_length", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
     if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
 
 
-def _summary(found: "Calibration") -> dict[str, Any]:
+def _summary(found: "Calibration", policy_options: dict[str, Any]) -> dict[str, Any]:
     names = ("initial_threshold", "target_teacher_share", "teacher_share", "standard_error", "reached", "note")
     return {
         **{name: getattr(found, name) for name in (*names, "rounds", "seconds")},
-        "policy": {name: getattr(found.policy, name) for name in POLICY_OPTIONS},
+        "policy": {**policy_options, "initial_threshold": found.initial_threshold},
         "share_by_position": [vars(part) for part in found.share_by_position],
         "history": [{"initial_threshold": threshold, "teacher_share": share} for threshold, share in found.history],
         "completion_tokens": sum(found.lengths) / len(found.lengths),

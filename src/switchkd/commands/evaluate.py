@@ -35,6 +35,11 @@ def parser() -> OptionParser:
     )
     inputs.add_argument("--max_samples", type=int, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
+    inputs.add_argument(
+        "--scorer",
+        metavar="FILE.py:FUNCTION",
+        help="one more measure: function(prompt, answer, references) -> score in [0, 1]; module:function too",
+    )
     decoding = result.add_argument_group("decoding")
     decoding.add_argument(
         "--seeds",
@@ -43,7 +48,7 @@ def parser() -> OptionParser:
         metavar="N,N,...",
         help="decoding seeds; every prompt is answered once per seed",
     )
-    decoding.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="length limit, tokens")
+    decoding.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
     decoding.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     decoding.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
     decoding.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
@@ -57,12 +62,13 @@ def parser() -> OptionParser:
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Evaluate, print the table, write summary and rows, and return the summary."""
-    seeds = _check(options)
+    seeds = check(options)
     folder = RunFolder(options.output_dir, "evaluate")
     folder.check(overwrite=options.overwrite_output_dir)
 
     from switchkd.data import load_records, prepare
     from switchkd.evaluation import evaluate, reference_losses
+    from switchkd.evaluation.scorers import load_scorer
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers
 
@@ -75,7 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         records,
         tokenizer,
         max_prompt_length=options.max_prompt_length,
-        max_completion_length=options.max_new_tokens,
+        max_completion_length=options.max_completion_length,
     )
     console.say(f"data: {report}")
     kwargs, device = {"dtype": options.dtype}, default_device()
@@ -94,12 +100,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         tokenizer,
         data,
         seeds=seeds,
-        max_new_tokens=options.max_new_tokens,
+        max_completion_length=options.max_completion_length,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         batch_size=options.batch_size,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
+        scorer=load_scorer(options.scorer) if options.scorer is not None else None,
         progress=is_terminal(console.stream),
     )
     summary = {
@@ -120,25 +127,43 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {**summary, "output_dir": str(folder.path)}
 
 
-def _check(options: argparse.Namespace) -> list[int]:
+def check(options: argparse.Namespace) -> list[int]:
+    """Refuse options out of range and return the decoding seeds.
+
+    Raises:
+        UserError: Names the option.
+    """
+    from switchkd.sampling import check_warping
+
     for name, meaning in (("model_name_or_path", "the model to score"), ("dataset_name", "the data to answer")):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
     if options.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    for name in ("max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
+    for name in ("max_samples", "max_completion_length", "max_prompt_length", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
-    return integers(options.seeds, "seeds") or []
+    try:
+        check_warping(options.temperature, options.top_k, options.top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    seeds = integers(options.seeds, "seeds") or []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds must be one or more different integers, got {seeds}")
+    return seeds
 
 
 def _tables(summary: dict[str, Any]) -> str:
     decoding, losses = summary["decoding"], summary["reference_losses"]
-    scores = [("all", summary["examples"], f"{summary['rouge_l']:.2f}")]
-    scores += [(name, row["examples"], f"{row['rouge_l']:.2f}") for name, row in summary["by_length"].items()]
+    measures = {"rouge_l": "ROUGE-L"} | {name: name for name in summary["by_scorer"]}
+    rows = {"all": {"rouge_l": summary["rouge_l"], **summary["by_scorer"], "examples": summary["examples"]}}
+    scores = [
+        (name, row["examples"], *(f"{row[measure]:.2f}" for measure in measures))
+        for name, row in (rows | summary["by_length"]).items()
+    ]
     lines = [
-        table(scores, ("reference tokens", "examples", "ROUGE-L")),
+        table(scores, ("reference tokens", "examples", *measures.values())),
         "",
         f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over seeds "
         + ", ".join(f"{seed}: {score:.2f}" for seed, score in summary["scores"].items()),

@@ -23,7 +23,7 @@ def add_policy_options(group: Any, policies: tuple[str, ...] = NAMES) -> None:
     """Add every option that one of the policies takes to a group of a parser."""
     for name, option in OPTIONS.items():
         if set(option.policies) & set(policies):
-            help = option.help_text("max_new_tokens")
+            help = option.help_text("max_completion_length")
             group.add_argument(f"--{name}", type=option.kind, metavar=option.metavar, help=help)
 
 
@@ -44,6 +44,5 @@ def make_policy(options: argparse.Namespace) -> "Policy":
 
     taken = {name: getattr(options, name) for name, o in OPTIONS.items() if options.policy in o.policies}
     given = {name: value for name, value in taken.items() if value is not None}
-    if "horizon" in taken:
-        given.setdefault("horizon", options.max_new_tokens)
-    return POLICIES[options.policy](**given)
+    policy = POLICIES[options.policy]
+    return policy.of(**dict.fromkeys(policy.length_options, options.max_completion_length) | given)

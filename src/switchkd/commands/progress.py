@@ -8,6 +8,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from switchkd.cli.options import is_terminal
 from switchkd.cli.run_folder import RunFolder
+from switchkd.rollout import MEASURED
 
 # What a progress line shows: key of the log, and how.
 SHOWN = {
@@ -16,7 +17,7 @@ SHOWN = {
     "eval_cross_entropy": "eval cross-entropy {:.4f}",
     "eval_rouge_l": "eval ROUGE-L {:.1f}",
     "rollout/teacher_share": "teacher {:.0%}",
-    "rollout/divergence_nats": "divergence {:.3f}",
+    **{f"rollout/{name}": f"{name.removesuffix('_nats')} {{:.3f}}" for name in MEASURED},
     "rollout/tokens_per_s": "{:.0f} tokens/s",
     "learning_rate": "lr {:.2e}",
 }

@@ -34,13 +34,13 @@ def parser() -> OptionParser:
     )
     prompts.add_argument("--dataset_name", metavar="DATA", help="take prompts from this file, folder or hub id instead")
     prompts.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
-    prompts.add_argument("--num_prompts", type=int, default=4, metavar="N", help="number of prompts from the data set")
+    prompts.add_argument("--max_samples", type=int, default=4, metavar="N", help="use only the first N records")
     prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions per prompt")
     policy = result.add_argument_group("who writes")
     policy.add_argument("--policy", default="switch", metavar="NAME", help=", ".join(NAMES))
     add_policy_options(policy)
     sampling = result.add_argument_group("sampling")
-    sampling.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="length limit, tokens")
+    sampling.add_argument("--max_completion_length", type=int, default=128, metavar="N", help="length limit, tokens")
     sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
     sampling.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
     sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
@@ -52,7 +52,7 @@ def parser() -> OptionParser:
     result.add_argument_group("output").add_argument(
         "--color", default="auto", metavar="WHEN", help="auto (a terminal gets colours), always or never"
     )
-    result.add_shared_options("also write the records, config and versions there; nothing is written without it")
+    result.add_shared_options("also write the rollouts, config and versions there; nothing is written without it")
     return result
 
 
@@ -63,32 +63,29 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import pad_prompts
-
     quiet_libraries(options.verbose)
     policy = make_policy(options)
     student, teacher, tokenizer, excluded_ids = _models(options, policy)
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
-    rollouts, records = [], []
+    rollouts, rows = [], []
     for start in range(0, len(prompts), options.batch_size):
-        # Padding is masked: any id that the models have will do.
-        batch = pad_prompts(prompts[start : start + options.batch_size], 0)
+        batch = prompts[start : start + options.batch_size]
         rollout = _roll_out(options, policy, student, teacher, tokenizer, batch, start, excluded_ids)
         rollouts.append(rollout)
         if folder is not None and start == 0:
             folder.claim(vars(options))
-        for record in rollout.records(tokenizer):
-            console.say(rollout_text(record, color=not console.json and wants_color(options.color)) + "\n")
-            records.append(record)
+        for row in rollout.to_dicts(tokenizer):
+            console.say(rollout_text(row, color=not console.json and wants_color(options.color)) + "\n")
+            rows.append(row)
             if folder is not None:
-                folder.append("rollouts.jsonl", [record])
+                folder.append("rollouts.jsonl", [row])
     summary = {"policy": options.policy, "seed": options.seed, **_totals(rollouts)}
     console.say(_last_line(summary))
     if folder is not None:
         folder.append("metrics.jsonl", [summary])
         folder.write_json("summary.json", summary)
         summary["output_dir"] = str(folder.path)
-    return {**summary, "rollouts": records}
+    return {**summary, "rollouts": rows}
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -105,7 +102,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("give either --prompt or --dataset_name")
     if options.dataset_name is not None and options.template != "none":
         raise UserError("template needs --prompt: prompts of a data set are used as they are")
-    for name in ("num_prompts", "num_samples", "batch_size"):
+    for name in ("max_samples", "num_samples", "max_completion_length", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
     if options.draft_length != "auto" and not options.draft_length.isdecimal():
@@ -140,7 +137,7 @@ def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -
             texts = [[{"role": "user", "content": text}] for text in texts]
         return [encode_prompt(text, tokenizer) for text in texts]
     records = load_records(options.dataset_name, split=options.dataset_train_split)
-    wanted = min(options.num_prompts, len(records))
+    wanted = min(options.max_samples, len(records))
     data, report = prepare(records.select(range(wanted)), tokenizer)
     console.progress(f"prompts: {report}")
     return list(data["prompt_ids"])
@@ -152,7 +149,7 @@ def _roll_out(
     student: Any,
     teacher: Any,
     tokenizer: Any,
-    prompts: Any,
+    prompts: list[list[int]],
     first: int,
     excluded_ids: list[int],
 ) -> "Rollout":
@@ -161,21 +158,19 @@ def _roll_out(
     from switchkd.engine import roll_out
     from switchkd.models.vocabulary import require_eos
 
-    prompt_ids, prompt_mask = prompts
     return roll_out(
         student,
         teacher,
-        prompt_ids,
-        prompt_mask,
+        prompts,
         policy=policy,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_completion_length,
         seed=options.seed,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         draft_length="auto" if options.draft_length == "auto" else int(options.draft_length),
         eos_token_id=require_eos(tokenizer, student, teacher),
-        row_ids=torch.arange(first, first + len(prompt_ids)),
+        row_ids=torch.arange(first, first + len(prompts)),
         excluded_ids=excluded_ids,
     )
 
@@ -191,14 +186,14 @@ def _totals(rollouts: list["Rollout"]) -> dict[str, Any]:
     threshold = torch.cat([rollout.threshold.flatten() for rollout in rollouts])
     threshold = threshold[~threshold.isnan()]
     seconds = sum(rollout.stats["seconds"] for rollout in rollouts)
-    unit = rollouts[0].unit
+    measured, unit = rollouts[0].measured, rollouts[0].unit
     return {
         "completions": sum(map(len, rollouts)),
         "completion_tokens": tokens,
         "teacher_share": teacher / max(tokens, 1),
-        f"divergence_{unit}": float(divergence.nanmean()),
+        "measured": measured,
+        **({} if measured is None else {measured: float(divergence.nanmean())}),
         f"threshold_{unit}": [float(threshold.min()), float(threshold.max())] if len(threshold) else None,
-        "unit": unit,
         "tokens_per_s": tokens / max(seconds, 1e-9),
         "seconds": seconds,
     }
@@ -206,12 +201,12 @@ def _totals(rollouts: list["Rollout"]) -> dict[str, Any]:
 
 def _last_line(summary: dict[str, Any]) -> str:
     parts = [f"teacher wrote {summary['teacher_share']:.0%} of {summary['completion_tokens']} tokens"]
-    unit = summary["unit"]
-    divergence, threshold = summary[f"divergence_{unit}"], summary[f"threshold_{unit}"]
-    if unit == "rank":
-        parts.append(f"mean rank of the drafted tokens {divergence:.1f}, replaced beyond rank {threshold[1]:.0f}")
-    elif divergence == divergence:
-        parts.append(f"mean divergence {divergence:.3f} {unit}")
-        if threshold:
-            parts.append(f"threshold {threshold[1]:.3f} to {threshold[0]:.3f} {unit}")
+    measured = summary["measured"]
+    if measured == "rank":
+        limit = summary["threshold_rank"][1]
+        parts.append(f"mean rank of the drafted tokens {summary['rank']:.1f}, replaced beyond rank {limit:.0f}")
+    elif measured is not None:
+        parts.append(f"mean {measured.removesuffix('_nats')} {summary[measured]:.3f} nats")
+        if threshold := summary["threshold_nats"]:
+            parts.append(f"threshold {threshold[1]:.3f} to {threshold[0]:.3f} nats")
     return ", ".join([*parts, f"{summary['tokens_per_s']:.0f} tokens/s"])

@@ -20,6 +20,7 @@ from switchkd.data import load_records
 from switchkd.errors import UserError
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
+from switchkd.rollout import MEASURED
 from switchkd.training.config import SwitchConfig, own_fields
 from switchkd.training.trainer import SwitchTrainer
 
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
     source = args.model_name_or_path or config.teacher_model_name_or_path
     tokenizer = load_tokenizer(str(args.tokenizer_name_or_path or source))
-    train, evaluation = _datasets(args, config)
+    train, evaluation = load_datasets(args, config)
     student = _student(args, config, source, tokenizer)
     peft_config = _peft_config(args) if args.use_peft else None
     folder.make()  # the Trainer would, with a traceback where it cannot
@@ -123,7 +124,12 @@ def _student(args: RunArguments, config: SwitchConfig, source: str | None, token
     return str(args.model_name_or_path)
 
 
-def _datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
+def load_datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
+    """Return training and evaluation records; None where there is nothing to evaluate on.
+
+    Raises:
+        UserError: A data set cannot be found or read, or the evaluation has none.
+    """
     train = _first(load_records(str(args.dataset_name), split=args.dataset_train_split), args.max_train_samples)
     if args.eval_dataset_name is None and args.dataset_test_split is None:
         if config.eval_strategy != "no":
@@ -222,7 +228,7 @@ TABLE_ROWS = (
     ("eval_cross_entropy", "evaluation cross-entropy [nats/token]", 1),
     ("eval_rouge_l", "evaluation ROUGE-L", 1),
     ("rollout/teacher_share", "teacher share [%]", 100),
-    ("rollout/divergence_nats", "policy divergence [nats]", 1),
+    *((f"rollout/{name}", name.replace("_nats", " [nats]"), 1) for name in MEASURED),
     ("rollout/completion_tokens", "rollout length [tokens]", 1),
     ("rollout/tokens_per_s", "rollouts [tokens/s]", 1),
 )

@@ -15,15 +15,21 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from switchkd.cli.console import Console
-from switchkd.cli.options import OptionParser, integers
+from switchkd.cli.console import Console, quiet_libraries
+from switchkd.cli.options import OptionParser, flag, integers
 from switchkd.cli.run_folder import RunFolder
-from switchkd.compare.tasks import WARM_START, Task, check, execute, plan
-from switchkd.errors import UserError
+from switchkd.compare.checks import check
+from switchkd.compare.grid import all_runs, axes_of, folder_name
+from switchkd.compare.pairs import partners
+from switchkd.compare.plan import plan
+from switchkd.compare.tasks import MEASURES, WARM_START, Task, execute, trim
+from switchkd.errors import UserError, UserErrors
 
+Pair = tuple[str, str]
 SECTIONS = {
     "train": "options of `switchkd train` that all runs share",
     "runs": "label -> options that override them; `method` defaults to the label",
+    "grid": "axis -> labels -> options: their product are runs too; `exclude` and `include` list cells",
     "students": "name -> options that make the student",
     "warm_start": "options of the training that all runs of a student and seed start from",
     "evaluate": "options of `switchkd evaluate`",
@@ -42,11 +48,27 @@ def parser() -> OptionParser:
     for name, help in SECTIONS.items():
         group.add_argument(f"--{name}", metavar="JSON", help=help)
     group.add_argument("--seeds", nargs="+", default=["0,1,2"], metavar="N,N,...", help="training seeds")
-    group.add_argument("--baseline", metavar="RUN", help="run that all others are compared with (default: the first)")
-    group.add_argument("--pairs", nargs="+", metavar="RUN:RUN", help="more pairs to compare, also by answer length")
+    group.add_argument(
+        "--baseline",
+        metavar="RUN",
+        help="run that all others are compared with; in a grid a label of an axis, or JSON {axis: label}: every cell "
+        "is compared with the cell of that label that is equal on the other axes (default: the first)",
+    )
+    group.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="RUN:RUN",
+        help="more pairs to compare, also by answer length; two labels of an axis for that pair in every cell",
+    )
+    group.add_argument(
+        "--measure", default="rouge_l", metavar="NAME", help="what is compared: rouge_l, exact_match or a scorer's name"
+    )
     machine = result.add_argument_group("machine")
     machine.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at the same time")
     machine.add_argument("--threads", type=int, metavar="N", help="threads of each run (default: cores / jobs)")
+    machine.add_argument(
+        "--keep_models", **flag("keep the models of finished runs, not only their scores", default=True)
+    )
     result.add_shared_options("where to write (default: the first free one of runs/compare, runs/compare-2, ...)")
     return result
 
@@ -56,25 +78,18 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = RunFolder(options.output_dir, "compare")
     sections = {name: _section(name, getattr(options, name)) for name in SECTIONS}
     seeds = integers(options.seeds, "seeds") or []
-    runs = sections["runs"]
-    if not runs:
-        raise UserError("give `runs` in the config file: a mapping from labels to options")
+    if not sections["runs"] and not sections["grid"]:
+        raise UserError("give `runs` (labels with options) or `grid` (axes) in the config file")
     for name in ("jobs", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds must be different integers, got {' '.join(options.seeds)}")
-    baseline, pairs = _pairs(options, runs)
-    tasks = plan(
-        output_dir=folder.path,
-        seeds=seeds,
-        train=sections["train"] or {},
-        runs=runs,
-        evaluate=sections["evaluate"] or {},
-        students=sections["students"],
-        warm_start=sections["warm_start"],
-    )
+    tasks = plan(output_dir=folder.path, seeds=seeds, **sections)
+    pairs = compared(options, sections)
+    _check_measure(options.measure, tasks)
+    quiet_libraries(options.verbose)
     check(tasks)
     resumes = folder.holds_run("switchkd compare")
     if not resumes:
@@ -83,25 +98,30 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if resumes and options.overwrite_output_dir:
         for task in tasks:
             shutil.rmtree(task.folder, ignore_errors=True)
+    if not options.keep_models:
+        for task in tasks:
+            trim(task)
     failed = _run_all(tasks, options, console)
-    summary = _report(folder, tasks, baseline, pairs, console)
+    summary = _report(folder, tasks, pairs, axes_of(sections["grid"]), options.measure, console)
+    summary |= {"failed": failed, "output_dir": str(folder.path)}
     if failed:
         for name, error in failed.items():
             console.progress(f"failed: {name}: {error}")
-        raise UserError(
+        message = (
             f"{len(failed)} of {len(tasks)} runs failed, the first with: {next(iter(failed.values()))}; what is "
             f"finished is in {folder.path}; repeat the command to try the others again"
         )
-    return {**summary, "output_dir": str(folder.path)}
+        raise UserErrors([message], result=summary)
+    return summary
 
 
-def _section(name: str, text: str | None) -> dict[str, Any] | None:
+def _section(name: str, text: str | None) -> Any:
+    """The content of a section; None where it is absent and may be."""
     if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
+        return {} if name in ("train", "evaluate") else None
+    value = _json(text)
+    if name == "grid" and isinstance(value, list):
+        return value
     if not isinstance(value, dict):
         raise UserError(f"{name} must be a mapping, {SECTIONS[name]}; got {str(value)[:60]!r}")
     if name in ("runs", "students"):
@@ -111,17 +131,28 @@ def _section(name: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def _pairs(options: argparse.Namespace, runs: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    baseline = options.baseline or next(iter(runs))
-    pairs = [tuple(pair.split(":")) for text in options.pairs or [] for pair in text.split(",")]
-    names = {*runs, *([WARM_START] if options.warm_start else [])}
-    for pair in pairs:
-        if len(pair) != 2:
-            raise UserError(f"pairs are two runs joined by a colon, first:second, got {':'.join(pair)!r}")
-    for name in (baseline, *(name for pair in pairs for name in pair)):
-        if name not in names:
-            raise UserError(f"no run {name!r}; the runs are {', '.join(runs)}")
-    return baseline, [(first, second) for first, second in pairs]
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def compared(options: argparse.Namespace, sections: Mapping[str, Any]) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs of labels that are compared: with the baseline, and those that `pairs` names."""
+    runs = all_runs(sections["runs"], sections["grid"], sections["train"])
+    baseline = _json(options.baseline) if (options.baseline or "").startswith("{") else options.baseline
+    pairs = [pair for text in options.pairs or [] for pair in text.split(",")]
+    return partners(runs, baseline, pairs, [WARM_START] if options.warm_start else [])
+
+
+def _check_measure(measure: str, tasks: Sequence[Task]) -> None:
+    scorers = [str(values.get("scorer", "")).rpartition(":")[2] for values in tasks[0].evaluate.values()]
+    known = [*MEASURES, *(scorers[:1] if len(set(scorers)) == 1 and scorers[0] else [])]
+    if measure not in known:
+        raise UserError(
+            f"measure must be one of {', '.join(known)}, got {measure!r}; the function of evaluate's scorer is another"
+        )
 
 
 def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Console) -> dict[str, str]:
@@ -157,7 +188,11 @@ def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Consol
                     failed[task.name] = result["error"]
                     console.say(f"{clock.next()} {task.name}: FAILED, {result['error']}")
                 else:
-                    console.say(f"{clock.next()} {task.name}: {_line(result)}{clock.left(options.jobs)}")
+                    console.say(
+                        f"{clock.next()} {task.name}: {_line(result, options.measure)}{clock.left(options.jobs)}"
+                    )
+                    if not options.keep_models:
+                        trim(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
@@ -183,13 +218,15 @@ class _Clock:
         return f", about {seconds / 60:.0f} min left" if waiting and seconds > 90 else ""
 
 
-def _line(result: Mapping[str, Any]) -> str:
+def _line(result: Mapping[str, Any], measure: str) -> str:
     share = result["train"].get("teacher_share")
     teacher = f", teacher {share:.0%}" if share is not None else ""
-    return (
-        f"{result['train']['steps']} steps, ROUGE-L {result['evaluate']['rouge_l']:.1f}{teacher}, "
-        f"{result['seconds']:.0f} s"
+    scores = ", ".join(
+        f"{MEASURES.get(measure, measure)} {(scored | scored['by_scorer'])[measure]:.1f}"
+        + (f" ({name})" if len(result["evaluate"]) > 1 else "")
+        for name, scored in result["evaluate"].items()
     )
+    return f"{result['train']['steps']} steps, {scores}{teacher}, {result['seconds']:.0f} s"
 
 
 def _begin_worker() -> None:
@@ -208,28 +245,55 @@ def _end_with_parent() -> None:
 
 
 def _report(
-    folder: RunFolder, tasks: Sequence[Task], baseline: str, pairs: Sequence[tuple[str, str]], console: Console
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    compared: tuple[list[Pair], list[Pair]],
+    axes: Mapping[str, Sequence[str]],
+    measure: str,
+    console: Console,
 ) -> dict[str, Any]:
-    from switchkd.compare.findings import Comparison, plot, read_rows, sentences, tables, write_csv
+    """Write tables, sentences and pictures of what is finished, and return them in short."""
+    from switchkd.compare import pictures, report
+    from switchkd.compare.findings import Comparison, find, sentences
 
     finished = [(task, result) for task in tasks if (result := task.result()) is not None]
     if not finished:
         return {"runs": 0}
     found = [result for _, result in finished]
-    rows = {(task.student, task.label, task.seed): read_rows(task.folder) for task, _ in finished}
-    comparison = Comparison(found, rows)
-    text, words = tables(comparison), sentences(comparison, baseline, pairs)
-    console.say(f"\nROUGE-L: mean +- standard deviation over training seeds\n\n{text}\n\n" + "\n".join(words))
-    write_csv(comparison, folder.path / "results.csv")
-    folder.write_json("results.json", {"results": found, "words": words})
+    comparisons = {}
+    for name in tasks[0].evaluate:
+        rows = {(task.student, task.label, task.seed): task.rows(name) for task, _ in finished}
+        results = [{**one, "evaluate": one["evaluate"][name]} for one in found]
+        comparisons[name] = Comparison(results, rows, measure, axes)
+    against, pairs = compared
+    baseline_of = dict(against)
+    findings = find(comparisons, [*against, *pairs])
+    text = report.tables(comparisons, findings, baseline_of)
+    words = sentences(comparisons, findings, pairs or against)
+    console.say(f"\n{text}\n\n" + "\n".join(words))
     (folder.path / "report.txt").write_text(f"{text}\n\n" + "\n".join(words) + "\n", encoding="utf-8")
-    plot(comparison, baseline, folder.path / "comparison.png")
-    console.say(f"\nreport.txt, results.csv, results.json, comparison.png in {folder.path}")
+    written = report.markdown(comparisons, findings, baseline_of, words)
+    (folder.path / "results.md").write_text(written, encoding="utf-8")
+    report.write_runs(comparisons, folder.path / "results.csv")
+    report.write_differences(comparisons, findings, folder.path / "differences.csv")
+    folder.write_json("results.json", {"results": found, "words": words})
+    names = ["report.txt", "results.md", "results.csv", "differences.csv", "results.json"]
+    for name, comparison in comparisons.items():
+        suffix = f"_{folder_name(name)}.png" if len(comparisons) > 1 else ".png"
+        chosen = [one for one in findings if one.test_set == name]
+        pictures.forest(comparison, chosen, baseline_of, folder.path / f"comparison{suffix}")
+        names.append(f"comparison{suffix}")
+        if pictures.heat_map(comparison, chosen, baseline_of, folder.path / f"map{suffix}"):
+            names.append(f"map{suffix}")
+    console.say(f"\n{', '.join(names)} in {folder.path}")
     scores = {
-        student: {
-            label: [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
-            for label in comparison.labels
+        name: {
+            student: {
+                label: [comparison.score(result) for result in comparison.of(student, label)]
+                for label in comparison.labels
+            }
+            for student in comparison.students
         }
-        for student in comparison.students
+        for name, comparison in comparisons.items()
     }
-    return {"runs": len(found), "rouge_l": scores, "words": [line.strip() for line in words if line.strip()]}
+    return {"runs": len(found), measure: scores, "words": [line.strip() for line in words if line.strip()]}

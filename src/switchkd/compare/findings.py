@@ -1,41 +1,77 @@
-"""What a comparison found: table, sentences, CSV and picture."""
+"""What a comparison found: scores by run, differences with what is significant, and the sentences that say so."""
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from switchkd.cli.display import BLUE, GREY, ORANGE, table
-from switchkd.compare.significance import Difference, difference_of_gains, paired_difference, verdict
-from switchkd.errors import UserError
-from switchkd.evaluation.metrics import bucket_names, length_bucket, mean_and_std
+from switchkd.cli.display import table
+from switchkd.compare.significance import (
+    LEVEL,
+    Difference,
+    difference_of_gains,
+    holm,
+    paired_difference,
+    verdict,
+)
+from switchkd.compare.tasks import MEASURES
+from switchkd.evaluation.metrics import bucket_names, length_bucket
 
 Result = Mapping[str, Any]
+Pair = tuple[str, str]
 #: Buckets of answer length with fewer prompts are not compared: their intervals are too wide to say anything.
 FEWEST_PROMPTS = 20
+#: With fewer training seeds their spread is hardly known.
+FEWEST_SEEDS = 3
 
 
 class Comparison:
-    """The results of all finished runs, by student and run.
+    """The results of all finished runs on one test set.
 
     Args:
-        results: The contents of the `result.json` of every finished run.
+        results: The contents of the `result.json` of every finished run, `evaluate` being those of this test set.
         rows: `(student, run, seed)` -> the rows that its evaluation scored.
+        measure: What is compared: `rouge_l`, `exact_match` or the name of a scorer.
+        axes: Axis of the grid -> its labels, in the order of tables; those that occur are kept.
     """
 
-    def __init__(self, results: Sequence[Result], rows: Mapping[tuple[str, str, int], Sequence[Result]]) -> None:
+    def __init__(
+        self,
+        results: Sequence[Result],
+        rows: Mapping[tuple[str, str, int], Sequence[Result]],
+        measure: str = "rouge_l",
+        axes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.results = list(results)
+        self.measure = measure
         self.students = list(dict.fromkeys(result["student"] for result in results))
         self.labels = list(dict.fromkeys(result["run"] for result in results))
-        self._scores = {key: _by_prompt(scored) for key, scored in rows.items()}
+        scorers = [name for result in results for name in result["evaluate"].get("by_scorer", {})]
+        #: The measure that is compared, then the others.
+        self.measures = list(dict.fromkeys([measure, *MEASURES, *scorers]))
+        cells = {(axis, label) for result in results for axis, label in result["cell"].items()}
+        kept = {axis: [label for label in labels if (axis, label) in cells] for axis, labels in (axes or {}).items()}
+        #: Axis of the grid -> its labels that occur.
+        self.axes = {axis: labels for axis, labels in kept.items() if labels}
+        self._scores = {name: {key: _by_prompt(scored, name) for key, scored in rows.items()} for name in self.measures}
 
     def of(self, student: str, label: str) -> list[Result]:
         """Return the results of one run of one student, in the order of the training seeds."""
         chosen = [result for result in self.results if (result["student"], result["run"]) == (student, label)]
         return sorted(chosen, key=lambda result: result["seed"])
+
+    def score(self, result: Result, bucket: str | None = None, measure: str | None = None) -> float | None:
+        """Return the mean of a run over prompts, in [0, 100]; None where no prompt has an answer of that length.
+
+        Args:
+            result: Of this comparison.
+            bucket: Answers of this length only.
+            measure: Another than the comparison's.
+        """
+        scores = self._scores[measure or self.measure][result["student"], result["run"], result["seed"]]
+        chosen = [value for value, name in scores.values() if bucket in (None, name)]
+        return sum(chosen) / len(chosen) if chosen else None
 
     def difference(self, student: str, first: str, second: str, bucket: str | None = None) -> Difference | None:
         """Return how far one run is ahead of another on the training seeds that both have, or None if there are none.
@@ -70,7 +106,7 @@ class Comparison:
             {result["seed"] for result in self.of(student, first)}
             & {result["seed"] for result in self.of(student, second)}
         )
-        pairs = [tuple(self._scores[student, label, seed] for label in (first, second)) for seed in seeds]
+        pairs = [tuple(self._scores[self.measure][student, label, seed] for label in (first, second)) for seed in seeds]
         if not pairs:
             return None
         prompts = [index for index in pairs[0][0] if bucket is None or pairs[0][0][index][1] == bucket]
@@ -80,98 +116,111 @@ class Comparison:
 
     def buckets(self) -> list[str]:
         """Return the lengths of answer that occur, shortest first."""
-        found = {name for result in self.results for name in result["evaluate"]["by_length"]}
+        scores = self._scores[self.measure].values()
+        found = {name for by_prompt in scores for _, name in by_prompt.values()}
         return [name for name in bucket_names() if name in found]
 
 
-def _by_prompt(rows: Sequence[Result]) -> dict[int, tuple[float, str]]:
-    """Prompt -> its score, mean over decoding seeds, and the bucket of its answer's length."""
+def _by_prompt(rows: Sequence[Result], measure: str) -> dict[int, tuple[float, str]]:
+    """Prompt -> its score in [0, 100], mean over decoding seeds, and the bucket of its answer's length."""
     scores: dict[int, list[float]] = {}
     lengths: dict[int, str] = {}
+    scale = 100.0 if measure == "exact_match" else 1.0
     for row in rows:
-        scores.setdefault(row["index"], []).append(row["rouge_l"])
+        scores.setdefault(row["index"], []).append(scale * row[measure])
         lengths[row["index"]] = length_bucket(row["reference_tokens"])
     return {index: (sum(values) / len(values), lengths[index]) for index, values in scores.items()}
 
 
-def tables(comparison: Comparison) -> str:
-    """Return one table per student: means over training seeds, with standard deviations where there are several."""
-    parts = []
-    for student in comparison.students:
-        rows = [
-            _table_row(comparison, label, found)
-            for label in comparison.labels
-            if (found := comparison.of(student, label))
-        ]
-        headers = ("run", "seeds", "ROUGE-L", "exact", *comparison.buckets(), "teacher's tokens", "passes", "seconds")
-        title = f"{student}\n" if student else ""
-        parts.append(title + table(rows, headers))
-    return "\n\n".join(parts)
+@dataclass(frozen=True)
+class Finding:
+    """How far one run is ahead of another on a test set.
+
+    Attributes:
+        test_set: Name of the test set.
+        student: Name of the student.
+        first: Label of a run.
+        second: Label of the run that is subtracted.
+        difference: First minus second.
+        adjusted_p: Its p-value, corrected for the number of all findings of the comparison by Holm's method.
+    """
+
+    test_set: str
+    student: str
+    first: str
+    second: str
+    difference: Difference
+    adjusted_p: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether it is; one training seed says nothing about others."""
+        return self.adjusted_p < LEVEL and self.difference.seeds > 1
 
 
-def _table_row(comparison: Comparison, label: str, found: Sequence[Result]) -> list[Any]:
-    mean, deviation = mean_and_std([result["evaluate"]["rouge_l"] for result in found])
-    row: list[Any] = [label, len(found), f"{mean:.1f} +- {deviation:.1f}" if len(found) > 1 else f"{mean:.1f}"]
-    row.append(f"{_mean(found, 'evaluate', 'exact_match'):.0f}%")
-    for bucket in comparison.buckets():
-        row.append(_known_mean([r["evaluate"]["by_length"].get(bucket, {}).get("rouge_l") for r in found], ".1f"))
-    row.append(_known_mean([result["train"].get("teacher_share") for result in found], ".0%"))
-    passes = [result["train"].get("teacher_passes") for result in found]
-    row.append(round(sum(passes) / len(passes)) if all(value is not None for value in passes) else None)
-    row.append(f"{_mean(found, 'train', 'seconds'):.0f}")
-    return row
-
-
-def _known_mean(values: Sequence[float | None], style: str) -> str | None:
-    known = [value for value in values if value is not None]
-    return format(sum(known) / len(known), style) if known else None
-
-
-def _mean(found: Sequence[Result], part: str, name: str) -> float:
-    return sum(result[part][name] for result in found) / len(found)
-
-
-def sentences(comparison: Comparison, baseline: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the findings as sentences: every run against the baseline and the given pairs, then lengths and sizes.
+def find(comparisons: Mapping[str, Comparison], pairs: Sequence[Pair]) -> list[Finding]:
+    """Return the differences of all pairs, students and test sets: the family that p-values are corrected for.
 
     Args:
-        comparison: The results.
-        baseline: Name of a run.
-        pairs: More pairs of runs.
+        comparisons: Test set -> its results.
+        pairs: Labels `(first, second)`; a pair of which a run is missing is left out.
     """
-    lines = []
-    compared = [(label, baseline) for label in comparison.labels if label != baseline]
-    compared += [pair for pair in pairs if pair not in compared]
-    for student in comparison.students:
-        lines += [f"{student}:"] if student else []
-        for first, second in compared:
-            found = comparison.difference(student, first, second)
-            if found is not None:
-                lines.append("  " + verdict(first, second, found))
-    lines += _by_length(comparison, [*pairs] or compared)
+    found = [
+        (name, student, first, second, difference)
+        for name, comparison in comparisons.items()
+        for student in comparison.students
+        for first, second in dict.fromkeys(pairs)
+        if (difference := comparison.difference(student, first, second)) is not None
+    ]
+    adjusted = holm([difference.p_value for *_, difference in found])
+    return [Finding(*one, p_value) for one, p_value in zip(found, adjusted, strict=True)]
+
+
+def sentences(comparisons: Mapping[str, Comparison], findings: Sequence[Finding], pairs: Sequence[Pair]) -> list[str]:
+    """Return the findings in words, then how the differences of some pairs change with length and student.
+
+    Args:
+        comparisons: Test set -> its results.
+        findings: Of `find`.
+        pairs: Compared by length and student.
+    """
+    lines: list[str] = []
+    seeds = min((finding.difference.seeds for finding in findings), default=FEWEST_SEEDS)
+    if seeds < FEWEST_SEEDS:
+        lines.append(
+            f"too few training seeds ({seeds}): how much a repeated training would differ is hardly known; "
+            f"give {FEWEST_SEEDS} or more"
+        )
+    for name, comparison in comparisons.items():
+        for student in comparison.students:
+            title = ", ".join(part for part in (name if len(comparisons) > 1 else "", student) if part)
+            lines += [f"{title}:"] if title else []
+            lines += [
+                "  " + verdict(one.first, one.second, one.difference, one.adjusted_p)
+                for one in findings
+                if (one.test_set, one.student) == (name, student)
+            ]
+    if len(findings) > 1:
+        lines.append(f"p-values are corrected for all {len(findings)} comparisons (Holm); significant: below {LEVEL}")
+    for name, comparison in comparisons.items():
+        lines += _by_length(comparison, pairs, f"{name}: " if len(comparisons) > 1 else "")
     return lines
 
 
-def _by_length(comparison: Comparison, compared: Sequence[tuple[str, str]]) -> list[str]:
+def _by_length(comparison: Comparison, pairs: Sequence[Pair], title: str) -> list[str]:
     """Does the difference grow with the length of the answer, and with the student?"""
-    buckets = comparison.buckets()
-    lines = []
-    for first, second in compared:
-        rows = []
+    buckets, rows = comparison.buckets(), []
+    for first, second in pairs:
         for student in comparison.students:
             found = [comparison.difference(student, first, second, bucket) for bucket in (None, *buckets)]
             if found[0] is not None:
                 found.append(comparison.growth(student, first, second))
-                rows.append([student or "all", *map(_cell, found)])
+                rows.append([f"{first} - {second}", student or "all", *map(_cell, found)])
         rows += _by_size(comparison, first, second)
-        if rows:
-            headers = ("student", "all answers", *(f"{bucket} tokens" for bucket in buckets), "longest minus shortest")
-            lines += [
-                "",
-                f"{first} minus {second}, points of ROUGE-L (95% interval; * excludes 0):",
-            ]
-            lines.append(table(rows, headers))
-    return lines
+    headers = ("difference", "student", "all answers", *(f"{bucket} tokens" for bucket in buckets))
+    about = "95% interval of each alone, not corrected; * excludes 0"
+    about = f"{title}points of {measure_title(comparison.measure)} ({about})"
+    return ["", f"{about}:", table(rows, (*headers, "longest minus shortest"))] if rows else []
 
 
 def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]:
@@ -181,99 +230,23 @@ def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]
         smaller = comparison.students[0]
         found = [comparison.between_students(smaller, other, first, second, b) for b in (None, *comparison.buckets())]
         if found[0] is not None:
-            rows.append([f"{smaller} minus {other}", *(_cell(difference) for difference in found), "-"])
+            cells = map(_cell, found)
+            rows.append([f"{first} - {second}", f"{smaller} minus {other}", *cells, "-"])
     return rows
 
 
-def _is_significant(difference: Difference) -> bool:
-    """Whether it is significant; one training seed says nothing about others."""
-    return difference.is_clear and difference.seeds > 1
+def measure_title(measure: str) -> str:
+    """Return what a measure is called in tables and pictures."""
+    return MEASURES.get(measure, measure)
+
+
+def interval(difference: Difference) -> str:
+    """Return a difference and its interval as text."""
+    mean, low, high = (round(value, 1) + 0.0 for value in (difference.mean, difference.low, difference.high))  # no -0.0
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _cell(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    star = "*" if _is_significant(difference) else ""
-    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}){star}"
-
-
-def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write one line per run."""
-    buckets = comparison.buckets()
-    names = ["student", "run", "seed", "method", "rouge_l", "rouge_l_decoding_std", "exact_match", "completion_tokens"]
-    names += [f"rouge_l_{bucket.replace(' ', '_')}" for bucket in buckets]
-    names += ["teacher_share", "teacher_passes", "train_seconds", "steps"]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for result in comparison.results:
-            scored, trained = result["evaluate"], result["train"]
-            by_length = [scored["by_length"].get(bucket, {}).get("rouge_l") for bucket in buckets]
-            values = [result["student"], result["run"], result["seed"], trained["method"], scored["rouge_l"]]
-            values += [scored["rouge_l_std"], scored["exact_match"], scored["completion_tokens"], *by_length]
-            values += [
-                trained.get("teacher_share"),
-                trained.get("teacher_passes"),
-                trained["seconds"],
-                trained["steps"],
-            ]
-            writer.writerow(["" if value is None else value for value in values])
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that an evaluation wrote."""
-    with (folder / "evaluate" / "rows.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def plot(comparison: Comparison, baseline: str, path: Path) -> None:
-    """Draw every run of every student: a dot per training seed, the mean, and its 95% interval against the baseline.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window, also on a machine with a display
-    from matplotlib import pyplot as plt
-
-    count, height = len(comparison.students), 1.6 + 0.34 * len(comparison.labels)
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
-    with plt.rc_context(style):
-        figure, grid = plt.subplots(
-            1, count, figsize=(2.2 + 4.6 * count, height), sharey=True, squeeze=False, layout="constrained"
-        )
-        for axes, student in zip(grid[0], comparison.students, strict=True):
-            _draw(axes, comparison, student, baseline)
-        grid[0][0].set_yticks(range(len(comparison.labels)), comparison.labels)
-        grid[0][0].invert_yaxis()
-        try:
-            figure.savefig(path, dpi=110)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write the picture {path}: {error}") from error
-        finally:
-            plt.close(figure)
-
-
-def _draw(axes: Any, comparison: Comparison, student: str, baseline: str) -> None:
-    reference = [result["evaluate"]["rouge_l"] for result in comparison.of(student, baseline)]
-    if reference:
-        level = sum(reference) / len(reference)
-        axes.axvline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    for place, label in enumerate(comparison.labels):
-        scores = [result["evaluate"]["rouge_l"] for result in comparison.of(student, label)]
-        if not scores:
-            continue
-        mean = sum(scores) / len(scores)
-        found = comparison.difference(student, label, baseline) if reference and label != baseline else None
-        colour = ORANGE if found is not None and _is_significant(found) else BLUE
-        if found is not None and found.seeds > 1:
-            axes.plot([mean - found.mean + found.low, mean - found.mean + found.high], [place, place], color=colour,
-                      linewidth=2.4, solid_capstyle="round", zorder=2)  # fmt: skip
-        axes.plot(scores, [place] * len(scores), "o", color=colour, alpha=0.35, markersize=5, zorder=1)
-        axes.plot([mean], [place], "D", color=colour, markersize=6, markeredgecolor="white", zorder=3)
-    axes.grid(axis="y", color="#EEEEEE")
-    axes.set_axisbelow(True)
-    axes.set_title(student or "ROUGE-L by run", loc="left")
-    axes.set_xlabel(f"ROUGE-L; line: {baseline}; orange: differs significantly")
-    axes.tick_params(axis="y", length=0)
+    return interval(difference) + ("*" if difference.is_clear and difference.seeds > 1 else "")

@@ -1,4 +1,4 @@
-"""Is a difference between two methods significant? A paired bootstrap over prompts and seeds, and its sentence."""
+"""Is a difference between two methods significant? A bootstrap over prompts and seeds, Holm's correction, words."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+#: Adjusted p-values below this are called significant.
+LEVEL = 0.05
 _CHUNK = 256  # resamples drawn at once: [256, prompts] places are kept
 
 
@@ -18,7 +20,8 @@ class Difference:
         mean: First minus second, in the unit of the scores.
         low: Lower end of the 95% interval.
         high: Upper end.
-        wrong_side: Share of the resamples whose difference is 0 or has the other sign, in [0, 1].
+        p_value: Two-sided, of no difference: Student's t test of the mean over its standard error, with the variance
+            and the degrees of freedom that the interval has. The resamples themselves are too few for small values.
         seeds: Number of training seeds.
         prompts: Number of prompts.
         seeds_ahead: Number of training seeds at which the difference has the sign of `mean`.
@@ -27,7 +30,7 @@ class Difference:
     mean: float
     low: float
     high: float
-    wrong_side: float
+    p_value: float
     seeds: int
     prompts: int
     seeds_ahead: int
@@ -91,31 +94,56 @@ def difference_of_gains(
     return _bootstrap(parts, resamples, random_seed)
 
 
-def verdict(first: str, second: str, difference: Difference) -> str:
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number, in the order given.
+
+    With m values and p_(1) <= ... <= p_(m), the adjusted p_(i) is the largest (m - j + 1) p_(j) over j <= i, at most
+    1. Calling those below 0.05 significant makes one or more false claims in at most 5% of cases, whatever the values
+    depend on.
+
+    Reference:
+        Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def verdict(first: str, second: str, difference: Difference, adjusted_p: float) -> str:
     """Return in words whether one method is ahead of another.
 
     Args:
         first: Name of the method that was subtracted from.
         second: Name of the other.
         difference: Of `paired_difference`, in points of the score.
+        adjusted_p: Its p-value after the correction for the number of comparisons, see `holm`.
     """
     size = abs(difference.mean)
     low, high = (difference.low, difference.high) if difference.mean >= 0 else (-difference.high, -difference.low)
-    sources = "over prompts" if difference.seeds == 1 else "over seeds and prompts"
-    if difference.is_clear:
-        order = "ahead of" if difference.mean > 0 else "behind"
-        text = (
-            f"{first} is {order} {second} by {size:.1f} points: significant "
-            f"(95% interval {low:.1f} to {high:.1f} {sources})"
-        )
-    else:
-        text = (
-            f"{first} against {second}: no significant difference: {difference.mean:+.1f} points "
-            f"(95% interval {difference.low:+.1f} to {difference.high:+.1f} {sources})"
-        )
     if difference.seeds == 1:
-        return f"{text}; one training seed only, so the variation between seeds is unknown"
-    return f"{text}; same sign in {difference.seeds_ahead} of {difference.seeds} seeds"
+        return (
+            f"{first} against {second}: {difference.mean:+.1f} points (95% interval {difference.low:+.1f} to "
+            f"{difference.high:+.1f} over prompts); one training seed only, so the variation between seeds is unknown"
+        )
+    ahead = f"same sign in {difference.seeds_ahead} of {difference.seeds} seeds"
+    if adjusted_p < LEVEL:
+        order = "ahead of" if difference.mean > 0 else "behind"
+        return (
+            f"{first} is {order} {second} by {size:.1f} points: significant (95% interval {low:.1f} to {high:.1f} "
+            f"over seeds and prompts; adjusted p {p_text(adjusted_p)}); {ahead}"
+        )
+    return (
+        f"{first} against {second}: no significant difference: {difference.mean:+.1f} points (95% interval "
+        f"{difference.low:+.1f} to {difference.high:+.1f} over seeds and prompts; adjusted p {p_text(adjusted_p)}); "
+        f"{ahead}"
+    )
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value as text, three digits behind the point."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def t_quantile(degrees: float) -> float:
@@ -141,7 +169,8 @@ def _bootstrap(parts: Sequence[np.ndarray], resamples: int, random_seed: int) ->
     spent = sum(
         variance**2 / (len(values) - 1) for variance, values in zip(variances, sources, strict=True) if len(values) > 1
     )
-    widening = t_quantile(total**2 / spent) / t_quantile(math.inf) if spent > 0 else 1.0
+    degrees = total**2 / spent if spent > 0 else math.inf
+    widening = t_quantile(degrees) / t_quantile(math.inf)
     generator = np.random.default_rng(random_seed)
     drawn = np.full(resamples, mean)
     for values in sources:
@@ -154,11 +183,17 @@ def _bootstrap(parts: Sequence[np.ndarray], resamples: int, random_seed: int) ->
         mean=mean,
         low=float(low),
         high=float(high),
-        wrong_side=float((drawn * mean <= 0).mean()),
+        p_value=_p_value(mean, total, degrees),
         seeds=seeds,
         prompts=sum(part.shape[1] for part in parts),
         seeds_ahead=int(((by_seed + mean) * mean > 0).sum()),
     )
+
+
+def _p_value(mean: float, variance: float, degrees: float) -> float:
+    if mean == 0 or variance == 0:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), max(degrees, 1.0)))
 
 
 def _grown(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Methods side by side: what to run, in which folders, what is finished, and one run in a separate process."""
+"""One run of a comparison: its folder, what it wrote, and how it is executed in a separate process."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 
 import yaml
 
-from switchkd.cli.run_folder import json_line, plain
+from switchkd.cli.run_folder import plain, remove_model
+from switchkd.compare.grid import folder_name
 from switchkd.errors import UserError
 
 WARM_START = "warm start"
-# What a comparison does not need from every single run, unless the options say otherwise.
-TRAIN_DEFAULTS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+#: What the only test set is called where `evaluate` names none.
+ONE_SET = "test"
+#: What every evaluation measures, and what tables call it.
+MEASURES = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Task:
         folder: Holds `train` and `evaluate`, the folders of the two commands, their configs, `log.txt` and, when all is
             done, `result.json`.
         train: Options of `switchkd train`.
-        evaluate: Options of `switchkd evaluate`.
+        evaluate: Test set -> options of `switchkd evaluate`.
         begins_with: Options of the warm start; empty where there is none.
+        cell: Axis -> label of the run's cell of the grid; empty for other runs.
     """
 
     student: str
@@ -42,8 +46,9 @@ class Task:
     seed: int
     folder: Path
     train: dict[str, Any]
-    evaluate: dict[str, Any]
+    evaluate: dict[str, dict[str, Any]]
     begins_with: dict[str, Any] = field(default_factory=dict)
+    cell: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -54,9 +59,23 @@ class Task:
     def options(self) -> dict[str, Any]:
         """What decides the result; a finished run with other options is another run."""
         options: dict[str, Any] = plain(
-            {"train": self.train, "evaluate": self.evaluate, "warm_start": self.begins_with}
+            {
+                "train": self.train,
+                **{scoring_folder(name): values for name, values in self.evaluate.items()},
+                "warm_start": self.begins_with,
+            }
         )
         return options
+
+    def rows(self, test_set: str) -> list[dict[str, Any]]:
+        """Return the answers to a test set with their scores, as the evaluation wrote them."""
+        with (self.folder / scoring_folder(test_set) / "rows.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained and scored."""
+        return (self.folder / "result.json").exists()
 
     def result(self) -> dict[str, Any] | None:
         """Return what the finished run wrote down, or None.
@@ -64,104 +83,32 @@ class Task:
         Raises:
             UserError: It was made with other options.
         """
-        path = self.folder / "result.json"
-        if not path.exists():
+        if not self.is_finished:
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for part, options in self.options.items():
-            before = found["options"].get(part, {})
+        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        for part in {**self.options, **found["options"]}:
+            options, before = self.options.get(part, {}), found["options"].get(part, {})
             for name in sorted({*options, *before}):
                 if options.get(name) != before.get(name):
                     raise UserError(
                         f"{self.name} was run with {name}={before.get(name)!r} ({part}), now it is "
                         f"{options.get(name)!r}; give another output_dir, or remove {self.folder} to run it again"
                     )
-        return found
+        return {**found, "cell": dict(self.cell)}
 
 
-def plan(
-    *,
-    output_dir: Path,
-    seeds: Sequence[int],
-    train: Mapping[str, Any],
-    runs: Mapping[str, Mapping[str, Any] | None],
-    evaluate: Mapping[str, Any],
-    students: Mapping[str, Mapping[str, Any] | None] | None = None,
-    warm_start: Mapping[str, Any] | None = None,
-) -> list[Task]:
-    """Return every run: all warm starts first, then student by student and seed by seed in the order given.
+def trim(task: Task) -> None:
+    """Remove the model and the checkpoints of a finished run; scores, answers and logs stay.
 
-    Args:
-        output_dir: Folder of the comparison.
-        seeds: Training seeds.
-        train: Options of `switchkd train` that all runs share.
-        runs: Label -> options that override them; `method` defaults to the label.
-        evaluate: Options of `switchkd evaluate`.
-        students: Name -> options that make the student; one without a name if None.
-        warm_start: Options of the training that all runs of a student and seed begin with, once; None for none.
-
-    Raises:
-        UserError: A name that is not valid as the name of a folder.
+    The models of warm starts stay: other runs begin with them.
     """
-    students = students or {"": {}}
-    for name in (*filter(None, students), *runs):
-        if not name.replace("-", "").replace("_", "").replace(".", "").replace(" ", "").isalnum() or name[0] == ".":
-            raise UserError(f"{name!r} is not a valid name of a run; use letters, digits, blanks, - _ and .")
-    if WARM_START in runs:
-        raise UserError(f"a run may not be called {WARM_START!r}: that is the name of the training before all runs")
-
-    def folder_of(student: str, label: str, seed: int) -> Path:
-        return output_dir / student / label.replace(" ", "-") / f"seed-{seed}"
-
-    def task(student: str, label: str, seed: int, overrides: Mapping[str, Any]) -> Task:
-        folder = folder_of(student, label, seed)
-        # The student itself is made by the warm start where there is one.
-        maker = dict(students[student] or {}) if label == WARM_START or warm_start is None else {}
-        options = _as_typed({**TRAIN_DEFAULTS, **train, **maker, **overrides, "seed": seed})
-        if label != WARM_START:
-            options["method"] = overrides.get("method", label)
-        if label != WARM_START and warm_start is not None:
-            options["model_name_or_path"] = str(folder_of(student, WARM_START, seed) / "train")
-        return Task(student, label, seed, folder, options, _as_typed(evaluate), warm.get((student, seed), {}))
-
-    warm: dict[tuple[str, int], dict[str, Any]] = {}
-    tasks = []
-    if warm_start is not None:
-        tasks = [task(s, WARM_START, seed, {"method": "sft", **warm_start}) for s in students for seed in seeds]
-        warm |= {(one.student, one.seed): one.train for one in tasks}
-    tasks += [task(s, label, seed, over or {}) for s in students for seed in seeds for label, over in runs.items()]
-    return tasks
+    if task.is_finished and task.label != WARM_START:
+        remove_model(task.folder / "train")
 
 
-def _as_typed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Truth values as words: YAML reads `save_strategy: no` as False, and the option wants the word."""
-    return {name: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v for name, v in options.items()}
-
-
-def check(tasks: Sequence[Task]) -> None:
-    """Refuse options that a run would refuse, before the first one starts.
-
-    Raises:
-        UserError: Names the run.
-    """
-    from switchkd.commands import train_options
-    from switchkd.training.resolve import resolve
-
-    parser = train_options.parser()
-    scorer = import_module("switchkd.commands.evaluate").parser()
-    seen: set[str] = set()
-    for task in tasks:
-        key = json_line({**task.options, "seed": 0, "train": {**task.train, "seed": 0, "model_name_or_path": ""}})
-        if key in seen:
-            continue
-        seen.add(key)
-        try:
-            options = parser.resolve([*_flags(task.train), "--output_dir", str(task.folder / "train")])
-            _, config = train_options.read_options(options)
-            resolve(config)
-            scorer.resolve([*_flags(task.evaluate), "--model_name_or_path", "x"])
-        except UserError as error:
-            raise UserError(f"{task.name}: {error}") from None
+def scoring_folder(test_set: str) -> str:
+    """The folder of an evaluation, and what messages call its options."""
+    return "evaluate" if test_set == ONE_SET else f"evaluate-{folder_name(test_set)}"
 
 
 def execute(task: Task, threads: int | None) -> dict[str, Any]:
@@ -185,8 +132,12 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
     log = task.folder / "log.txt"
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            trained = _command("train", task, task.train)
-            scored = _command("evaluate", task, {**task.evaluate, "model_name_or_path": str(task.folder / "train")})
+            trained = _command("train", task.folder / "train", task.train)
+            model = {"model_name_or_path": str(task.folder / "train")}
+            scored = {
+                name: _command("evaluate", task.folder / scoring_folder(name), {**values, **model})
+                for name, values in task.evaluate.items()
+            }
         except UserError as error:
             return {"error": " ".join(str(error).split())}
         except Exception as error:
@@ -208,11 +159,11 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
     return result
 
 
-def _command(name: str, task: Task, values: Mapping[str, Any]) -> dict[str, Any]:
+def _command(name: str, folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Run a command as its command line would: its options stand in a config file that can be run again."""
     from switchkd.cli.console import Console
 
-    folder, config = task.folder / name, task.folder / f"{name}.yaml"
+    config = folder.parent / f"{folder.name}.yaml"
     text = yaml.safe_dump(plain({**values, "output_dir": str(folder)}), sort_keys=False)
     same = config.exists() and config.read_text(encoding="utf-8") == text
     config.write_text(text, encoding="utf-8")
@@ -224,16 +175,3 @@ def _command(name: str, task: Task, values: Mapping[str, Any]) -> dict[str, Any]
         shutil.rmtree(folder)  # what a run that did not end left behind: a comparison owns the folders of its runs
     result: dict[str, Any] = module.run(module.parser().resolve(flags), Console())
     return result
-
-
-def _flags(values: Mapping[str, Any]) -> list[str]:
-    """Options as one would type them; a name that does not exist is refused by the parser itself."""
-    tokens: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            tokens.append(f"--{name}={json.dumps(value)}")
-        elif isinstance(value, list):
-            tokens += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            tokens.append(f"--{name}={value}")
-    return tokens

@@ -1,121 +1,95 @@
-"""Micro-batches: prompts padded on the left and completions on the right, side by side."""
+"""Micro-batches: rows as lists of ids until their text is known, then prompts and completions side by side."""
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from switchkd.data.prompts import pad_prompts
 from switchkd.errors import UserError
 from switchkd.models.forward import context_length
 from switchkd.models.vocabulary import model_vocabulary_size
-from switchkd.rollout import Author, Rollout
+from switchkd.rollout import Prompts, Rollout
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Return one micro-batch of prepared rows as the data set has them.
+class Rows(Sequence[dict[str, Any]]):
+    """Rows of a prepared data set whose text is not known yet: the collator of training, which changes nothing.
+
+    It is not a list, because accelerate walks through lists down to the last id in search of tensors to move.
 
     Args:
         rows: Dicts with `prompt_ids` and `completion_ids`, the latter possibly empty, and where the teacher sees
-            another prompt `teacher_prompt_ids`.
+            another prompt `teacher_prompt_ids`; lists of ids.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def prompts(self) -> list[list[int]]:
+        """Return the prompt of every row."""
+        return [row["prompt_ids"] for row in self._rows]
+
+    def teacher_prompts(self) -> list[list[int]] | None:
+        """Return the teacher's prompt of every row, None where it reads the student's."""
+        if "teacher_prompt_ids" not in self._rows[0]:
+            return None
+        return [row["teacher_prompt_ids"] for row in self._rows]
+
+
+def padded_batch(rows: Rows, pad_token_id: int) -> dict[str, Tensor]:
+    """Return one micro-batch of the data set's own text, on the CPU.
+
+    Args:
+        rows: At least one.
         pad_token_id: Any id the models can read; masks, never ids, say what is padding.
 
     Returns:
-        As `model_inputs`.
+        `input_ids` and `attention_mask` `[B, P + C]`, `completion_mask` `[B, C]`, C >= 1; where the teacher has other
+        prompts, of length P', `teacher_input_ids` and `teacher_attention_mask` `[B, P' + C]`.
     """
-    completions = [torch.tensor(row["completion_ids"], dtype=torch.int64) for row in rows]
-    completion_ids = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=pad_token_id)
-    lengths = torch.tensor([len(completion) for completion in completions])
-    completion_mask = torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)
-    has_teacher_prompts = "teacher_prompt_ids" in rows[0]
-    return model_inputs(
-        *pad_prompts([row["prompt_ids"] for row in rows], pad_token_id),
+    lengths = torch.tensor([len(row["completion_ids"]) for row in rows])
+    width = max(int(lengths.max()), 1)
+    completion_mask = torch.arange(width) < lengths.unsqueeze(1)
+    completion_ids = torch.full(completion_mask.shape, pad_token_id, dtype=torch.int64)
+    ids = list(chain.from_iterable(row["completion_ids"] for row in rows))
+    completion_ids[completion_mask] = torch.tensor(ids, dtype=torch.int64)
+    teacher_prompts = rows.teacher_prompts()
+    return _model_inputs(
+        Prompts.of(rows.prompts(), pad_token_id),
+        None if teacher_prompts is None else Prompts.of(teacher_prompts, pad_token_id),
         completion_ids,
         completion_mask,
-        torch.where(completion_mask, int(Author.DATASET), int(Author.NONE)).to(torch.uint8),
-        teacher_prompts=(
-            pad_prompts([row["teacher_prompt_ids"] for row in rows], pad_token_id) if has_teacher_prompts else None
-        ),
     )
 
 
-def model_inputs(
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
-    author: Tensor,
-    *,
-    teacher_prompts: tuple[Tensor, Tensor] | None = None,
-    teacher_hidden: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return prompt and completion side by side, without columns in which no row has a token.
+def dataset_batches(batches: Sequence[Rows], pad_token_id: int) -> list[dict[str, Tensor]]:
+    """Return the data set's text as micro-batches of the given sizes, rows of similar length together.
 
     Args:
-        prompt_ids: `[B, P]`, left-padded.
-        prompt_mask: `[B, P]`.
-        completion_ids: `[B, C]`, right-padded.
-        completion_mask: `[B, C]`.
-        author: `Author` values, `[B, C]`.
-        teacher_prompts: Ids and mask of the teacher's prompts where they differ, left-padded `[B, P"]` each.
-        teacher_hidden: The teacher's state that predicted each token, `[B, C, H]`, if it is known.
-
-    Returns:
-        `input_ids` and `attention_mask` `[B, P' + C']`, `completion_mask` and `author` `[B, C']`, C' >= 1; where given
-        `teacher_input_ids` and `teacher_attention_mask` `[B, P" + C']`, and `teacher_hidden` `[B, C', H]`.
+        batches: Rows of the micro-batches of one optimizer step.
+        pad_token_id: As `padded_batch` takes it.
     """
-    length = max(int(completion_mask.sum(-1).max()) if completion_mask.numel() else 0, 1)
-    if completion_ids.shape[1] == 0:
-        # Prompt-only rows still need one column; it is masked out and replaced by the rollout.
-        completion_ids = prompt_ids[:, -1:]
-        completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
-        author = torch.zeros_like(completion_ids, dtype=torch.uint8)
-    completion_ids, completion_mask = completion_ids[:, :length], completion_mask[:, :length]
-    ids, mask = _side_by_side(prompt_ids, prompt_mask, completion_ids, completion_mask)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "completion_mask": completion_mask,
-        "author": author[:, :length],
-    }
-    if teacher_prompts is not None:
-        ids, mask = _side_by_side(*teacher_prompts, completion_ids, completion_mask)
-        inputs |= {"teacher_input_ids": ids, "teacher_attention_mask": mask}
-    if teacher_hidden is not None:
-        inputs["teacher_hidden"] = teacher_hidden[:, :length]
-    return inputs
-
-
-def _side_by_side(
-    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    length = max(int(prompt_mask.sum(-1).max()), 1)
-    ids = torch.cat([prompt_ids[:, -length:], completion_ids], dim=1)
-    mask = torch.cat([prompt_mask[:, -length:], completion_mask], dim=1)
-    return ids, mask.to(torch.int64)
-
-
-def prompts_of(batches: Sequence[dict[str, Tensor]], prefix: str = "") -> list[list[int]]:
-    """Return the prompt ids of every row of some micro-batches, without padding.
-
-    Args:
-        batches: Made by `collate`.
-        prefix: `teacher_` for the teacher's prompts.
-    """
-    prompts = []
-    for batch in batches:
-        ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"].bool()
-        length = ids.shape[1] - batch["completion_mask"].shape[1]
-        prompts += _unpadded(ids[:, :length], mask[:, :length])
-    return prompts
+    if len(batches) == 1:
+        return [padded_batch(batches[0], pad_token_id)]
+    rows = sorted(chain.from_iterable(batches), key=lambda row: len(row["completion_ids"]))
+    ends = accumulate(map(len, batches))
+    return [
+        padded_batch(Rows(rows[end - len(batch) : end]), pad_token_id) for batch, end in zip(batches, ends, strict=True)
+    ]
 
 
 def rollout_batches(
-    rollout: Rollout, sizes: Sequence[int], teacher_prompts: tuple[Tensor, Tensor] | None = None
+    rollout: Rollout, sizes: Sequence[int], teacher_prompts: Prompts | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return a rollout as micro-batches of the given sizes, rows of similar length together.
+    """Return a rollout as micro-batches of the given sizes, rows of similar length together, where the rollout lies.
 
     The loss is a sum over rows divided by a count of the whole optimizer step, so that it does not matter which rows
     share a micro-batch: grouping them by length only saves padding.
@@ -123,53 +97,50 @@ def rollout_batches(
     Args:
         rollout: With as many rows as the sizes sum up to.
         sizes: Rows of each micro-batch.
-        teacher_prompts: Ids and mask, left-padded `[B, P"]`, where the teacher has other prompts.
+        teacher_prompts: `[B, P']`, where the teacher has other prompts.
+
+    Returns:
+        As `padded_batch`, and `author` `[B, C]`; where the rollout has them `teacher_hidden` `[B, C, H]`.
     """
-    order = torch.arange(len(rollout), device=rollout.completion_ids.device)
-    hidden = rollout.teacher_hidden
+    prompts = Prompts(rollout.prompt_ids, rollout.prompt_mask)
+    masks = [rollout.completion_mask, prompts.mask, *([teacher_prompts.mask] if teacher_prompts is not None else [])]
+    # One transfer says how long every row is; what follows asks the device nothing.
+    lengths, *widths = torch.stack([mask.sum(-1) for mask in masks]).tolist()
+    order = list(range(len(rollout)))
     if len(sizes) > 1:
-        order = rollout.completion_mask.sum(-1).argsort(stable=True)
-    return [
-        model_inputs(
-            rollout.prompt_ids[rows],
-            rollout.prompt_mask[rows],
-            rollout.completion_ids[rows],
-            rollout.completion_mask[rows],
-            rollout.author[rows],
-            teacher_prompts=teacher_prompts and (teacher_prompts[0][rows], teacher_prompts[1][rows]),
-            # States may lie in main memory.
-            teacher_hidden=None if hidden is None else hidden[rows.to(hidden.device)],
+        order.sort(key=lengths.__getitem__)
+    result = []
+    for end, size in zip(accumulate(sizes), sizes, strict=True):
+        rows = order[end - size : end]
+        index = torch.tensor(rows, device=rollout.completion_ids.device)
+        width = max(lengths[row] for row in rows)
+        cut = [max(column[row] for row in rows) for column in widths]
+        result.append(
+            _model_inputs(
+                prompts[index].last(cut[0]),
+                None if teacher_prompts is None else teacher_prompts[index].last(cut[1]),
+                rollout.completion_ids[index, :width],
+                rollout.completion_mask[index, :width],
+            )
+            | {"author": rollout.author[index, :width]}
         )
-        for rows in order.split(list(sizes))
-    ]
-
-
-def regrouped(batches: Sequence[dict[str, Tensor]], pad_token_id: int) -> list[dict[str, Tensor]]:
-    """Return micro-batches of the data set with the same rows, those of similar length together."""
-    if len(batches) < 2:
-        return list(batches)
-    columns = {"prompt_ids": prompts_of(batches), "completion_ids": _completions_of(batches)}
-    if "teacher_input_ids" in batches[0]:
-        columns["teacher_prompt_ids"] = prompts_of(batches, "teacher_")
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    rows.sort(key=lambda row: len(row["completion_ids"]))
-    result, first = [], 0
-    for batch in batches:
-        result.append(collate(rows[first : first + len(batch["input_ids"])], pad_token_id))
-        first += len(batch["input_ids"])
+        if rollout.teacher_hidden is not None:
+            # States may lie in main memory.
+            on_its_device = index.to(rollout.teacher_hidden.device)
+            result[-1]["teacher_hidden"] = rollout.teacher_hidden[on_its_device, :width]
     return result
 
 
-def _completions_of(batches: Sequence[dict[str, Tensor]]) -> list[list[int]]:
-    completions = []
-    for batch in batches:
-        mask = batch["completion_mask"]
-        completions += _unpadded(batch["input_ids"][:, -mask.shape[1] :], mask)
-    return completions
-
-
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+def _model_inputs(
+    prompts: Prompts, teacher_prompts: Prompts | None, completion_ids: Tensor, completion_mask: Tensor
+) -> dict[str, Tensor]:
+    """Prompt and completion side by side, as each model reads them."""
+    inputs = {"completion_mask": completion_mask}
+    for prefix, read in (("", prompts), ("teacher_", teacher_prompts)):
+        if read is not None:
+            inputs[f"{prefix}input_ids"] = torch.cat([read.ids, completion_ids], dim=1)
+            inputs[f"{prefix}attention_mask"] = torch.cat([read.mask, completion_mask], dim=1).to(torch.int64)
+    return inputs
 
 
 def check_readable(data: Dataset, models: dict[str, nn.Module | None], *, answers: bool, new_tokens: int) -> None:

@@ -11,18 +11,15 @@ training and evaluation use. Column sets, the first that fits:
 `teacher_prompt` may be added to each: what the teacher sees instead of the student's prompt.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from datasets import Dataset, Features, Value
-from torch import Tensor
 
 from switchkd.data.records import READ_COLUMNS
 from switchkd.errors import UserError
 from switchkd.models.vocabulary import require_eos
-from switchkd.rollout import Prompts
 
 COLUMN_SETS = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("prompt",))
 _BATCH = 1000
@@ -130,12 +127,6 @@ def encode_prompt(prompt: str | Messages, tokenizer: Any) -> list[int]:
     """
     where = "this prompt"
     return _encode_prompts([_prompt_text(prompt, tokenizer, where)], tokenizer, [where])[0]
-
-
-def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return left-padded prompt ids, int64 `[B, P]`, and their mask, bool `[B, P]`, True at prompt tokens."""
-    padded = Prompts.of(prompts, pad_token_id)
-    return padded.ids, padded.mask
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

@@ -18,7 +18,7 @@ from switchkd.policies import Policy
 from switchkd.rollout import Prompts
 from switchkd.sampling import check_warping
 
-#: Ids or a mask: a tensor, an array, or lists of equal length.
+#: Ids or a mask: a tensor, an array or lists; prompts as lists may differ in length.
 IdsLike = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -167,22 +167,28 @@ def checked_row_ids(row_ids: Any, rows: int, device: torch.device) -> Tensor:
     return _integers("row_ids", found).to(device)
 
 
-def checked_prompts(model: nn.Module, prompt_ids: Any, prompt_mask: Any, max_new_tokens: int, role: str) -> Prompts:
+def checked_prompts(
+    model: nn.Module, prompt_ids: Any, prompt_mask: Any, max_new_tokens: int, role: str, pad_token_id: int
+) -> Prompts:
     """Return left-padded prompts that a model can read, on its device.
 
     Under the padding any id may stand.
 
     Args:
         model: Reads them.
-        prompt_ids: `[B, P]`.
+        prompt_ids: `[B, P]`, or lists of different lengths.
         prompt_mask: Likewise, True or 1 at prompt tokens; None if nothing is padded.
         max_new_tokens: What must fit the context besides.
         role: student or teacher, named in errors.
+        pad_token_id: Pads lists.
 
     Raises:
         UserError: Shapes, dtypes, padding or ids that cannot be.
     """
     name = "prompt" if role == "student" else f"{role} prompt"
+    if prompt_mask is None and isinstance(prompt_ids, list | tuple):
+        prompts = _of_lists(prompt_ids, role, pad_token_id)
+        prompt_ids, prompt_mask = prompts.ids, prompts.mask
     ids = _tensor(f"{role} prompts", prompt_ids)
     if ids.dim() != 2 or 0 in ids.shape:
         raise UserError(f"{role} prompts must be [B, P] with at least one token, got {list(ids.shape)}")
@@ -209,7 +215,7 @@ def checked_prompts(model: nn.Module, prompt_ids: Any, prompt_mask: Any, max_new
     if limit is not None and longest + max_new_tokens > limit:
         raise UserError(
             f"{name} of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
-            "shorten the prompts or max_new_tokens"
+            "shorten the prompts or the completions"
         )
     return Prompts(ids, mask)
 
@@ -260,13 +266,31 @@ def _tensor(name: str, value: Any) -> Tensor:
         elif not isinstance(value, Tensor):
             value = torch.tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(
-            f"{name} must be a tensor, an array or lists of equal length, got {_shown(value)}; "
-            "switchkd.data.pad_prompts pads lists of ids"
-        ) from error
+        raise UserError(f"{name} must be a tensor, an array or lists of equal length, got {_shown(value)}") from error
     if value.is_meta or value.layout != torch.strided:
         raise UserError(f"{name} must be a dense tensor with values, got {_shown(value)}")
     return value
+
+
+def _of_lists(rows: Sequence[Any], role: str, pad_token_id: int) -> Prompts:
+    """Prompts of one list, or tensor, of ids for each row."""
+    lists = []
+    for number, row in enumerate(rows):
+        if isinstance(row, list | tuple) and all(type(item) is int for item in row):
+            lists.append(row)
+        else:
+            ids = _tensor(f"{role} prompt of row {number}", row)
+            if ids.dim() != 1:
+                raise UserError(f"{role} prompts must be [B, P] or a list of ids for each row, got {_shown(rows)}")
+            lists.append(_integers(f"{role} prompt of row {number}", ids).tolist())
+        if not lists[-1]:
+            raise UserError(f"{role} prompt of row {number} is empty; a model needs at least one token to continue")
+    if not lists:
+        raise UserError(f"{role} prompts must be [B, P] with at least one token, got no rows")
+    try:
+        return Prompts.of(lists, pad_token_id)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{role} prompts hold an id that does not fit 64 bits") from error
 
 
 def _integers(name: str, values: Tensor) -> Tensor:

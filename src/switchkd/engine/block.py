@@ -20,6 +20,7 @@ from switchkd.engine.readable import last_slot
 from switchkd.engine.readers import RowReader
 from switchkd.engine.request import Request
 from switchkd.engine.verification import Verified, verify
+from switchkd.policies import Positions
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import NoiseTable, Stream
 
@@ -64,12 +65,12 @@ class _Draft:
     rows: list[int]  # pool rows, A
     tokens: Tensor  # [A, 1 + G]: the last committed token, then the draft
     position: Tensor  # [A, G], completion positions
-    places: Tensor  # [A, G], places in the table of noise, and in the record
+    places: Tensor  # [A, G], places in the table of noise, and in the rollout
     log_probs: Tensor  # [A * G, V]
 
 
 class BlockDecoder:
-    """One rollout by drafting and verifying; `run` writes every row and returns the record.
+    """One rollout by drafting and verifying; `run` writes every row and returns the rollout.
 
     Args:
         request: What is to be written.
@@ -262,7 +263,7 @@ class BlockDecoder:
         length = min(room, ROUND_ALONE if not self.eos else ROUND_ALONE_WITH_END)
         draft = self._draft(length)
         nothing = torch.full(draft.position.shape, math.nan, device=self.device)
-        decision, _ = self.policy.decide(nothing.flatten(), draft.position.flatten(), None)
+        decision = self.policy.decide(Positions(nothing.flatten(), draft.position.flatten()))
         verified = Verified(
             tokens=draft.tokens[:, 1:],
             kept=torch.full((len(draft.rows),), length, device=self.device),
@@ -339,7 +340,7 @@ class BlockDecoder:
             divergence=column("divergence", math.nan, torch.float32),
             threshold=column("threshold", math.nan, torch.float32),
             teacher_hidden=None if pool.hidden is None else pool.hidden.view(rows, self.limit, -1)[:, :longest].clone(),
-            unit=self.policy.unit,
+            measured=self.policy.measured,
             stats={
                 "student_passes": self.student.passes,
                 "teacher_passes": self.teacher.passes if self.teacher is not None else 0,

@@ -72,8 +72,9 @@ def roll_out(
     Args:
         student: A causal language model of transformers.
         teacher: Likewise; None where the policy needs no teacher.
-        prompt_ids: Left-padded prompts `[B, P]`: integers in a tensor, an array or lists, as all ids and masks here.
-        prompt_mask: True (or 1) at prompt tokens, `[B, P]`; None if nothing is padded.
+        prompt_ids: Left-padded prompts `[B, P]`: integers in a tensor, an array or lists, as all ids and masks here;
+            or one list of ids for each row, of any lengths.
+        prompt_mask: True (or 1) at prompt tokens, `[B, P]`; None if nothing is padded, and for lists.
         policy: Who writes the next token, see `switchkd.policies`.
         max_new_tokens: Length limit C of a completion, in tokens, >= 1.
         seed: Seed of the counter-based randomness.
@@ -87,7 +88,7 @@ def roll_out(
         pad_token_id: Fills completions after their end; the first EOS id, else 0, if None. The models never read it,
             so that it may lie outside their vocabulary.
         row_ids: Identity of each row for the randomness, integers `[B]`; 0 .. B-1 if None.
-        teacher_prompt_ids: Prompts for the teacher where they differ from the student's, left-padded `[B, P']`.
+        teacher_prompt_ids: Prompts for the teacher where they differ from the student's, as `prompt_ids`, `[B, P']`.
         teacher_prompt_mask: Their mask `[B, P']`.
         return_teacher_hidden: Keep the teacher's last hidden state that predicted each token.
         max_active_rows: How many rows are decoded at once, all if None; waiting prompts take the places of finished
@@ -122,14 +123,14 @@ def roll_out(
     if checked_flag("return_teacher_hidden", return_teacher_hidden) and teacher is None:
         raise UserError(f"return_teacher_hidden needs a teacher, which {type(policy).__name__} does not call")
 
-    prompts = checked_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student")
+    # What the models read in place of padding, which may be an id they have no row for.
+    fill = readable_pad_id(None, eos, student, teacher)
+    pad = fill if pad_token_id is None else checked_pad(pad_token_id)
+    prompts = checked_prompts(student, prompt_ids, prompt_mask, max_new_tokens, "student", pad)
     rows = len(prompts)
     row_ids = checked_row_ids(row_ids, rows, device_of(student))
     size = widths[0] if teacher is None else min(widths)
     excluded = checked_excluded(excluded_ids, size)
-    # What the models read in place of padding, which may be an id they have no row for.
-    fill = readable_pad_id(None, eos, student, teacher)
-    pad = fill if pad_token_id is None else checked_pad(pad_token_id)
     teacher_prompts = None
     if teacher is not None:
         if not excluded:  # whoever excludes ids has compared the tokenizers, and was warned there
@@ -138,7 +139,9 @@ def roll_out(
             if teacher_prompt_mask is not None:
                 raise UserError("teacher_prompt_mask goes with teacher_prompt_ids, which is None")
             teacher_prompt_ids, teacher_prompt_mask = prompt_ids, prompt_mask
-        teacher_prompts = checked_prompts(teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher")
+        teacher_prompts = checked_prompts(
+            teacher, teacher_prompt_ids, teacher_prompt_mask, max_new_tokens, "teacher", pad
+        )
         if len(teacher_prompts) != rows:
             raise UserError(f"teacher_prompt_ids has {len(teacher_prompts)} rows, prompt_ids {rows}")
         teacher_prompts = with_readable_padding(teacher_prompts, widths[1], fill)
@@ -222,6 +225,6 @@ def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
         divergence=column("divergence", math.nan),
         threshold=column("threshold", math.nan),
         teacher_hidden=None if parts[0].teacher_hidden is None else column("teacher_hidden", 0.0),
-        unit=parts[0].unit,
+        measured=parts[0].measured,
         stats={name: sum(part.stats[name] for part in parts) for name in parts[0].stats},
     )

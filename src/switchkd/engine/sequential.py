@@ -60,7 +60,7 @@ def decode_sequentially(request: Request) -> Rollout:
         divergence=divergence.masked_fill(~mask, math.nan),
         threshold=threshold.masked_fill(~mask, math.nan),
         teacher_hidden=torch.stack(hidden, dim=1).masked_fill(~mask.unsqueeze(-1), 0.0) if hidden else None,
-        unit=policy.unit,
+        measured=policy.measured,
         stats={
             "student_passes": student_reader.passes,
             "teacher_passes": teacher_reader.passes if teacher_reader else 0,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from switchkd import sampling
 from switchkd.chunks import rows_at_once
-from switchkd.policies import Policy
+from switchkd.policies import Policy, Positions
 from switchkd.rollout import Author
 from switchkd.sampling import NoiseTable, Stream
 
@@ -54,7 +54,7 @@ def write(
     noise = None
     if policy.random:
         noise = sampling.uniform(sampling.noise_keys(seed, row_ids, position, Stream.POLICY))
-    decision, state = policy.decide(measure, position, state, noise)
+    decision = policy.decide(Positions(measure, position, state, noise))
     tokens, author = drafted.clone(), decision.author.clone()
     kept = torch.ones_like(drafted, dtype=torch.bool)
     given = (author == Author.TEACHER).nonzero().squeeze(-1)
@@ -73,7 +73,7 @@ def write(
             )
         if policy.blends:
             author[given] = torch.where(kept[given], int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
-    return Written(tokens, kept, author, measure, decision.threshold, state)
+    return Written(tokens, kept, author, measure, decision.threshold, decision.state)
 
 
 @dataclass
@@ -150,16 +150,15 @@ def _decided(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The author and threshold of every position `[A, G]` and the policy's state before and after each."""
     if not policy.stateful:
-        decision, _ = policy.decide(
-            measure.flatten(), position.flatten(), None, None if drawn is None else drawn.flatten()
-        )
+        uniform = None if drawn is None else drawn.flatten()
+        decision = policy.decide(Positions(measure.flatten(), position.flatten(), None, uniform))
         return decision.author.view(measure.shape), decision.threshold.view(measure.shape), [state]
     decisions, states = [], [state]
     for column in range(measure.shape[1]):
         uniform = None if drawn is None else drawn[:, column]
-        decision, state = policy.decide(measure[:, column], position[:, column], state, uniform)
+        decision = policy.decide(Positions(measure[:, column], position[:, column], states[-1], uniform))
         decisions.append(decision)
-        states.append(state)
+        states.append(decision.state)
     author = torch.stack([decision.author for decision in decisions], dim=1)
     return author, torch.stack([decision.threshold for decision in decisions], dim=1), states
 

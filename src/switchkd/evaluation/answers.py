@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
 
-from switchkd.data import pad_prompts
-from switchkd.data.batches import collate
+from switchkd.data.batches import Rows, padded_batch
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_count
 from switchkd.evaluation.metrics import bucket_names, exact_match, length_bucket, mean_and_std, rouge_l
+from switchkd.evaluation.scorers import Scorer
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.objective import CROSS_ENTROPY, Objective
 from switchkd.objective.step import StepLoss
 from switchkd.policies import StudentPolicy
+from switchkd.rollout import Prompts
 from switchkd.sampling import check_warping
 
 
@@ -35,13 +36,15 @@ class EvaluationResult:
     Attributes:
         rows: One dict per seed and example, by seed, then by example: `index` (of the data set), `seed`, `prompt`,
             `completion`, `references`, `rouge_l`, `exact_match`, `completion_tokens` (the end of sequence included),
-            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference).
+            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference), and
+            under the name of a scorer its score in [0, 100].
         seeds: The decoding seeds.
         scores: Mean ROUGE-L of each seed, in the order of `seeds`, in [0, 100].
         rouge_l: Their mean.
         rouge_l_std: Their sample standard deviation (divisor n - 1; 0 for one seed).
         exact_match: Exact matches, percent of all rows.
-        by_length: For every length of the first reference that occurs: `examples` and mean `rouge_l`.
+        by_length: For every length of the first reference that occurs: `examples`, mean `rouge_l` and the scorer's.
+        by_scorer: Name of the scorer -> mean over all rows; empty without one.
         seconds: Time spent on generating.
         decoding: The settings that made the text.
     """
@@ -53,6 +56,7 @@ class EvaluationResult:
     rouge_l_std: float
     exact_match: float
     by_length: dict[str, dict[str, float]]
+    by_scorer: dict[str, float]
     seconds: float
     decoding: dict[str, Any]
 
@@ -67,6 +71,7 @@ class EvaluationResult:
             "completion_tokens": sum(row["completion_tokens"] for row in self.rows) / len(self.rows),
             "finished_share": sum(row["finished"] for row in self.rows) / len(self.rows),
             "by_length": self.by_length,
+            "by_scorer": self.by_scorer,
             "seconds": self.seconds,
             "decoding": self.decoding,
         }
@@ -78,12 +83,13 @@ def evaluate(
     dataset: Dataset,
     *,
     seeds: Sequence[int] = (10, 20, 30, 40, 50),
-    max_new_tokens: int = 256,
+    max_completion_length: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
     batch_size: int = 8,
     no_repeat_ngram_size: int = 0,
+    scorer: Scorer | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -97,21 +103,22 @@ def evaluate(
         tokenizer: Its tokenizer.
         dataset: Made by `switchkd.data.prepare`, with at least one reference in every row.
         seeds: Decoding seeds, all different. Greedy decoding gives the same text for each: one is enough.
-        max_new_tokens: Length limit of an answer, tokens.
+        max_completion_length: Length limit of an answer, tokens.
         temperature: 0 is greedy.
         top_p: In (0, 1].
         top_k: 0 keeps every id.
         batch_size: Prompts decoded at once.
         no_repeat_ngram_size: No n-gram of this length may occur twice in prompt and answer; 0 allows all. MiniLLM and
             DistiLLM score with 6.
+        scorer: One more measure, see `switchkd.evaluation.scorers.load_scorer`.
         device: Where the model is moved to; None leaves it.
         progress: Whether to show a progress bar on standard error.
 
     Raises:
-        UserError: A row has no reference, the longest prompt and `max_new_tokens` exceed the model's context, no
-            end-of-sequence token is known, or a setting is out of range.
+        UserError: A row has no reference, the longest prompt and `max_completion_length` exceed the model's context,
+            no end-of-sequence token is known, or a setting is out of range.
     """
-    _check(model, dataset, seeds, max_new_tokens, batch_size, no_repeat_ngram_size)
+    _check(model, dataset, seeds, max_completion_length, batch_size, no_repeat_ngram_size)
     try:
         check_warping(temperature, top_k, top_p)
     except ValueError as error:
@@ -123,7 +130,7 @@ def evaluate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": max_completion_length,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     pad = readable_pad_id(tokenizer.pad_token_id, eos, model)
@@ -139,17 +146,18 @@ def evaluate(
         for seed in seeds:
             with _seeded(model, seed, enabled=blocked is not None):
                 for batch in batches:
-                    prompt_ids, prompt_mask = pad_prompts([prompts[index] for index in batch], pad)
+                    read = [prompts[index] for index in batch]
                     if blocked is not None:
-                        texts = _generate(model, prompt_ids, prompt_mask, blocked, eos)
+                        texts = _generate(model, Prompts.of(read, pad), blocked, eos)
                     else:
-                        texts = _sample(model, prompt_ids, prompt_mask, batch, seed, settings, eos, pad)
+                        texts = _sample(model, read, batch, seed, settings, eos, pad)
                     answers.update({(seed, index): ids for index, ids in zip(batch, texts, strict=True)})
                     bar.update(len(batch))
     seconds = time.perf_counter() - started
     decoder = "roll_out" if blocked is None else "transformers.generate"
+    settings["max_completion_length"] = settings.pop("max_new_tokens")
     decoding = {"decoder": decoder, **settings, "seeds": list(seeds), "batch_size": batch_size}
-    return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding)
+    return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding, scorer)
 
 
 def write_rows(result: EvaluationResult, path: str | Path) -> None:
@@ -222,7 +230,7 @@ def _batch_losses(
 ) -> dict[str, float]:
     """Sums over the reference tokens of a batch, by the trainer's own way from states to losses."""
     device = device_of(model)
-    inputs = {name: value.to(device) for name, value in collate(rows, pad).items()}
+    inputs = {name: value.to(device) for name, value in padded_batch(Rows(rows), pad).items()}
     of_divergence = {
         name: StepLoss(Objective(objective, excluded_ids=excluded_ids))
         for name, objective in (("forward_kl", "forward_kl"), ("jsd", "generalized_jsd"))
@@ -238,8 +246,7 @@ def _batch_losses(
 
 def _sample(
     model: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prompts: list[list[int]],
     row_ids: list[int],
     seed: int,
     settings: dict[str, Any],
@@ -249,8 +256,7 @@ def _sample(
     rollout = roll_out(
         model,
         None,
-        prompt_ids,
-        prompt_mask,
+        prompts,
         policy=StudentPolicy(),
         seed=seed,
         eos_token_id=eos,
@@ -292,15 +298,11 @@ def _blocked_options(settings: dict[str, Any], eos: list[int], pad: int) -> Gene
     )
 
 
-def _generate(
-    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, options: GenerationConfig, eos: list[int]
-) -> list[list[int]]:
-    device = device_of(model)
+def _generate(model: Any, prompts: Prompts, options: GenerationConfig, eos: list[int]) -> list[list[int]]:
+    prompts = prompts.to(device_of(model))
     with eval_mode(model):
-        whole = model.generate(
-            prompt_ids.to(device), attention_mask=prompt_mask.to(device, torch.int64), generation_config=options
-        )
-    texts: list[list[int]] = whole[:, prompt_ids.shape[1] :].tolist()
+        whole = model.generate(prompts.ids, attention_mask=prompts.mask.long(), generation_config=options)
+    texts: list[list[int]] = whole[:, prompts.width :].tolist()
     ends = [next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids)) for ids in texts]
     return [ids[:end] for ids, end in zip(texts, ends, strict=True)]
 
@@ -313,6 +315,7 @@ def _score(
     eos: set[int],
     seconds: float,
     decoding: dict[str, Any],
+    scorer: Scorer | None,
 ) -> EvaluationResult:
     references, prompts = list(dataset["references"]), list(dataset["prompt"])
     first = [accepted[0] for accepted in references]
@@ -336,17 +339,24 @@ def _score(
                     "completion_tokens": len(ids),
                     "finished": finished,
                     "reference_tokens": reference_tokens[index],
+                    **({scorer.name: scorer(prompts[index], text, accepted)} if scorer is not None else {}),
                 }
             )
     scores = [mean_and_std([row["rouge_l"] for row in rows if row["seed"] == seed])[0] for seed in seeds]
     mean, std = mean_and_std(scores)
+    measures = ["rouge_l", *([scorer.name] if scorer is not None else [])]
+
+    def means(chosen: list[dict[str, Any]]) -> dict[str, float]:
+        return {measure: mean_and_std([row[measure] for row in chosen])[0] for measure in measures}
+
     by_length = {}
     for name in bucket_names():
-        chosen = [row["rouge_l"] for row in rows if length_bucket(row["reference_tokens"]) == name]
+        chosen = [row for row in rows if length_bucket(row["reference_tokens"]) == name]
         if chosen:
-            by_length[name] = {"examples": len(chosen) // len(seeds), "rouge_l": mean_and_std(chosen)[0]}
+            by_length[name] = {"examples": len(chosen) // len(seeds), **means(chosen)}
+    by_scorer = {measure: value for measure, value in means(rows).items() if measure != "rouge_l"}
     matches = 100.0 * sum(row["exact_match"] for row in rows) / len(rows)
-    return EvaluationResult(rows, seeds, scores, mean, std, matches, by_length, seconds, decoding)
+    return EvaluationResult(rows, seeds, scores, mean, std, matches, by_length, by_scorer, seconds, decoding)
 
 
 def _check_prepared(dataset: Dataset) -> None:
@@ -358,15 +368,14 @@ def _check_prepared(dataset: Dataset) -> None:
 
 
 def _check(
-    model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_new_tokens: int, batch_size: int, ngram: int
+    model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_completion_length: int, batch_size: int, ngram: int
 ) -> None:
     _check_prepared(dataset)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be one or more different integers, got {list(seeds)}")
-    limits = (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("no_repeat_ngram_size", ngram, 0))
-    for name, value, least in limits:
-        if value < least:
-            raise UserError(f"{name} must be >= {least}, got {value}")
+    check_count("max_completion_length", max_completion_length, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("no_repeat_ngram_size", ngram, 0)
     bare = next((row for row, accepted in enumerate(dataset["references"], start=1) if not accepted), None)
     if bare is not None:
         raise UserError(
@@ -374,8 +383,9 @@ def _check(
             "(`output`, `completion` or a chat that ends with the assistant)"
         )
     longest, limit = max(len(ids) for ids in dataset["prompt_ids"]), context_length(model)
-    if limit is not None and longest + max_new_tokens > limit:
+    if limit is not None and longest + max_completion_length > limit:
         raise UserError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than the "
-            f"model's context of {limit}: lower max_new_tokens, or max_prompt_length when the data are prepared"
+            f"the longest prompt has {longest} tokens and max_completion_length is {max_completion_length}, together "
+            f"more than the model's context of {limit}: lower max_completion_length, or "
+            "max_prompt_length when the data are prepared"
         )

@@ -35,7 +35,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 def known(model: nn.Module) -> Known:
-    """Return the record of a model, empty at first."""
+    """Return what is known of a model, empty at first."""
     record = _KNOWN.get(model)
     if record is None:
         record = _KNOWN[model] = Known()

@@ -44,7 +44,7 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
             one of another shape: transformers would put random weights in its place.
     """
     init_kwargs = init_kwargs or {}
-    path = _local_folder(name_or_path, role)
+    path = local_folder(name_or_path, role)
     source = str(path or name_or_path)
     # Where an adapter's files are looked for, as for those of a model.
     place = {name: init_kwargs[name] for name in _PLACE if name in init_kwargs}
@@ -71,7 +71,7 @@ def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
     Raises:
         UserError: The tokenizer cannot be found or read.
     """
-    source = str(_local_folder(name_or_path, role) or name_or_path)
+    source = str(local_folder(name_or_path, role) or name_or_path)
     tokenizer = _reading(f"{role} {name_or_path!r}", lambda: AutoTokenizer.from_pretrained(source))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -100,8 +100,12 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _local_folder(name_or_path: str, role: str) -> Path | None:
-    """The folder of that name, or None for a hub id."""
+def local_folder(name_or_path: str, role: str) -> Path | None:
+    """Return the folder of that name, or None for a hub id.
+
+    Raises:
+        UserError: The name is that of a folder, and there is none.
+    """
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():

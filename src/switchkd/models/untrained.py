@@ -53,8 +53,10 @@ def student_from_config(
             raise UserError(f"student_config: {start.model_type} has no option {name!r}; the nearest is {near!r}")
     set_seed(seed)
     try:
-        # Rebuilt, not patched: lists that depend on the number of layers are made afresh.
-        values = {name: value for name, value in start.to_dict().items() if name not in _DERIVED}
+        # Rebuilt, not patched: lists that depend on the number of layers are made afresh, and what a type derives from
+        # other values, such as the size of a head, from the given ones.
+        inherited = {} if model_type is not None else start.to_dict()
+        values = {name: value for name, value in inherited.items() if name not in _DERIVED}
         for name, value in given.items():
             values[start.attribute_map.get(name, name)] = value
         config = type(start)(**values)
@@ -80,11 +82,7 @@ def student_from_layers(base: str, layers: Sequence[int], init_kwargs: Mapping[s
     """
     big = load_model(base, {"dtype": "float32", **(init_kwargs or {})}, role="model whose layers are taken")
     depth = big.config.num_hidden_layers
-    if not layers:
-        raise UserError("student_layers names no layer")
-    for layer in layers:
-        if not -depth <= layer < depth:
-            raise UserError(f"student_layers: {base} has layers 0 to {depth - 1}, not {layer}")
+    check_layers(base, layers, depth)
     chosen = [layer % depth for layer in layers]
     stacks = [name for name, part in big.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
     if len(stacks) != 1:
@@ -105,6 +103,19 @@ def student_from_layers(base: str, layers: Sequence[int], init_kwargs: Mapping[s
     )
     small.generation_config = big.generation_config
     return small
+
+
+def check_layers(base: str, layers: Sequence[int], depth: int) -> None:
+    """Refuse layers that a model of this depth does not have.
+
+    Raises:
+        UserError: Names the layer.
+    """
+    if not layers:
+        raise UserError("student_layers names no layer")
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise UserError(f"student_layers: {base} has layers 0 to {depth - 1}, not {layer}")
 
 
 def load_config(name_or_path: str) -> Any:

@@ -12,7 +12,6 @@ from switchkd.models.heads import output_head
 from switchkd.objective.chunked import ChunkedLoss
 from switchkd.objective.loss import CROSS_ENTROPY, Objective
 from switchkd.objective.predictions import Predictions, author_weights, minillm_loss, predict, supervised_loss
-from switchkd.rollout import Author
 
 Inputs = Mapping[str, Tensor]
 
@@ -70,12 +69,13 @@ class StepLoss:
         Args:
             student: The model in training, wrapped as it is trained.
             teacher: May be None where the objective does not compare.
-            inputs: As `switchkd.data.batches.model_inputs` returns; `lm_input_ids` and `lm_tokens` may stand beside it.
+            inputs: Made by `switchkd.data.batches`, `author` only where the text was rolled out; `lm_input_ids` and
+                `lm_tokens` may stand beside it.
             denominator: Supervised tokens of the whole optimizer step; the micro-batch's own if None.
         """
         predicted, taught = self.predictions(student, teacher, inputs)
         mask, labels = inputs["completion_mask"], _labels(inputs)
-        rolled_out = bool((inputs["author"] != Author.DATASET)[mask].any())
+        rolled_out = "author" in inputs
         if self.minillm is not None and rolled_out:
             assert taught is not None
             mixture_weight, clip_range = self.minillm

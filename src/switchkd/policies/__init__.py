@@ -1,6 +1,6 @@
 """Who writes the next token: a policy sees two next-token distributions and a position, never a model."""
 
-from switchkd.policies.base import Decision, Policy
+from switchkd.policies.base import Decision, Policy, Positions
 from switchkd.policies.controls import (
     RandomPolicy,
     StudentConfidencePolicy,
@@ -9,9 +9,10 @@ from switchkd.policies.controls import (
     StudentPolicy,
     TeacherFirstPolicy,
     TeacherPolicy,
+    TeacherPrefixPolicy,
 )
 from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
-from switchkd.policies.switch import SwitchPolicy
+from switchkd.policies.switch import PacedSwitchPolicy, SwitchPolicy, ThresholdPolicy
 
 #: The one registry: name on the command line -> class.
 POLICIES: dict[str, type[Policy]] = {
@@ -25,6 +26,7 @@ POLICIES: dict[str, type[Policy]] = {
     "trb": TrustRegionPolicy,
     "random": RandomPolicy,
     "teacher_first": TeacherFirstPolicy,
+    "teacher_prefix": TeacherPrefixPolicy,
     "student_first": StudentFirstPolicy,
     "student_entropy": StudentEntropyPolicy,
     "student_confidence": StudentConfidencePolicy,
@@ -35,7 +37,9 @@ __all__ = [
     "AdaSwitchPolicy",
     "BlendPolicy",
     "Decision",
+    "PacedSwitchPolicy",
     "Policy",
+    "Positions",
     "RandomPolicy",
     "RelayPolicy",
     "SkdPolicy",
@@ -46,5 +50,7 @@ __all__ = [
     "SwitchPolicy",
     "TeacherFirstPolicy",
     "TeacherPolicy",
+    "TeacherPrefixPolicy",
+    "ThresholdPolicy",
     "TrustRegionPolicy",
 ]

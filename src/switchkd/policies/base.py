@@ -4,13 +4,14 @@ A policy is a behaviour distribution mu(student, teacher, position, state). The 
 the vocabulary work is done once for a whole draft and the rest is arithmetic on `[N]` numbers:
 
 1. `measure`: the numbers the decision rests on, from the distributions (stateless).
-2. `decide`: the author and the threshold of each position, from the numbers, the position and the policy's state.
+2. `decide`: the author and the threshold of each position, from `Positions`: the numbers, where they are, a state.
 3. `behaviour`: mu at the positions given to the teacher; the student's own distribution holds elsewhere.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,17 +19,36 @@ from torch import Tensor
 from switchkd.rollout import Author
 
 
-@dataclass(frozen=True)
+@dataclass
+class Positions:
+    """What a policy decides on at N positions, one in each of N rows or all of them independent.
+
+    Attributes:
+        measure: What `Policy.measure` returned, float32 `[N]`.
+        position: Completion position of each token, counted from 0, int64 `[N]`.
+        state: The policy's state before them, `[N, ...]`; None for a stateless policy.
+        uniform: Noise in (0, 1) of each row and position, float64 `[N]`; None unless the policy sets `random`.
+    """
+
+    measure: Tensor
+    position: Tensor
+    state: Tensor | None = None
+    uniform: Tensor | None = None
+
+
+@dataclass
 class Decision:
     """What a policy decided at N positions.
 
     Attributes:
         author: `Author` values, uint8 `[N]`.
-        threshold: What the divergence was compared with, nats, float32 `[N]`; nan where there is none.
+        threshold: What was compared with the measure, in its unit, float32 `[N]`; nan where there is none.
+        state: The policy's state after them, `[N, ...]`; None for a stateless policy.
     """
 
     author: Tensor
     threshold: Tensor
+    state: Tensor | None = None
 
 
 class Policy:
@@ -46,8 +66,27 @@ class Policy:
     redraws: bool = False
     #: Whether `decide` reads `uniform`.
     random: bool = False
-    #: What `measure` counts in: "nats", or "rank" for a place in an ordered vocabulary.
-    unit: str = "nats"
+    #: Options that follow the length limit of completions where nothing else is said, tokens.
+    length_options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def measured(self) -> str | None:
+        """What `measure` returns, one of `switchkd.rollout.MEASURED`; None for a policy that compares nothing."""
+        return None
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Return option -> default."""
+        return {name: option.default for name, option in inspect.signature(cls).parameters.items()}
+
+    @classmethod
+    def of(cls, **options: Any) -> "Policy":
+        """Return the policy with these options.
+
+        Raises:
+            UserError: A value outside its range.
+        """
+        return cls(**options)
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy at a moment of training; the policy itself where nothing is annealed.
@@ -75,17 +114,8 @@ class Policy:
         """
         return torch.full(student_log_probs.shape[:-1], math.nan, device=student_log_probs.device)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        """Return the decisions and the new state.
-
-        Args:
-            measure: float32 `[N]` of `measure`.
-            position: Completion position of each token, counted from 0, int64 `[N]`.
-            state: `[N, ...]`, or None for a stateless policy.
-            uniform: Noise in (0, 1) of each row and position, float64 `[N]`, for a policy that sets `random`.
-        """
+    def decide(self, at: Positions) -> Decision:
+        """Return who writes at N positions."""
         raise TypeError(f"{type(self).__name__} does not define decide()")
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -95,9 +125,12 @@ class Policy:
 
 def everywhere(author: Author, like: Tensor) -> Decision:
     """Return a decision for one author at every position, without a threshold."""
-    return Decision(
-        torch.full_like(like, int(author), dtype=torch.uint8), torch.full_like(like, math.nan, dtype=torch.float32)
-    )
+    return without_threshold(torch.full_like(like, int(author), dtype=torch.uint8))
+
+
+def without_threshold(author: Tensor) -> Decision:
+    """Return a decision that rests on no comparison, from the authors, uint8 `[N]`."""
+    return Decision(author, torch.full_like(author, math.nan, dtype=torch.float32))
 
 
 def teacher_where(mask: Tensor) -> Tensor:

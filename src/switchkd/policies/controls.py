@@ -5,14 +5,14 @@ teacher share, so that strategies are compared at equal share.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from switchkd.errors import check_count, check_range
-from switchkd.policies.base import Decision, Policy, everywhere, teacher_where
+from switchkd.errors import check_count, check_range, check_share_of_training
+from switchkd.policies.base import Decision, Policy, Positions, everywhere, teacher_where, without_threshold
 from switchkd.policies.switch import SwitchPolicy
 from switchkd.rollout import Author
 
@@ -23,20 +23,16 @@ class StudentPolicy(Policy):
 
     needs_teacher = False
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        return everywhere(Author.STUDENT, measure), None
+    def decide(self, at: Positions) -> Decision:
+        return everywhere(Author.STUDENT, at.measure)
 
 
 @dataclass(frozen=True)
 class TeacherPolicy(Policy):
     """The teacher writes everything, helped by the student's drafts: lossless speculative decoding of the teacher."""
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        return everywhere(Author.TEACHER, measure), None
+    def decide(self, at: Positions) -> Decision:
+        return everywhere(Author.TEACHER, at.measure)
 
 
 @dataclass(frozen=True)
@@ -44,29 +40,27 @@ class RandomPolicy(Policy):
     """The teacher writes each token with a fixed probability, whatever the distributions say.
 
     Args:
-        teacher_share: That probability, in [0, 1]; 0.53 is the share reported for SWITCH.
+        teacher_probability: That probability, in [0, 1]; 0.53 is the share reported for SWITCH.
 
     Raises:
-        UserError: The share is outside its range.
+        UserError: It is outside its range.
     """
 
-    teacher_share: float = 0.53
+    teacher_probability: float = 0.53
     random = True
 
     def __post_init__(self) -> None:
-        check_range("teacher_share", self.teacher_share, 0.0, 1.0)
+        check_range("teacher_probability", self.teacher_probability, 0.0, 1.0)
 
     @classmethod
     def from_share(cls, teacher_share: float, lengths: Tensor | float) -> Self:
         """Return the policy with that share; the lengths, which other rules need, do not matter here."""
+        check_range("teacher_share", teacher_share, 0.0, 1.0)
         return cls(teacher_share)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        assert uniform is not None  # the engine provides it, because `random` is set
-        author = teacher_where(uniform < self.teacher_share)
-        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+    def decide(self, at: Positions) -> Decision:
+        assert at.uniform is not None  # the engine provides it, because `random` is set
+        return without_threshold(teacher_where(at.uniform < self.teacher_probability))
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,37 @@ class TeacherFirstPolicy(Policy):
         """
         return cls(first_tokens_with_share(teacher_share, lengths))
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        author = teacher_where(position < self.teacher_tokens)
-        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+    def decide(self, at: Positions) -> Decision:
+        return without_threshold(teacher_where(at.position < self.teacher_tokens))
+
+
+@dataclass(frozen=True)
+class TeacherPrefixPolicy(TeacherFirstPolicy):
+    """The teacher writes the first k tokens, the student everything after; k falls to 0 while the student learns.
+
+    At a share p of the training k is `teacher_tokens` max(1 - p / `prefix_decay`, 0), rounded. `from_share` gives the
+    share at the start.
+
+    Args:
+        teacher_tokens: k at the start, >= 0. Its default, the length limit of completions, is chosen here.
+        prefix_decay: Share of the training after which the student writes alone, in (0, 1]. Chosen here, too.
+
+    Raises:
+        UserError: An option outside its range.
+    """
+
+    teacher_tokens: int = 256
+    prefix_decay: float = 1.0
+    length_options: ClassVar[tuple[str, ...]] = ("teacher_tokens",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share_of_training("prefix_decay", self.prefix_decay)
+
+    def at_progress(self, progress: float) -> Self:
+        """Return the policy with the k of a moment of training."""
+        left = max(1.0 - progress / self.prefix_decay, 0.0)
+        return replace(self, teacher_tokens=round(self.teacher_tokens * left))
 
 
 @dataclass(frozen=True)
@@ -127,11 +147,8 @@ class StudentFirstPolicy(Policy):
         check_range("teacher_share", teacher_share, 0.0, 1.0)
         return cls(first_tokens_with_share(1.0 - teacher_share, lengths))
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        author = teacher_where(position >= self.switch_position)
-        return Decision(author, everywhere(Author.STUDENT, measure).threshold), None
+    def decide(self, at: Positions) -> Decision:
+        return without_threshold(teacher_where(at.position >= self.switch_position))
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,7 @@ class StudentEntropyPolicy(SwitchPolicy):
     """
 
     initial_threshold: float = 2.0
+    measured = "entropy_nats"
     largest_threshold: ClassVar[tuple[float, str]] = (math.inf, "inf nats")
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
@@ -165,6 +183,7 @@ class StudentConfidencePolicy(SwitchPolicy):
     """
 
     initial_threshold: float = math.log(2.0)
+    measured = "surprisal_nats"
     largest_threshold: ClassVar[tuple[float, str]] = (math.inf, "inf nats")
 
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from switchkd.divergences import LARGEST_JSD, forward_kl, generalized_jsd
-from switchkd.errors import UserError, check_count, check_range
-from switchkd.policies.base import Decision, Policy, everywhere, teacher_where
+from switchkd.errors import UserError, check_count, check_range, check_share_of_training
+from switchkd.policies.base import Decision, Policy, Positions, everywhere, teacher_where
 from switchkd.rollout import Author
 
 
@@ -34,10 +34,8 @@ class BlendPolicy(Policy):
     def __post_init__(self) -> None:
         check_range("mixture_weight", self.mixture_weight, 0.0, 1.0)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        return everywhere(Author.TEACHER, measure), None
+    def decide(self, at: Positions) -> Decision:
+        return everywhere(Author.TEACHER, at.measure)
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         # As a tensor, so that the logarithm of a weight of 0 is -inf and not an error.
@@ -66,7 +64,7 @@ class SkdPolicy(Policy):
 
     teacher_top_k: int = 25
     redraws = True
-    unit = "rank"
+    measured = "rank"
 
     def __post_init__(self) -> None:
         check_count("teacher_top_k", self.teacher_top_k, 1)
@@ -78,11 +76,9 @@ class SkdPolicy(Policy):
         excluded = of_draft.squeeze(-1) == -math.inf
         return torch.where(excluded, max(teacher_log_probs.shape[-1], self.teacher_top_k) + 1, rank).to(torch.float32)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        threshold = torch.full_like(measure, float(self.teacher_top_k))
-        return Decision(teacher_where(measure > threshold), threshold), None
+    def decide(self, at: Positions) -> Decision:
+        threshold = torch.full_like(at.measure, float(self.teacher_top_k))
+        return Decision(teacher_where(at.measure > threshold), threshold)
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,7 @@ class AdaSwitchPolicy(Policy):
     divergence_multiple: float = 3.0
     divergence_window: int = 8
     stateful = True
+    measured = "kl_nats"
 
     def __post_init__(self) -> None:
         if not self.divergence_multiple > 0.0:
@@ -119,18 +116,16 @@ class AdaSwitchPolicy(Policy):
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         return forward_kl(student_log_probs, teacher_log_probs).to(torch.float32)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        assert state is not None
-        history, taken = state[:, :-1], state[:, -1] > 0
-        tested = (position >= self.divergence_window) & ~taken
+    def decide(self, at: Positions) -> Decision:
+        assert at.state is not None
+        history, taken = at.state[:, :-1], at.state[:, -1] > 0
+        tested = (at.position >= self.divergence_window) & ~taken
         threshold = torch.where(tested, self.divergence_multiple * history.mean(-1), math.nan)
-        taken = taken | (measure > threshold)
-        slot = (position % self.divergence_window).unsqueeze(-1)
-        history = history.scatter(-1, slot, measure.unsqueeze(-1))
+        taken = taken | (at.measure > threshold)
+        slot = (at.position % self.divergence_window).unsqueeze(-1)
+        history = history.scatter(-1, slot, at.measure.unsqueeze(-1))
         state = torch.cat([history, taken.to(history.dtype).unsqueeze(-1)], dim=-1)
-        return Decision(teacher_where(taken), threshold), state
+        return Decision(teacher_where(taken), threshold, state)
 
 
 @dataclass(frozen=True)
@@ -155,6 +150,7 @@ class RelayPolicy(Policy):
     leg_length: int = 8
     leg_budget: int = 4
     stateful = True
+    measured = "jsd_nats"
 
     def __post_init__(self) -> None:
         check_range("trigger_threshold", self.trigger_threshold, 0.0, LARGEST_JSD, "ln 2 nats")
@@ -168,17 +164,15 @@ class RelayPolicy(Policy):
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         return generalized_jsd(student_log_probs, teacher_log_probs).to(torch.float32)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        assert state is not None
-        left, legs = state.unbind(-1)
+    def decide(self, at: Positions) -> Decision:
+        assert at.state is not None
+        left, legs = at.state.unbind(-1)
         tested = (left == 0) & (legs < self.leg_budget)
-        threshold = torch.where(tested, self.trigger_threshold, torch.full_like(measure, math.nan))
-        starts = measure > threshold
+        threshold = torch.where(tested, self.trigger_threshold, torch.full_like(at.measure, math.nan))
+        starts = at.measure > threshold
         left = torch.where(starts, self.leg_length, left)
-        author = teacher_where(left > 0)
-        return Decision(author, threshold), torch.stack([(left - 1).clamp_min(0), legs + starts], dim=-1)
+        state = torch.stack([(left - 1).clamp_min(0), legs + starts], dim=-1)
+        return Decision(teacher_where(left > 0), threshold, state)
 
 
 @dataclass(frozen=True)
@@ -204,14 +198,12 @@ class TrustRegionPolicy(Policy):
     kl_budget: float = 0.1
     kl_budget_warmup: float = 0.5
     blends = True
+    measured = "kl_nats"
 
     def __post_init__(self) -> None:
         if not self.kl_budget >= 0.0:
             raise UserError(f"kl_budget must be >= 0 nats, got {self.kl_budget}")
-        if not 0.0 < self.kl_budget_warmup <= 1.0:
-            raise UserError(
-                f"kl_budget_warmup must lie in (0, 1], a share of the training, got {self.kl_budget_warmup}"
-            )
+        check_share_of_training("kl_budget_warmup", self.kl_budget_warmup)
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy with the budget of a moment of training."""
@@ -221,11 +213,9 @@ class TrustRegionPolicy(Policy):
     def measure(self, student_log_probs: Tensor, teacher_log_probs: Tensor, drafted: Tensor) -> Tensor:
         return forward_kl(student_log_probs, teacher_log_probs).to(torch.float32)
 
-    def decide(
-        self, measure: Tensor, position: Tensor, state: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Decision, Tensor | None]:
-        author = everywhere(Author.TEACHER, measure).author
-        return Decision(author, torch.full_like(measure, self.kl_budget)), None
+    def decide(self, at: Positions) -> Decision:
+        author = everywhere(Author.TEACHER, at.measure).author
+        return Decision(author, torch.full_like(at.measure, self.kl_budget))
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         weight = largest_weight_within(student_log_probs, teacher_log_probs, self.kl_budget)

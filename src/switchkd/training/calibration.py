@@ -9,14 +9,15 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from switchkd.engine import roll_out
+from switchkd.engine.arguments import IdsLike
 from switchkd.errors import UserError, check_count, check_range
-from switchkd.policies import SwitchPolicy
+from switchkd.policies import SwitchPolicy, ThresholdPolicy
 from switchkd.rollout import Author, Rollout
 
 #: Below this many nats a divergence is rounding: it must not distinguish two models that agree.
@@ -51,7 +52,7 @@ class Calibration:
         history: `(threshold, share)` of every round.
     """
 
-    policy: SwitchPolicy
+    policy: ThresholdPolicy
     target_teacher_share: float
     teacher_share: float
     standard_error: float
@@ -72,10 +73,10 @@ class Calibration:
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor | None = None,
+    prompt_ids: IdsLike,
+    prompt_mask: IdsLike | None = None,
     *,
-    policy: SwitchPolicy,
+    policy: ThresholdPolicy,
     target_teacher_share: float = 0.53,
     max_new_tokens: int = 256,
     tolerance: float = 0.02,
@@ -93,8 +94,8 @@ def calibrate(
     Args:
         student: As `roll_out` takes it.
         teacher: As `roll_out` takes it.
-        prompt_ids: Left-padded prompts `[B, P]`; some 64 of the training prompts are enough.
-        prompt_mask: `[B, P]`.
+        prompt_ids: Prompts as `roll_out` takes them; 64 of the training prompts are enough.
+        prompt_mask: Likewise.
         policy: The schedule and all other options; its own threshold is where the search begins.
         target_teacher_share: In [0, 1]; 0.53 is reported for SWITCH.
         max_new_tokens: Length limit of completions; take that of the training.
@@ -123,7 +124,7 @@ def calibrate(
             teacher,
             prompt_ids,
             prompt_mask,
-            policy=replace(policy, initial_threshold=threshold),
+            policy=policy.at_threshold(threshold),
             max_new_tokens=max_new_tokens,
             **rollout_options,
         )
@@ -134,7 +135,7 @@ def calibrate(
     threshold, best = min(tried, key=lambda pair: abs(pair[1].teacher_share - target_teacher_share))
     reached = abs(best.teacher_share - target_teacher_share) <= tolerance
     return Calibration(
-        policy=replace(policy, initial_threshold=threshold),
+        policy=policy.at_threshold(threshold),
         target_teacher_share=target_teacher_share,
         teacher_share=best.teacher_share,
         standard_error=_standard_error(best),
@@ -169,7 +170,7 @@ def share_by_position(rollout: Rollout, max_new_tokens: int, bins: int = 8) -> l
 class _Search:
     """Which threshold to try next; the share falls (almost) always as the threshold grows."""
 
-    def __init__(self, policy: SwitchPolicy, target: float) -> None:
+    def __init__(self, policy: ThresholdPolicy, target: float) -> None:
         self.policy = policy
         self.target = target
         self.smallest = SMALLEST_THRESHOLD
@@ -186,18 +187,19 @@ class _Search:
             return None  # an end of the range still lies on the wrong side
         if low is not None and high is not None and low >= high:
             return None  # the share is not monotone here
-        nearest = min(tried, key=lambda pair: abs(pair[1].teacher_share - self.target))
+        threshold, rollout = min(tried, key=lambda pair: abs(pair[1].teacher_share - self.target))
+        scaled = scaled_divergences(rollout, threshold)
+        predicted = threshold_for_share(scaled, rollout.teacher_share, threshold, self.target)
         if low is None or high is None:
-            proposed = self._extrapolated(shares) or self._predicted(*nearest)
+            proposed = self._extrapolated(shares) or predicted
             known = [threshold for threshold, _ in shares]
             moves = proposed > max(known) if high is None else proposed < min(known)
             if moves and len(tried) < 4:
                 return max(min(proposed, self.largest), self.smallest)
             end = self.largest if high is None else self.smallest
             return end if math.isfinite(end) else 8.0 * max(known)
-        proposed = self._predicted(*nearest)
-        if len(tried) < 5 and low < proposed < high:
-            return proposed
+        if len(tried) < 5 and low < predicted < high:
+            return predicted
         middle = math.sqrt(low * high)
         return middle if low < middle < high else None
 
@@ -211,18 +213,48 @@ class _Search:
             return None
         return last * math.exp(max(min((self.target - share_of_last) / slope, 5.0), -5.0))
 
-    def _predicted(self, threshold: float, rollout: Rollout) -> float:
-        """The threshold that would have given the target share on that very text."""
-        keep = rollout.completion_mask
-        # Divergence over schedule: the initial threshold above which the position is the student's.
-        ratio = (rollout.divergence / (rollout.threshold / threshold))[keep].double()
-        # A minimum leg lets others write than the threshold asks for; take the same difference at the target.
-        held = rollout.teacher_share - float((ratio > threshold).double().mean())
-        wanted = min(max(self.target - held, 0.0), 1.0)
-        ordered = ratio.sort().values
-        index = min(math.ceil((1.0 - wanted) * len(ordered)), len(ordered) - 1)
-        # Halfway between two neighbours, so that a tie at the threshold does not decide.
-        return float((ordered[index] + ordered[max(index - 1, 0)]) / 2.0)
+
+def scaled_divergences(rollout: Rollout, initial_threshold: float) -> Tensor:
+    """Return divergence over schedule of every token: the initial threshold above which its position is the student's.
+
+    Args:
+        rollout: Written by a policy with a threshold.
+        initial_threshold: The one it was written with, nats.
+
+    Returns:
+        float64 `[tokens]`, nats.
+    """
+    return (rollout.divergence / (rollout.threshold / initial_threshold))[rollout.completion_mask].double()
+
+
+def threshold_for_share(scaled: Tensor, teacher_share: float, threshold: float, target: float) -> float:
+    """Return the initial threshold that would have given a teacher share on a text that was written with another.
+
+    Args:
+        scaled: Of `scaled_divergences`, `[tokens]`, at least one.
+        teacher_share: What the teacher wrote of that text, in [0, 1].
+        threshold: The initial threshold it was written with, nats.
+        target: The share that is wanted, in [0, 1].
+    """
+    # A minimum leg lets others write than the threshold asks for; take the same difference in log odds at the target.
+    asked = float((scaled > threshold).double().mean())
+    wanted = target
+    if asked != teacher_share and 0.0 < target < 1.0:
+        least = 0.5 / len(scaled)
+        wanted = _from_log_odds(_log_odds(target, 0.0) + _log_odds(asked, least) - _log_odds(teacher_share, least))
+    ordered = scaled.sort().values
+    index = min(math.ceil((1.0 - wanted) * len(ordered)), len(ordered) - 1)
+    # Halfway between two neighbours, so that a tie at the threshold does not decide.
+    return float((ordered[index] + ordered[max(index - 1, 0)]) / 2.0)
+
+
+def _log_odds(share: float, least: float) -> float:
+    share = min(max(share, least), 1.0 - least)
+    return math.log(share / (1.0 - share))
+
+
+def _from_log_odds(value: float) -> float:
+    return 1.0 / (1.0 + math.exp(-value))
 
 
 def _standard_error(rollout: Rollout) -> float:
@@ -260,57 +292,71 @@ def _note(
 
 
 class ShareController:
-    """Keeps the teacher's share where it is wanted while the student changes: a slow integral controller.
+    """Keeps the teacher's share where it is wanted while the student changes.
 
-    After each rollout ln(threshold) grows by gain * (share - target): too much teacher, higher threshold. If the
-    share falls by s when ln(threshold) grows by 1 (0.2 to 0.4 is usual), a deviation decays by the factor 1 - gain * s
-    per rollout: with the default in about ten rollouts, without overshoot as long as gain * s < 1. The noise of one
-    rollout of some thousand tokens moves the threshold by about a percent.
+    Each rollout says which threshold would have given the share on its own text (`threshold_for_share`). ln(threshold)
+    goes there by a gain that falls from 1 with the root of the rollouts seen, to a floor: at first one rollout is all
+    that is known, later the noise of one is averaged out. What errors of one sign leave over is the student's pace, by
+    which the threshold moves on without being behind.
 
     Args:
         target_teacher_share: In (0, 1).
         initial_threshold: Where to begin, nats; best calibrated.
-        gain: In (0, 1]; chosen here.
-        largest: The threshold is kept in [1e-4, this], nats: a share out of reach must not wind it up.
+        largest: The threshold is kept in [`SMALLEST_THRESHOLD`, this], nats. A share out of reach leaves it at that
+            end; the first rollout that can be moved again moves it.
 
     Raises:
-        UserError: An option outside its range.
+        UserError: The share is outside its range.
     """
 
-    SMALLEST = 1e-4
+    #: The smallest gain, the gain of the pace, and the error in ln(threshold) that it counts at most; chosen here, by
+    #: runs on the demo's pair and by simulation.
+    FLOOR, PACE_GAIN, JUMP = 0.5, 0.08, 0.3
 
     def __init__(
         self,
         target_teacher_share: float,
         initial_threshold: float,
         *,
-        gain: float = 0.3,
         largest: float = SwitchPolicy.largest_threshold[0],
     ) -> None:
         if not 0.0 < target_teacher_share < 1.0:
             raise UserError(f"target_teacher_share must lie in (0, 1), got {target_teacher_share}")
-        if not 0.0 < gain <= 1.0:
-            raise UserError(f"gain must lie in (0, 1], got {gain}")
         self.target_teacher_share = target_teacher_share
-        self.gain = gain
         self.largest = largest
-        self.threshold = min(max(initial_threshold, self.SMALLEST), largest)
+        self.threshold = self._kept(initial_threshold)
+        self._pace = 0.0
+        self._seen = 0
 
-    def observe(self, teacher_share: float) -> float:
+    def observe(self, scaled: Tensor, teacher_share: float) -> float:
         """Return the threshold for the next rollout, nats.
 
         Args:
-            teacher_share: Of the last rollout, over all ranks; nan (no tokens) changes nothing.
+            scaled: `scaled_divergences` of the last rollout, over all ranks, `[tokens]`; none changes nothing.
+            teacher_share: Of that rollout, in [0, 1].
         """
-        if not math.isnan(teacher_share):
-            moved = self.threshold * math.exp(self.gain * (teacher_share - self.target_teacher_share))
-            self.threshold = min(max(moved, self.SMALLEST), self.largest)
+        if len(scaled):
+            self._seen += 1
+            wanted = threshold_for_share(scaled, teacher_share, self.threshold, self.target_teacher_share)
+            error = math.log(self._kept(wanted) / self.threshold)
+            # A larger error is a jump, such as the first from a poor start: it says nothing about the pace.
+            self._pace += self.PACE_GAIN * min(max(error, -self.JUMP), self.JUMP)
+            step = max(self._seen**-0.5, self.FLOOR) * error + self._pace
+            moved = self.threshold * math.exp(step)
+            self.threshold = self._kept(moved)
+            if self.threshold != moved:
+                self._pace = 0.0  # at an end of the range nothing moves on
         return self.threshold
 
     def state_dict(self) -> dict[str, float]:
         """Return what a checkpoint must keep."""
-        return {"threshold": self.threshold}
+        return {"threshold": self.threshold, "pace": self._pace, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Restore the state of a checkpoint."""
         self.threshold = float(state["threshold"])
+        self._pace = float(state["pace"])
+        self._seen = int(state["seen"])
+
+    def _kept(self, threshold: float) -> float:
+        return min(max(threshold, SMALLEST_THRESHOLD), self.largest)

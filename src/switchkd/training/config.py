@@ -19,7 +19,7 @@ def _policy_field(name: str) -> tuple[str, Any, Any]:
     """The field of a policy's option: its type or None, which takes the method's own value."""
     option = POLICY_OPTIONS[name]
     methods = [method for method in METHODS.values() if name in method.policy_options]
-    default = {method.name: None if name == "horizon" else method.default_options()[name] for method in methods}
+    default = {method.name: method.default_options(length_limit=None)[name] for method in methods}
     help = replace(option, default=default).help_text("max_completion_length")
     return name, option.kind | None, field(default=None, metadata={"help": help})
 
@@ -103,6 +103,20 @@ class SwitchConfig(PolicyFields, TrainingArguments):
     )
     max_completion_length: int = field(
         default=256, metadata={"help": "Length limit of rollouts; longer dataset answers are cut. Tokens."}
+    )
+    truncation_start: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length limit of rollouts at the start of training, as a share of max_completion_length, in "
+            "(0, 1]. Default: 0.1 for truncated, 1 for all others."
+        },
+    )
+    truncation_warmup: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the training over which that limit grows linearly to max_completion_length, > 0; inf: "
+            "it stays."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts; 0 is greedy."})
     top_k: int = field(default=0, metadata={"help": "Rollouts keep the k most likely ids; 0 keeps all."})
@@ -191,6 +205,10 @@ class SwitchConfig(PolicyFields, TrainingArguments):
             raise UserError(f"rollout_batch_size must be >= 1, got {self.rollout_batch_size}")
         if self.on_policy_fraction is not None and not 0.0 <= self.on_policy_fraction <= 1.0:
             raise UserError(f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}")
+        if self.truncation_start is not None and not 0.0 < self.truncation_start <= 1.0:
+            raise UserError(f"truncation_start must lie in (0, 1], got {self.truncation_start}")
+        if not self.truncation_warmup > 0.0:
+            raise UserError(f"truncation_warmup must be > 0, a share of the training, got {self.truncation_warmup}")
         if self.target_teacher_share is not None and not 0.0 < self.target_teacher_share < 1.0:
             raise UserError(f"target_teacher_share must lie in (0, 1), got {self.target_teacher_share}")
         if self.teacher_hidden_dtype not in (None, "float32", "bfloat16", "float16"):

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from switchkd.rollout import Author, Rollout
+from switchkd.rollout import MEASURED, Author, Rollout
 
 #: Means over all tokens, rows or steps and all processes since the last log, each explained in docs/metrics.md.
 LOGGED_MEANS = (
     "rollout/teacher_share",
-    "rollout/divergence_nats",
+    *(f"rollout/{measured}" for measured in MEASURED),
     "rollout/threshold_nats",
     "rollout/completion_tokens",
     "rollout/tokens_per_s",
@@ -41,8 +40,9 @@ class RunningMeans:
         """Add what a rollout shows."""
         tokens = float(rollout.completion_mask.sum())
         self.add("rollout/teacher_share", float((rollout.author == Author.TEACHER).sum()), tokens)
-        if rollout.unit == "nats":
-            for name, values in (("divergence_nats", rollout.divergence), ("threshold_nats", rollout.threshold)):
+        compared = {rollout.measured: rollout.divergence, f"threshold_{rollout.unit}": rollout.threshold}
+        for name, values in compared.items():
+            if f"rollout/{name}" in self._sums:
                 finite = values[values.isfinite()]
                 self.add(f"rollout/{name}", float(finite.sum()), float(finite.numel()))
         self.add("rollout/completion_tokens", tokens, len(rollout))
@@ -85,34 +85,9 @@ class ReferenceTotals:
         return {"loss": loss / max(tokens, 1.0), "cross_entropy": cross_entropy / max(tokens, 1.0)}
 
 
-def append_completions(folder: Path, step: int, records: Iterable[dict[str, Any]]) -> None:
+def append_completions(folder: Path, step: int, rows: Iterable[dict[str, Any]]) -> None:
     """Append rollouts, one JSON object each, to `completions.jsonl` of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
-
-
-class Listener(TrainerCallback):
-    """Tells a `SwitchTrainer` what the Trainer's loop has done."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.began_at = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began_at = state.global_step
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.check_step()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.finish_step()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        # A resumed run evaluates where it begins; the run it continues has drawn its conclusions already.
-        if metrics and "eval_loss" in metrics and (self.began_at == 0 or state.global_step > self.began_at):
-            self.trainer.text.observe_loss(metrics["eval_loss"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.save_text_source(f"{args.output_dir}/checkpoint-{state.global_step}")
+        for row in rows:
+            file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 from switchkd.errors import UserError
 from switchkd.methods import Method, get_method
 from switchkd.objective import Objective
-from switchkd.policies import Policy, SwitchPolicy
+from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.policy_options import POLICY_OPTIONS
 from switchkd.training.config import SwitchConfig
 
@@ -21,6 +21,7 @@ class Plan:
         policy: Who writes at the start of training; None where the text is the data set's.
         policy_options: Options of the policy with the values that hold.
         fraction: Share of optimizer steps on rolled-out text, in [0, 1]; distillm: the starting value.
+        truncation_start: Length limit of rollouts at the start, as a share of the full one, in (0, 1].
         objective: What is learned at a token.
         minillm: `(mixture_weight, clip_range)` of MiniLLM's policy gradient, None for every other method.
     """
@@ -29,6 +30,7 @@ class Plan:
     policy: Policy | None
     policy_options: dict[str, Any]
     fraction: float
+    truncation_start: float
     objective: Objective
     minillm: tuple[float, float] | None
 
@@ -66,6 +68,7 @@ def resolve(args: SwitchConfig) -> Plan:
         policy=method.make_policy(**options),
         policy_options=options,
         fraction=_fraction(method, args),
+        truncation_start=method.truncation_start if args.truncation_start is None else args.truncation_start,
         objective=_objective(method, args),
         minillm=_minillm(method, args, options),
     )
@@ -83,18 +86,16 @@ def resolve(args: SwitchConfig) -> Plan:
 
 def held_values(plan: Plan, args: SwitchConfig) -> dict[str, Any]:
     """Return option -> the value that holds where the config is silent; it may be written out even where it is idle."""
-    holds = {option.name: option.default for option in fields(SwitchConfig)} | plan.method.default_options()
-    return holds | {"horizon": args.max_completion_length}
+    holds = {option.name: option.default for option in fields(SwitchConfig)}
+    holds["truncation_start"] = plan.method.truncation_start
+    return holds | plan.method.default_options(args.max_completion_length)
 
 
 def _policy_options(method: Method, args: SwitchConfig) -> dict[str, Any]:
     for name, value in args.options_set(*POLICY_OPTIONS).items():
         if name not in method.policy_options:
             raise UserError(f"{name}={value} does nothing with method {method.name!r}; remove it or use another method")
-    options = method.default_options()
-    if "horizon" in options:
-        options["horizon"] = args.max_completion_length
-    return options | args.options_set(*method.policy_options)
+    return method.default_options(args.max_completion_length) | args.options_set(*method.policy_options)
 
 
 def _fraction(method: Method, args: SwitchConfig) -> float:
@@ -164,17 +165,21 @@ def _weights_by_author(plan: Plan, args: SwitchConfig) -> str | None:
 
 
 def _threshold(plan: Plan, args: SwitchConfig) -> str | None:
-    return None if isinstance(plan.policy, SwitchPolicy) else f"method {plan.method.name!r} has no threshold to move"
+    return None if isinstance(plan.policy, ThresholdPolicy) else f"method {plan.method.name!r} has no threshold to move"
 
 
 def _schedule(plan: Plan, args: SwitchConfig) -> str | None:
-    return "schedule is constant" if getattr(plan.policy, "schedule", "") == "constant" else None
+    return "schedule is constant" if plan.policy_options.get("schedule") == "constant" else None
 
 
 def _dataset_steps(plan: Plan, args: SwitchConfig) -> str | None:
     if not plan.objective.reads_teacher:
         return "the loss is the cross-entropy already"
     return "every step trains on rolled-out text" if plan.fraction == 1 else None
+
+
+def _truncated(plan: Plan, args: SwitchConfig) -> str | None:
+    return "rollouts have their full length from the start" if plan.truncation_start == 1 else None
 
 
 def _logged_completions(plan: Plan, args: SwitchConfig) -> str | None:
@@ -204,6 +209,8 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     **dict.fromkeys(POLICY_OPTIONS, (_steps_that_roll_out,)),
     "final_ratio": (_steps_that_roll_out, _schedule),
     "horizon": (_steps_that_roll_out, _schedule),
+    "truncation_start": (_steps_that_roll_out,),
+    "truncation_warmup": (_steps_that_roll_out, _truncated),
     "target_teacher_share": (_steps_that_roll_out, _threshold),
     "temperature": (_any_rollout,),
     "top_k": (_any_rollout,),

@@ -216,6 +216,8 @@ def make_text_source(plan: Plan, args: SwitchConfig) -> TextSource:
     return TextSource(
         plan.policy if method.may_roll_out else None,
         fraction=plan.fraction,
+        truncation_start=plan.truncation_start,
+        truncation_warmup=args.truncation_warmup,
         seed=args.seed,
         adaptive=method.adaptive_fraction,
         replay_capacity=capacity if method.replay else None,

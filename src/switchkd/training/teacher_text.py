@@ -11,7 +11,6 @@ from datasets import Dataset
 from filelock import FileLock
 from torch import nn
 
-from switchkd.data import pad_prompts
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy
@@ -19,8 +18,8 @@ from switchkd.policies import Policy
 #: Rows that are decoded at once, and rows that are written down together.
 ACTIVE_ROWS = 32
 ROWS_PER_PART = 128
-# One seed's sample of the teacher is as good as another's, and drafts change nothing.
-NOT_DESCRIBED = ("draft_length", "seed")
+# One seed's sample of the teacher is as good as another's, and drafts and padding change nothing.
+NOT_DESCRIBED = ("draft_length", "pad_token_id", "seed")
 
 
 def with_teacher_text(
@@ -31,7 +30,6 @@ def with_teacher_text(
     *,
     policy: Policy,
     tokenizer: Any = None,
-    pad_token_id: int = 0,
     say: Callable[[str], None] = lambda text: None,
     **rollout_options: Any,
 ) -> Dataset:
@@ -49,7 +47,6 @@ def with_teacher_text(
         path: The JSONL file.
         policy: `TeacherPolicy()`.
         tokenizer: Adds the texts to the file.
-        pad_token_id: Pads prompts.
         say: Prints a line for people.
         rollout_options: Passed on to `roll_out`; part of the description.
 
@@ -67,9 +64,7 @@ def with_teacher_text(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several runs may share a file: one writes, the others wait and take it up.
     with FileLock(f"{path}.lock"):
-        completions = _write(
-            data, student, teacher, path, description, policy, tokenizer, pad_token_id, say, rollout_options
-        )
+        completions = _write(data, student, teacher, path, description, policy, tokenizer, say, rollout_options)
     return data.remove_columns("completion_ids").add_column("completion_ids", completions)
 
 
@@ -81,11 +76,10 @@ def _write(
     description: dict[str, Any],
     policy: Policy,
     tokenizer: Any,
-    pad_token_id: int,
     say: Callable[[str], None],
     rollout_options: dict[str, Any],
 ) -> list[list[int]]:
-    completions = _taken_up(path, description)
+    completions, names = _taken_up(path, description), data.column_names
     if completions:
         say(f"teacher text: {len(completions)} of {len(data)} answers are in {path}")
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
@@ -93,26 +87,21 @@ def _write(
         while len(completions) < len(data):
             first = len(completions)
             rows = data.select(range(first, min(first + ROWS_PER_PART, len(data))))
-            ids, mask = pad_prompts(rows["prompt_ids"], pad_token_id)
-            prompts: dict[str, Any] = {"prompt_ids": ids, "prompt_mask": mask}
-            if "teacher_prompt_ids" in data.column_names:
-                ids, mask = pad_prompts(rows["teacher_prompt_ids"], pad_token_id)
-                prompts |= {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
             rollout = roll_out(
                 student,
                 teacher,
-                **prompts,
+                list(rows["prompt_ids"]),
+                teacher_prompt_ids=list(rows["teacher_prompt_ids"]) if "teacher_prompt_ids" in names else None,
                 policy=policy,
-                pad_token_id=pad_token_id,
                 row_ids=torch.arange(first, first + len(rows)),
                 max_active_rows=ACTIVE_ROWS,
                 **rollout_options,
             )
-            for record in rollout.records(tokenizer):
+            for row in rollout.to_dicts(tokenizer):
                 kept = ("prompt", "completion", "prompt_ids", "completion_ids")
-                line = {name: record[name] for name in kept if name in record}
+                line = {name: row[name] for name in kept if name in row}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                completions.append(record["completion_ids"])
+                completions.append(row["completion_ids"])
             file.flush()
     if tokenizer is not None:
         say(f"teacher text: {len(completions)} answers, {sum(map(len, completions))} tokens, in {path}")

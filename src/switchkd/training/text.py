@@ -1,7 +1,6 @@
 """Where the text of an optimizer step comes from: the data set, a fresh rollout, or one of the past."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,17 +8,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from switchkd import sampling
-from switchkd.data import pad_prompts
-from switchkd.data.batches import prompts_of
+from switchkd.data.batches import Rows
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
-from switchkd.policies import Policy, SwitchPolicy
-from switchkd.rollout import Rollout
-from switchkd.training.calibration import ShareController, calibrate
+from switchkd.policies import Policy, ThresholdPolicy
+from switchkd.rollout import Author, Rollout
+from switchkd.training.calibration import ShareController, calibrate, scaled_divergences
 from switchkd.training.replay import AdaptiveFraction, ReplayStore
 
 Source = Literal["dataset", "fresh", "replay"]
-Prompts = tuple[Tensor, Tensor]
 
 #: Number of prompts on which the first threshold is calibrated.
 CALIBRATION_PROMPTS = 64
@@ -53,6 +50,8 @@ class TextSource:
         policy: The policy training begins with; None rolls nothing out.
         fraction: Share of steps on rolled-out text, in [0, 1]; with `adaptive` the share at the start.
         seed: Seed of the decisions: they are functions of it and the step, the same on all ranks and after a resume.
+        truncation_start: Length limit of rollouts at the start of training, as a share of the full one, in (0, 1].
+        truncation_warmup: Share of the training over which that limit grows linearly to the full one; inf: it stays.
         adaptive: Let the share grow as DistiLLM does.
         replay_capacity: Number of rows of past rollouts kept for reuse; None keeps none.
         target_teacher_share: Keep the teacher's share here by moving the policy's threshold; None leaves it.
@@ -64,6 +63,8 @@ class TextSource:
         *,
         fraction: float,
         seed: int,
+        truncation_start: float = 1.0,
+        truncation_warmup: float = 1.0,
         adaptive: bool = False,
         replay_capacity: int | None = None,
         target_teacher_share: float | None = None,
@@ -71,13 +72,14 @@ class TextSource:
         self.policy = policy
         self.fraction = fraction
         self.seed = seed
+        self.truncation_start, self.truncation_warmup = truncation_start, truncation_warmup
         self.adaptive = AdaptiveFraction(fraction) if adaptive else None
         self.store = None if replay_capacity is None else ReplayStore(replay_capacity)
         self.controller: ShareController | None = None
         if target_teacher_share is not None:
-            if not isinstance(policy, SwitchPolicy):
+            if not isinstance(policy, ThresholdPolicy):
                 raise UserError("target_teacher_share needs a policy with a threshold, such as switch")
-            largest = type(policy).largest_threshold[0]
+            largest = policy.largest_threshold[0]
             self.controller = ShareController(target_teacher_share, policy.initial_threshold, largest=largest)
 
     @property
@@ -109,52 +111,55 @@ class TextSource:
         """
         assert self.policy is not None
         policy = self.policy
-        if self.controller is not None and isinstance(policy, SwitchPolicy):
-            policy = replace(policy, initial_threshold=self.controller.threshold)
+        if self.controller is not None and isinstance(policy, ThresholdPolicy):
+            policy = policy.at_threshold(self.controller.threshold)
         return policy.at_progress(progress)
+
+    def length_limit_at(self, progress: float, full: int) -> int:
+        """Return the length limit of rollouts at a moment of training, tokens, from 1 to the full one.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+            full: The limit that holds in the end, tokens.
+        """
+        grown = min(progress / self.truncation_warmup, 1.0)
+        return max(round(full * (self.truncation_start + (1.0 - self.truncation_start) * grown)), 1)
 
     def write(
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        batches: Sequence[dict[str, Tensor]],
+        rows: Rows,
         *,
         progress: float,
-        pad_token_id: int,
+        max_new_tokens: int,
         **rollout_options: Any,
-    ) -> tuple[Rollout, Prompts | None]:
-        """Return a rollout of every prompt of some micro-batches, and the teacher's own prompts if any.
+    ) -> Rollout:
+        """Return a rollout of every row's prompt.
 
         Args:
             student: As `roll_out` takes it.
             teacher: As `roll_out` takes it.
-            batches: Made by `switchkd.data.batches.collate`.
+            rows: Of all micro-batches of the optimizer step.
             progress: Share of the training that is done, in [0, 1].
-            pad_token_id: Pads prompts and completions.
-            rollout_options: Passed on to `roll_out`: max_new_tokens, seed, row_ids, return_teacher_hidden, ...
+            max_new_tokens: The full length limit, tokens.
+            rollout_options: Passed on to `roll_out`: seed, row_ids, return_teacher_hidden, ...
         """
-        prompt_ids, prompt_mask = pad_prompts(prompts_of(batches), pad_token_id)
-        teacher_prompts = None
-        if "teacher_input_ids" in batches[0]:
-            teacher_prompts = pad_prompts(prompts_of(batches, "teacher_"), pad_token_id)
-        policy = self.policy_at(progress)
         rollout = roll_out(
             student,
             teacher,
-            prompt_ids,
-            prompt_mask,
-            policy=policy,
-            pad_token_id=pad_token_id,
-            teacher_prompt_ids=teacher_prompts and teacher_prompts[0],
-            teacher_prompt_mask=teacher_prompts and teacher_prompts[1],
+            rows.prompts(),
+            policy=self.policy_at(progress),
+            teacher_prompt_ids=rows.teacher_prompts(),
+            max_new_tokens=self.length_limit_at(progress, max_new_tokens),
             **rollout_options,
         )
         if self.store is not None:
             self.store.add(rollout)
-        return rollout, teacher_prompts
+        return rollout
 
     def calibrate_on(
-        self, student: nn.Module, teacher: nn.Module, data: Dataset, *, pad_token_id: int, **rollout_options: Any
+        self, student: nn.Module, teacher: nn.Module, data: Dataset, *, max_new_tokens: int, **rollout_options: Any
     ) -> float:
         """Begin at the threshold that gives the wanted share on the first prompts of the data, and return it, nats.
 
@@ -162,30 +167,38 @@ class TextSource:
             student: As `roll_out` takes it.
             teacher: As `roll_out` takes it.
             data: Made by `switchkd.data.prepare`.
-            pad_token_id: Pads prompts and completions.
+            max_new_tokens: The full length limit, tokens.
             rollout_options: Passed on to `roll_out`.
         """
-        assert isinstance(self.policy, SwitchPolicy) and self.controller is not None
-        rows = data[: min(CALIBRATION_PROMPTS, len(data))]
-        for column in ("prompt_ids", "teacher_prompt_ids"):
-            if column in rows:
-                ids, mask = pad_prompts(rows[column], pad_token_id)
-                rollout_options |= {column: ids, column.replace("_ids", "_mask"): mask}
+        assert isinstance(self.policy, ThresholdPolicy) and self.controller is not None
+        rows = Rows(list(data.select(range(min(CALIBRATION_PROMPTS, len(data))))))
         found = calibrate(
             student,
             teacher,
+            rows.prompts(),
             policy=self.policy,
             target_teacher_share=self.controller.target_teacher_share,
-            pad_token_id=pad_token_id,
+            teacher_prompt_ids=rows.teacher_prompts(),
+            max_new_tokens=self.length_limit_at(0.0, max_new_tokens),
             **rollout_options,
         )
         self.controller.threshold = found.initial_threshold
         return found.initial_threshold
 
-    def observe_share(self, teacher_share: float) -> None:
-        """Take note of the teacher's share of a fresh rollout, over all ranks; nan where nothing was written."""
-        if self.controller is not None:
-            self.controller.observe(teacher_share)
+    def observe_share(self, rollout: Rollout, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take note of a fresh rollout, so that the teacher's share is held in the next.
+
+        Args:
+            rollout: Made by `write`.
+            gather: Joins the `[tokens]` of all processes; None where there is one.
+        """
+        if self.controller is None:
+            return
+        scaled = scaled_divergences(rollout, self.controller.threshold)
+        by_teacher = (rollout.author == Author.TEACHER)[rollout.completion_mask].to(scaled)
+        if gather is not None:
+            scaled, by_teacher = gather(scaled), gather(by_teacher)
+        self.controller.observe(scaled, float(by_teacher.mean()))
 
     def observe_loss(self, evaluation_loss: float) -> None:
         """Take note of an evaluation, nats per token."""

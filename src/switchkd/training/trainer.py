@@ -1,10 +1,11 @@
 """`SwitchTrainer`: transformers' Trainer whose training text is written by a policy."""
 
 import contextlib
+import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from switchkd.data.batches import collate, regrouped, rollout_batches
+from switchkd.data.batches import Rows, dataset_batches, padded_batch, rollout_batches
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
@@ -21,10 +22,11 @@ from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
-from switchkd.rollout import Author, Rollout
+from switchkd.rollout import Prompts, Rollout
+from switchkd.training.callback import LoopCallback
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
-from switchkd.training.log import Listener, ReferenceTotals, RunningMeans, append_completions
+from switchkd.training.log import ReferenceTotals, RunningMeans, append_completions
 from switchkd.training.resolve import resolve
 from switchkd.training.setup import (
     at_hand,
@@ -117,7 +119,7 @@ class SwitchTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=partial(collate, pad_token_id=self.pad_token_id),
+            data_collator=Rows,
             callbacks=callbacks,
             **kwargs,
         )
@@ -131,7 +133,7 @@ class SwitchTrainer(Trainer):
                     require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
-        self.add_callback(Listener(self))
+        self.add_callback(LoopCallback(self))
         self._guard = StepGuard()
         self.teacher_passes = 0
         self._means = RunningMeans()
@@ -178,7 +180,7 @@ class SwitchTrainer(Trainer):
 
     def _sampling(self) -> dict[str, Any]:
         options = sampling_options(self.args, self.step_loss.objective.excluded_ids)
-        return {**options, "eos_token_id": self.eos_token_id}
+        return {**options, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
 
     def _write_teacher_text(self) -> None:
         path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")
@@ -192,7 +194,6 @@ class SwitchTrainer(Trainer):
                 path,
                 policy=self.plan.policy,
                 tokenizer=self.processing_class,
-                pad_token_id=self.pad_token_id,
                 **self._sampling(),
             )
 
@@ -200,9 +201,7 @@ class SwitchTrainer(Trainer):
         """Begin at the threshold that gives the wanted share before the first step."""
         with self._teacher_at_hand() as teacher, self.accelerator.autocast():
             student = self.accelerator.unwrap_model(self.model)
-            self.text.calibrate_on(
-                student, teacher, self.train_dataset, pad_token_id=self.pad_token_id, **self._sampling()
-            )
+            self.text.calibrate_on(student, teacher, self.train_dataset, **self._sampling())
 
     # ---- writing the training text
 
@@ -220,38 +219,38 @@ class SwitchTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Return one optimizer step's micro-batches, their text rolled out, and the supervised tokens they hold."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
+        window: list[Rows] = list(itertools.islice(epoch_iterator, num_batches))
+        if not window:
+            return window, None
         source = self.text.of_step(self.state.global_step, self._progress)
-        sizes = [len(batch["input_ids"]) for batch in batches]
         if source == "dataset":
-            batches = regrouped(batches, self.pad_token_id)
+            batches = dataset_batches(window, self.pad_token_id)
         elif source == "replay":
             rank, step = self.args.process_index, self.state.global_step
+            sizes = [len(rows) for rows in window]
             batches = rollout_batches(self.text.stored(sum(sizes), step, rank, self.pad_token_id), sizes)
         else:
-            batches = self._roll_out_window(batches, sizes)
+            batches = self._roll_out_window(window)
         if self.plain_text is not None:
-            window = self.args.gradient_accumulation_steps
-            self.plain_text.add_to(batches, *self._place, window=window, seed=self.args.seed)
+            whole = self.args.gradient_accumulation_steps
+            self.plain_text.add_to(batches, *self._place, window=whole, seed=self.args.seed)
         count = torch.stack([batch["completion_mask"].sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.reshape(1)).sum()
         self._training_since = time.perf_counter()
         return batches, count
 
-    def _roll_out_window(self, batches: list[dict[str, Tensor]], sizes: list[int]) -> list[dict[str, Tensor]]:
+    def _roll_out_window(self, window: list[Rows]) -> list[dict[str, Tensor]]:
         args = self.args
+        rows, sizes = Rows(list(itertools.chain.from_iterable(window))), [len(rows) for rows in window]
         started = time.perf_counter()
         # Rollouts see the bare model: no gradient synchronisation, and autocast where training has it.
         with self._teacher_at_hand() as teacher, self.accelerator.autocast():
-            rollout, taught = self.text.write(
+            rollout = self.text.write(
                 self.accelerator.unwrap_model(self.model),
                 teacher,
-                batches,
+                rows,
                 progress=self._progress,
-                pad_token_id=self.pad_token_id,
                 row_ids=row_ids(sizes, *self._place),
                 return_teacher_hidden=self._keeps_teacher_hidden(),
                 max_active_rows=self.rollout_rows,
@@ -260,12 +259,15 @@ class SwitchTrainer(Trainer):
         self._means.add_rollout(rollout, time.perf_counter() - started)
         self.teacher_passes += rollout.stats["teacher_passes"]
         self._unlogged_rollout = rollout
-        self._observe_share(rollout)
+        self.text.observe_share(rollout, self._gathered if args.world_size > 1 else None)
         if rollout.teacher_hidden is not None:
             dtype = args.teacher_hidden_dtype and getattr(torch, args.teacher_hidden_dtype)
             place = "cpu" if args.offload_teacher_hidden else None
             rollout.teacher_hidden = rollout.teacher_hidden.to(device=place, dtype=dtype)
-        batches = rollout_batches(rollout, sizes, taught)
+        teacher_prompts = None
+        if (others := rows.teacher_prompts()) is not None:
+            teacher_prompts = Prompts.of(others, self.pad_token_id).to(rollout.completion_ids.device)
+        batches = rollout_batches(rollout, sizes, teacher_prompts)
         rollout.teacher_hidden = None  # the micro-batches have it; what is kept for the log must not hold it
         return batches
 
@@ -275,13 +277,11 @@ class SwitchTrainer(Trainer):
             return False
         return self.plan.teacher_writes and output_head(self.teacher_model) is not None
 
-    def _observe_share(self, rollout: Rollout) -> None:
-        if self.text.controller is None:
-            return
-        written = torch.stack([(rollout.author == Author.TEACHER).sum(), rollout.completion_mask.sum()]).double()
-        if self.args.world_size > 1:
-            written = self.accelerator.reduce(written, "sum")
-        self.text.observe_share(float(written[0] / written[1]))
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Return `[n]` of all processes, whose n may differ."""
+        padded = self.accelerator.pad_across_processes(values.to(self.args.device), pad_index=math.nan)
+        values = self.accelerator.gather(padded)
+        return values[~values.isnan()]
 
     # ---- learning from it
 
@@ -322,17 +322,17 @@ class SwitchTrainer(Trainer):
         return prepare_data(None, data, self.processing_class, self.args, readers, plan=self.plan)[1]
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: nn.Module, inputs: Rows, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add one batch of reference text to the evaluation totals; the loss is weighted by tokens afterwards."""
-        inputs = self._prepare_inputs(inputs)
-        mask = inputs["completion_mask"]
+        batch = self._prepare_inputs(padded_batch(inputs, self.pad_token_id))
+        mask = batch["completion_mask"]
         with torch.no_grad(), self.compute_loss_context_manager(), self._teacher_at_hand() as teacher:
-            self.teacher_passes += self.step_loss.needs_teacher_pass(inputs)
-            student, taught = self.step_loss.predictions(model, teacher, inputs)
-            losses = self.step_loss.compare(student, taught, inputs)
+            self.teacher_passes += self.step_loss.needs_teacher_pass(batch)
+            student, taught = self.step_loss.predictions(model, teacher, batch)
+            losses = self.step_loss.compare(student, taught, batch)
             reads_teacher = self.step_loss.reads_teacher
-            cross_entropy = self.step_loss.cross_entropy(student, inputs) if reads_teacher else losses
+            cross_entropy = self.step_loss.cross_entropy(student, batch) if reads_teacher else losses
         # Rows that fill up the last batch of a distributed run are counted once.
         per_row = ReferenceTotals.per_row(losses.token_losses, cross_entropy.token_losses, mask)
         self._reference.add(self.accelerator.gather_for_metrics(per_row))
@@ -351,7 +351,7 @@ class SwitchTrainer(Trainer):
                 self.processing_class,
                 data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
                 seeds=(self.args.seed,),
-                max_new_tokens=self.args.max_completion_length,
+                max_completion_length=self.args.max_completion_length,
                 batch_size=self.args.per_device_eval_batch_size,
                 progress=False,
             )
@@ -398,6 +398,6 @@ class SwitchTrainer(Trainer):
     def _append_completions(self) -> None:
         if self._unlogged_rollout is None or not self.is_world_process_zero():
             return
-        records = self._unlogged_rollout.records(self.processing_class)[: self.args.num_completions_to_log]
+        rows = self._unlogged_rollout.to_dicts(self.processing_class)[: self.args.num_completions_to_log]
         self._unlogged_rollout = None
-        append_completions(Path(self.args.output_dir), self.state.global_step, records)
+        append_completions(Path(self.args.output_dir), self.state.global_step, rows)

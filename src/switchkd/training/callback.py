@@ -1,0 +1,30 @@
+"""Where the Trainer's loop calls back: before an optimizer step, after it, at an evaluation and at a checkpoint."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class LoopCallback(TrainerCallback):
+    """Hands on what happens between the methods that the Trainer lets a subclass override."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.began_at = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began_at = state.global_step
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.check_step()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.finish_step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        # A resumed run evaluates where it begins; the run it continues has drawn its conclusions already.
+        if metrics and "eval_loss" in metrics and (self.began_at == 0 or state.global_step > self.began_at):
+            self.trainer.text.observe_loss(metrics["eval_loss"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.save_text_source(f"{args.output_dir}/checkpoint-{state.global_step}")
