@@ -46,12 +46,13 @@ from walk_map import (
 import switchkd
 from switchkd.cli.display import table
 from switchkd.cli.run_folder import plain
-from switchkd.data import pad_prompts, prepare
+from switchkd.data import prepare
 from switchkd.demo.task import EOS_TOKEN, PAD_TOKEN, save_splits
 from switchkd.errors import UserError, check_range
 from switchkd.evaluation import evaluate, write_rows
 from switchkd.evaluation.metrics import mean_and_std
 from switchkd.policies import StudentPolicy
+from switchkd.rollout import Prompts
 
 # A few thousand parameters stand for the student, most of a hundred thousand for the teacher.
 TEACHER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -145,10 +146,12 @@ def goes_on(
         if error < min(len(words), len(directions) - 1) and words[error] in walk_map.names:
             chosen.append((row["prompt"], directions, start, words[: error + with_error]))
     ids = [tokenizer(" ".join([prompt, *words]))["input_ids"] for prompt, _, _, words in chosen]
+    prompts = Prompts.of(ids, tokenizer.pad_token_id)
     rollout = switchkd.roll_out(
         teacher,
         None,
-        *pad_prompts(ids, tokenizer.pad_token_id),
+        prompts.ids,
+        prompts.mask,
         policy=StudentPolicy(),
         max_new_tokens=WINDOW,
         eos_token_id=tokenizer.eos_token_id,
