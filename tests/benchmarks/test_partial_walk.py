@@ -207,7 +207,7 @@ def test_evaluate_finds_the_scorer_and_gives_the_share_before_the_first_error(sp
     row = splits[0.0]["test"][0]
     words = row["completion"].split()
     assert scorer(row["prompt"], row["completion"], []) == 100.0
-    assert scorer(row["prompt"], " ".join(words[:6] + ["nowhere"] + words[7:]), []) == 100 * 6 / len(words)
+    assert scorer(row["prompt"], " ".join([*words[:6], "nowhere", *words[7:]]), []) == 100 * 6 / len(words)
 
 
 def test_the_tokenizer_has_one_id_per_word_and_gives_the_text_back(splits):
