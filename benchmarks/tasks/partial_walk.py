@@ -3,7 +3,7 @@
     python benchmarks/tasks/partial_walk.py --rho 0 --output_dir runs/walk_0
     python benchmarks/tasks/partial_walk.py --score runs/walk_0/compare
 
-The first command writes `data` (teacher, train, validation, test), `teacher`, `student_warm_start` and `gate.json`,
+The first command writes `data` (one file per split), `teacher`, `student_warm_start` and `gate.json`,
 and fails where the gate does not hold; about a minute and a half on one core. What the task is: `walk_map.py`. The
 second scores every `rows.jsonl` below a folder, as `switchkd evaluate` and `switchkd compare` write it.
 
@@ -198,7 +198,7 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for name, sizes, split, options in (
         ("teacher", TEACHER, "teacher", TEACHER_OPTIONS),
-        ("student_warm_start", STUDENT, "train", WARM_START_OPTIONS),
+        ("student_warm_start", STUDENT, "warm_start", WARM_START_OPTIONS),
     ):
         models[name] = make_model(tokenizer, sizes, seed)
         print(f"{name}: {models[name].num_parameters():,} parameters", flush=True)
