@@ -272,14 +272,3 @@ def score_rows(walk_map: WalkMap, rows: Sequence[Mapping[str, Any]]) -> dict[str
     scores = [score(walk_map, row["prompt"], row["completion"], finished=row["finished"]) for row in rows]
     by_length = {f"{low}-{high}": [one for one in scores if low <= one.steps <= high] for low, high in LENGTH_BUCKETS}
     return {**summarize(scores), "by_length": {name: summarize(part) for name, part in by_length.items() if part}}
-
-
-def correct_prefix(prompt: str, answer: str, references: Sequence[str]) -> float:
-    """Return the share of the walk before the first error, in [0, 1]: a scorer for `switchkd evaluate --scorer`."""
-    one = score(make_map(), prompt, answer)
-    return one.correct / one.steps
-
-
-def whole_walk(prompt: str, answer: str, references: Sequence[str]) -> float:
-    """Return 1 for an answer that is the walk from end to end, else 0: a scorer, too."""
-    return float(score(make_map(), prompt, answer).whole)
