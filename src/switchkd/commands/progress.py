@@ -42,7 +42,7 @@ class RunCallback(ProgressCallback):
         """Start the bar; take back what an interrupted run logged after the checkpoint."""
         self.folder.forget_after("metrics.jsonl", state.global_step)
         if self.show_bar:
-            super().on_train_begin(args, state, control, **kwargs)
+            super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; log the last step whatever `logging_steps` says."""
@@ -52,11 +52,11 @@ class RunCallback(ProgressCallback):
             control.should_log = True
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Move the bar of an evaluation."""
         if self.show_bar:
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_log(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
@@ -133,9 +133,8 @@ def load_datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
     train = _first(load_records(str(args.dataset_name), split=args.dataset_train_split), args.max_train_samples)
     if args.eval_dataset_name is None and args.dataset_test_split is None:
         if config.eval_strategy != "no":
-            raise UserError(
-                f"eval_strategy={config.eval_strategy.value} needs --eval_dataset_name or --dataset_test_split"
-            )
+            strategy = IntervalStrategy(config.eval_strategy).value
+            raise UserError(f"eval_strategy={strategy} needs --eval_dataset_name or --dataset_test_split")
         return train, None
     name = args.eval_dataset_name or str(args.dataset_name)
     if args.eval_dataset_name is None and Path(name).expanduser().is_file():
@@ -193,7 +192,7 @@ def _checkpoint(wanted: str | None, folder: RunFolder) -> str | None:
 def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     """Every option with its final value, the method's defaults included; `--config` reads it again."""
     config = trainer.args
-    values = config.to_dict()
+    values = config.to_dict()  # type: ignore[no-untyped-call]
     plan = trainer.plan
     values |= {"divergence": plan.objective.name, "on_policy_fraction": plan.fraction}
     values |= {**plan.objective.options, **plan.policy_options}

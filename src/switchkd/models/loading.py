@@ -130,7 +130,8 @@ def _complete_model(source: str, init_kwargs: dict[str, Any], what: str) -> Any:
     """Load a model without adapters and refuse it unless every weight came from its file."""
     # Other shapes are listed like the rest, instead of an error that names none.
     options = {**init_kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = _reading(what, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    loaded: Any = _reading(what, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    model, found = loaded
     remedy = (
         "config.json and the weight file do not belong together or the file is not whole: copy both again, or load the "
         "model yourself and pass the object"

@@ -127,7 +127,7 @@ def chunked_loss(
         learns=torch.is_grad_enabled(),
     )
     learned = [parameter for parameter in student_head.module.parameters() if parameter.requires_grad]
-    total, losses = _ChunkedTotal.apply(task, states, *learned)
+    total, losses = _ChunkedTotal.apply(task, states, *learned)  # type: ignore[no-untyped-call]
     loss = per_token(total, len(positions) if denominator is None else denominator)
     token_losses = losses.new_zeros(mask.numel()).index_copy_(0, positions, losses)
     return ChunkedLoss(loss, token_losses.view(mask.shape))

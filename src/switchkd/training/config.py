@@ -29,7 +29,7 @@ PolicyFields: Any = make_dataclass("PolicyFields", [_policy_field(name) for name
 
 
 @dataclass
-class SwitchConfig(PolicyFields, TrainingArguments):
+class SwitchConfig(PolicyFields, TrainingArguments):  # type: ignore[misc]
     """Training options; everything of `transformers.TrainingArguments` is here too.
 
     Options that are None take the method's own value. An option that the chosen method does not use is refused, not
@@ -170,7 +170,7 @@ class SwitchConfig(PolicyFields, TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, _read_json_object(name, getattr(self, name)))
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay False: the trainer needs the prepared columns")
         if self.logging_nan_inf_filter:

@@ -69,6 +69,8 @@ class SwitchTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    args: SwitchConfig
+    model: nn.Module
 
     def __init__(
         self,
@@ -113,13 +115,14 @@ class SwitchTrainer(Trainer):
             require_evaluation(self.plan.method.name, eval_dataset, args.eval_strategy)
             args.eval_on_start = True  # the first loss is what later ones are compared with
 
+        collator: Any = Rows  # the Trainer's annotation knows dicts of tensors only
         super().__init__(
             model=student,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=Rows,
+            data_collator=collator,
             callbacks=callbacks,
             **kwargs,
         )
@@ -188,7 +191,7 @@ class SwitchTrainer(Trainer):
         return {**options, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
 
     def _write_teacher_text(self) -> None:
-        path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")
+        path = Path(self.args.teacher_text_file or Path(str(self.args.output_dir)) / "teacher_text.jsonl")
         data: Any = vars(self)["train_dataset"]  # prepared here; the Trainer's annotation allows other kinds too
         assert self.plan.policy is not None
         with self._teacher_at_hand() as teacher, self.accelerator.main_process_first():
@@ -221,8 +224,8 @@ class SwitchTrainer(Trainer):
         return self.state.global_step, args.process_index, args.world_size, args.train_batch_size
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | int | None]:
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
         """Return one optimizer step's micro-batches, their text rolled out, and the supervised tokens they hold."""
         window: list[Rows] = list(itertools.islice(epoch_iterator, num_batches))
         if not window:
@@ -266,7 +269,7 @@ class SwitchTrainer(Trainer):
         self._unlogged_rollout = rollout
         self.text.observe_share(rollout, self._gathered if args.world_size > 1 else None)
         if rollout.teacher_hidden is not None:
-            dtype = args.teacher_hidden_dtype and getattr(torch, args.teacher_hidden_dtype)
+            dtype = getattr(torch, args.teacher_hidden_dtype) if args.teacher_hidden_dtype else None
             place = "cpu" if args.offload_teacher_hidden else None
             rollout.teacher_hidden = rollout.teacher_hidden.to(device=place, dtype=dtype)
         teacher_prompts = None
@@ -327,7 +330,7 @@ class SwitchTrainer(Trainer):
         return prepare_data(None, data, self.processing_class, self.args, readers, plan=self.plan)[1]
 
     def prediction_step(
-        self, model: nn.Module, inputs: Rows, prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add one batch of reference text to the evaluation totals; the loss is weighted by tokens afterwards."""
         batch = self._prepare_inputs(padded_batch(inputs, self.pad_token_id))
@@ -346,7 +349,8 @@ class SwitchTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
         self._reference = ReferenceTotals()
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
         for name, value in self._reference.means().items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         if self.args.eval_rouge_l_samples:
@@ -405,4 +409,4 @@ class SwitchTrainer(Trainer):
             return
         rows = self._unlogged_rollout.to_dicts(self.processing_class)[: self.args.num_completions_to_log]
         self._unlogged_rollout = None
-        append_completions(Path(self.args.output_dir), self.state.global_step, rows)
+        append_completions(Path(str(self.args.output_dir)), self.state.global_step, rows)
