@@ -49,12 +49,31 @@ def test_help_of_a_command_names_its_options(run: Run) -> None:
 def test_help_of_train_lists_every_option_of_this_package_once(run: Run) -> None:
     _, out, _ = run("train", "--help")
     from switchkd.commands.train_options import FIXED, RunArguments
-    from switchkd.training.config import own_fields
+    from switchkd.training.options import own_fields
 
     own = {item.name for item in dataclasses.fields(RunArguments)} | set(own_fields())
     for name in own - FIXED:
         assert out.count(f"  --{name} ") == 1, name
     assert "TrainingArguments" in out
+
+
+def test_help_and_mistakes_of_train_do_not_wait_for_the_trainer() -> None:
+    """They took 6 seconds: torch, peft and the data sets were imported to list the options."""
+    code = (
+        "import sys; from switchkd.__main__ import main; code = main(sys.argv[1:]);"
+        "heavy = ('transformers.training_args', 'transformers.trainer', 'peft', 'datasets', 'accelerate');"
+        "print(code, [name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    for arguments, expected in (
+        (["--help"], "0 []"),
+        (["--tempratur", "1"], "2 []"),
+        (["--top_k", "many"], "2 []"),
+        (["--method", "swich"], "2 []"),
+        (["--model_name_or_path", "x"], "2 []"),
+    ):
+        command = [sys.executable, "-c", code, "train", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.stderr.splitlines()[-1] == expected, done.stderr
 
 
 def test_without_a_command_the_help_goes_to_standard_error(run: Run) -> None:

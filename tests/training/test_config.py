@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from switchkd.data import prepare
 from switchkd.errors import UserError
 from switchkd.methods import METHODS
-from switchkd.training.config import SwitchConfig, own_fields
+from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import refuse_launch
+from switchkd.training.options import own_fields
 from switchkd.training.resolve import resolve
 from switchkd.training.trainer import SwitchTrainer
 

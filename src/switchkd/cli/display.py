@@ -183,11 +183,11 @@ def _draw_scores(axes: Any, scores: Mapping[str, Mapping[str, tuple[float, float
     width = 0.8 / len(scores)
     for index, (name, by_length) in enumerate(scores.items()):
         shift = (index - (len(scores) - 1) / 2) * width
-        places = [place for place, bucket in enumerate(buckets) if bucket in by_length]
-        means = [by_length[buckets[place]][0] for place in places]
-        deviations = [by_length[buckets[place]][1] for place in places]
+        groups = [group for group, bucket in enumerate(buckets) if bucket in by_length]
+        means = [by_length[buckets[group]][0] for group in groups]
+        deviations = [by_length[buckets[group]][1] for group in groups]
         bars = axes.bar(
-            [place + shift for place in places],
+            [group + shift for group in groups],
             means,
             0.92 * width,
             yerr=deviations,

@@ -4,17 +4,19 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from switchkd.cli.options import OptionsMixin, truth
+from switchkd.commands.training_arguments import UNREAD, training_arguments
 from switchkd.errors import UserError
 from switchkd.methods import get_method
 from switchkd.policy_options import POLICY_OPTIONS
-from switchkd.training.config import SwitchConfig, own_fields
+from switchkd.training.options import DistillationOptions, own_fields
+
+if TYPE_CHECKING:  # it takes seconds to import, which the help and a wrong option need not wait for
+    from switchkd.training.config import SwitchConfig
 
 # Of transformers' 120 options `--help` lists those that every run thinks about.
 SHOWN_TRAINING_ARGUMENTS = (
@@ -100,10 +102,15 @@ class TrainParser(OptionsMixin, HfArgumentParser):
     """The options of `RunArguments` and `SwitchConfig`."""
 
 
-def parser() -> TrainParser:
-    """Return the options of `switchkd train`."""
+def parser(arguments: type | None = None) -> TrainParser:
+    """Return the options of `switchkd train`.
+
+    Args:
+        arguments: `transformers.TrainingArguments`; its fields are read from its source if None.
+    """
+    bases = (DistillationOptions, training_arguments() if arguments is None else arguments)
     result = TrainParser(
-        dataclass_types=[RunArguments, SwitchConfig],
+        dataclass_types=[RunArguments, dataclasses.make_dataclass("Options", [], bases=bases)],
         prog="switchkd train",
         usage="switchkd train [--config FILE] [--option VALUE ...]",
         description="Distil a student. Every option of transformers.TrainingArguments is accepted; "
@@ -140,15 +147,25 @@ def parser() -> TrainParser:
     return result
 
 
-def read_options(options: argparse.Namespace) -> tuple[RunArguments, SwitchConfig]:
+def read_options(options: argparse.Namespace) -> tuple[RunArguments, "SwitchConfig"]:
     """Return the parsed options as the two objects they belong to.
 
     Raises:
         UserError: Options that are missing, do nothing, or do not fit together.
     """
-    run_args, config = RunArguments(**_fields_of(RunArguments, options)), _config(options)
-    _check(run_args, config.teacher_model_name_or_path)
-    return run_args, config
+    return check_options(options), _config(options)
+
+
+def check_options(options: argparse.Namespace) -> RunArguments:
+    """Return the models and data that a run takes; nothing heavy is imported for it.
+
+    Raises:
+        UserError: Options that are missing or do not fit together, or an unknown method.
+    """
+    run_args = RunArguments(**_fields_of(RunArguments, options))
+    _check(run_args, options.teacher_model_name_or_path)
+    get_method(options.method)
+    return run_args
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
@@ -167,7 +184,8 @@ def json_object(name: str, text: str) -> dict[str, Any]:
 
 
 def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
-    return {item.name: getattr(options, item.name) for item in dataclasses.fields(dtype) if item.init}
+    values = {item.name: getattr(options, item.name) for item in dataclasses.fields(dtype) if item.init}
+    return {name: value for name, value in values.items() if value is not UNREAD}
 
 
 def _check(args: RunArguments, teacher: str | None) -> None:
@@ -192,7 +210,11 @@ def _check(args: RunArguments, teacher: str | None) -> None:
             raise UserError(f"{name} does nothing without use_peft; add --use_peft or remove it")
 
 
-def _config(options: argparse.Namespace) -> SwitchConfig:
+def _config(options: argparse.Namespace) -> "SwitchConfig":
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    from switchkd.training.config import SwitchConfig
+
     values = _fields_of(SwitchConfig, options)
     for name in SwitchConfig._VALID_DICT_FIELDS:
         if isinstance(values[name], str) and values[name][:1] in "{[":
@@ -212,5 +234,4 @@ def _config(options: argparse.Namespace) -> SwitchConfig:
         raise
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"these options do not fit together: {error}") from error
-    get_method(config.method)
     return config

@@ -122,7 +122,7 @@ def _try_training(attempt: _Attempts, args: Any, config: Any, plan: Any, *, begu
         plan: What it means.
         begun: The student is that of a warm start, which is tried with the warm start.
     """
-    from switchkd.commands.train import load_datasets
+    from switchkd.commands.train_run import load_datasets
 
     data = (args.dataset_name, args.dataset_train_split, args.eval_dataset_name, args.dataset_test_split)
     attempt(_silent, load_datasets, args, config, key=("data", *data, str(config.eval_strategy)))

@@ -1,4 +1,4 @@
-"""Key/value caches in which every row stands at its own position.
+"""Key/value caches in which every row is at a position of its own.
 
 The slot of a key *is* its position, so rolling back is "do not advance": stale slots lie behind every later query's
 position until they are overwritten. Prompts need no padding, and finished rows can be dropped. `RowCache` serves
@@ -127,10 +127,10 @@ class SlotCache:
         # Zeros, not garbage: a masked slot still enters the product with weight 0, and 0 * nan is nan.
         self._buffers = [like.new_zeros(2, rows, heads, 0, head_dim) for _ in range(layers)]
         self._flat: list[Tensor] = []
-        self._places = torch.arange(2 * rows * heads, device=like.device).view(2, rows, heads).permute(1, 0, 2)
-        self._offsets = self._places
+        self._vectors = torch.arange(2 * rows * heads, device=like.device).view(2, rows, heads).permute(1, 0, 2)
+        self._offsets = self._vectors
         self._shown = (0, 0, 0)
-        self._index = self._places
+        self._index = self._vectors
         self.views: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, first: int, start: Sequence[int], positions: Tensor) -> int:
@@ -171,6 +171,6 @@ class SlotCache:
             self._buffers[layer] = new
         self.slots = slots
         self._flat = [buffer.view(-1, self.head_dim) for buffer in self._buffers]
-        # Where slot 0 of each row's keys and values lies, [rows, 1, 2 * heads].
-        self._offsets = (self._places * slots).reshape(self.rows, 1, -1)
+        # Flat index of slot 0 of each row's keys and values, [rows, 1, 2 * heads].
+        self._offsets = (self._vectors * slots).reshape(self.rows, 1, -1)
         self._shown = (0, 0, 0)

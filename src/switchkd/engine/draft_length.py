@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 LONGEST_DRAFT = 16
-# Outcomes (a drafted token stood or did not) are forgotten over about so many; a row's own outcomes are weighed against
-# the common rate as if that had been seen so often in it.
+# Outcomes (a drafted token was accepted or not) are forgotten over about KEPT_OUTCOMES of them, in one row over
+# ROW_OUTCOMES. A row starts as if PRIOR_OUTCOMES had been seen in it at the common rate.
 KEPT_OUTCOMES = 200
 ROW_OUTCOMES = 50
 PRIOR_OUTCOMES = 10
@@ -32,7 +32,7 @@ class DraftLength:
 
     def __init__(self, fixed: int | None = None, *, keep_rate: float = 0.7) -> None:
         self.fixed = fixed
-        self._common = (keep_rate * PRIOR_OUTCOMES, float(PRIOR_OUTCOMES))  # stood, of how many
+        self._common = (keep_rate * PRIOR_OUTCOMES, float(PRIOR_OUTCOMES))  # accepted, of how many tried
         self._rows: dict[int, tuple[float, float]] = {}
         self._student = PassTime()
         self._teacher = PassTime()
@@ -60,8 +60,8 @@ class DraftLength:
         student = self._student.line().at(count)
         teacher = self._teacher.line()
         common = self.keep_rate
-        own = (self._rows.get(row, (0.0, 0.0)) for row in rows)
-        rates = [(stood + PRIOR_OUTCOMES * common) / (tried + PRIOR_OUTCOMES) for stood, tried in own]
+        seen = (self._rows.get(row, (0.0, 0.0)) for row in rows)
+        rates = [(accepted + PRIOR_OUTCOMES * common) / (tried + PRIOR_OUTCOMES) for accepted, tried in seen]
         emitted, powers = 0.0, [1.0] * count
         best_length, best_speed = 1, 0.0
         for length in range(1, min(LONGEST_DRAFT, longest) + 1):
@@ -82,7 +82,7 @@ class DraftLength:
 
         Args:
             rows: Identities of the rows.
-            kept: How many drafted tokens of each row stood before the first replaced one.
+            kept: How many drafted tokens of each row were accepted before the first replaced one.
             length: The draft's length.
             student_s: Seconds of all student passes, their draws included.
             teacher_s: Seconds of the teacher's pass and the verification.
@@ -93,8 +93,8 @@ class DraftLength:
         self._teacher.observe(len(rows) * length, teacher_s)
         tried = [min(count + 1, length) for count in kept]
         self._common = _remembered(self._common, sum(kept), sum(tried), KEPT_OUTCOMES)
-        for row, stood, of in zip(rows, kept, tried, strict=True):
-            self._rows[row] = _remembered(self._rows.get(row, (0.0, 0.0)), stood, of, ROW_OUTCOMES)
+        for row, accepted, count in zip(rows, kept, tried, strict=True):
+            self._rows[row] = _remembered(self._rows.get(row, (0.0, 0.0)), accepted, count, ROW_OUTCOMES)
 
     def forget(self, row: int) -> None:
         """Drop what is known of a finished row."""
@@ -106,10 +106,10 @@ class DraftLength:
         return self
 
 
-def _remembered(before: tuple[float, float], stood: int, tried: int, memory: int) -> tuple[float, float]:
+def _remembered(before: tuple[float, float], accepted: int, tried: int, memory: int) -> tuple[float, float]:
     """Add outcomes to decayed counts."""
     keep = (1.0 - 1.0 / memory) ** tried
-    return keep * before[0] + stood, keep * before[1] + tried
+    return keep * before[0] + accepted, keep * before[1] + tried
 
 
 class Line:

@@ -49,17 +49,17 @@ def load_models(
     Raises:
         UserError: A teacher is missing, is the student itself, or has another tokenizer.
     """
-    own = plan.method.own_teacher and teacher_model is None
+    copies_student = plan.method.own_teacher and teacher_model is None
     if not plan.needs_teacher:
         teacher_model = None
-    elif teacher_model is None and not own:
+    elif teacher_model is None and not copies_student:
         raise UserError(f"method {args.method!r} needs a teacher; give teacher_model")
     elif teacher_model is model and not isinstance(model, str):
         raise UserError("model and teacher_model are the same object; pass copy.deepcopy(model) as the teacher")
     if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
         why = "the teacher is given as an object"
         if teacher_model is None:
-            why = "the teacher is a copy of the student" if own else "no teacher is used"
+            why = "the teacher is a copy of the student" if copies_student else "no teacher is used"
         raise UserError(f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it")
     excluded_ids: list[int] = []
     if isinstance(teacher_model, str):
@@ -70,7 +70,7 @@ def load_models(
         if isinstance(model, str)
         else model
     )
-    if own:
+    if copies_student:
         return student, copy.deepcopy(student), excluded_ids
     teacher: nn.Module | None = (
         load_model(teacher_model, _as_dict(args.teacher_model_init_kwargs), role="teacher")

@@ -138,6 +138,6 @@ def _fingerprint(model: nn.Module) -> str:
     """A digest of shapes and of some values of every parameter: the same for the same weights, wherever they lie."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {some.tolist()}".encode())
+        sample = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
     return digest.hexdigest()

@@ -52,7 +52,7 @@ class SwitchTrainer(Trainer):
 
     Args:
         model: The student: a model, a local folder or a hub id.
-        teacher_model: The teacher, likewise; may be None for a method that needs none, and for `ssd`, which then
+        teacher_model: The teacher, in the same ways; None for a method that needs none, and for `ssd`, which then
             copies the student.
         args: A `SwitchConfig`.
         train_dataset: Rows of `prompt`, `prompt` + `completion`, `messages` or `instruction`/`input`/`output`, with
@@ -337,10 +337,10 @@ class SwitchTrainer(Trainer):
         mask = batch["completion_mask"]
         with torch.no_grad(), self.compute_loss_context_manager(), self._teacher_at_hand() as teacher:
             self.teacher_passes += self.step_loss.needs_teacher_pass(batch)
-            student, taught = self.step_loss.predictions(model, teacher, batch)
-            losses = self.step_loss.compare(student, taught, batch)
+            by_student, by_teacher = self.step_loss.predictions(model, teacher, batch)
+            losses = self.step_loss.compare(by_student, by_teacher, batch)
             reads_teacher = self.step_loss.reads_teacher
-            cross_entropy = self.step_loss.cross_entropy(student, batch) if reads_teacher else losses
+            cross_entropy = self.step_loss.cross_entropy(by_student, batch) if reads_teacher else losses
         # Rows that fill up the last batch of a distributed run are counted once.
         per_row = ReferenceTotals.per_row(losses.token_losses, cross_entropy.token_losses, mask)
         self._reference.add(self.accelerator.gather_for_metrics(per_row))

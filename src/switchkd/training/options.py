@@ -1,0 +1,162 @@
+"""The training options that this package adds to transformers' own, without importing those."""
+
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import Any
+
+from switchkd.divergences import DIVERGENCES
+from switchkd.methods import METHODS
+from switchkd.objective import CROSS_ENTROPY
+from switchkd.policy_options import POLICY_OPTIONS
+
+
+def _policy_field(name: str) -> tuple[str, Any, Any]:
+    """The field of a policy's option: its type or None, which takes the method's own value."""
+    option = POLICY_OPTIONS[name]
+    methods = [method for method in METHODS.values() if name in method.policy_options]
+    default = {method.name: method.default_options(length_limit=None)[name] for method in methods}
+    help = replace(option, default=default).help_text("max_completion_length")
+    return name, option.kind | None, field(default=None, metadata={"help": help})
+
+
+#: The options of all policies as fields, made from their table.
+PolicyFields: Any = make_dataclass("PolicyFields", [_policy_field(name) for name in POLICY_OPTIONS])
+
+
+@dataclass
+class DistillationOptions(PolicyFields):  # type: ignore[misc]
+    """What `SwitchConfig` has beyond `transformers.TrainingArguments`, and what it gives another default.
+
+    Options that are None take the method's own value.
+    """
+
+    # As in TrainingArguments, but with values that suit distillation runs of a few hundred steps.
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimizer steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept False: the trainer needs every column that data preparation made."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept False: a loss that is nan must not be logged as 0."}
+    )
+
+    method: str = field(default="switch", metadata={"help": f"One of {', '.join(METHODS)}."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
+    divergence: str | None = field(
+        default=None,
+        metadata={"help": f"What is learned: {', '.join(DIVERGENCES)} or {CROSS_ENTROPY}. Default: the method's."},
+    )
+    teacher_weight: float | None = field(
+        default=None, metadata={"help": "Teacher weight of generalized_jsd, in (0, 1); TRL's beta."}
+    )
+    skew: float | None = field(default=None, metadata={"help": "Skew of skewed_*_kl, in [0, 1)."})
+    head_mass: float | None = field(
+        default=None, metadata={"help": "Share of the teacher's mass that is the head of adaptive_kl, in (0, 1)."}
+    )
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Divides both models' logits in the divergence, > 0. Not the sampling one."}
+    )
+    on_policy_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of optimizer steps trained on rolled-out text, in [0, 1]; TRL's lmbda. For distillm the "
+            "starting value."
+        },
+    )
+    clip_range: float | None = field(
+        default=None,
+        metadata={"help": "minillm: importance weights are clipped to [1 - x, 1 + x]; 0: off. Default 0.2."},
+    )
+    replay_capacity: int | None = field(
+        default=None, metadata={"help": "distillm: number of rows of past rollouts that are kept. Default 1000."}
+    )
+    teacher_text_file: str | None = field(
+        default=None,
+        metadata={"help": "seqkd: JSONL of the teacher's answers, created or resumed. Default: in output_dir."},
+    )
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Adds this times the cross-entropy on steps that train on dataset answers."}
+    )
+    lm_weight: float = field(
+        default=0.0, metadata={"help": "Adds this times the cross-entropy on a data set of plain text to every step."}
+    )
+    student_token_weight: float = field(
+        default=1.0, metadata={"help": "Multiplies the loss of rolled-out tokens that the student wrote, >= 0."}
+    )
+    teacher_token_weight: float = field(
+        default=1.0, metadata={"help": "Multiplies the loss of rolled-out tokens that the teacher wrote, >= 0."}
+    )
+
+    target_teacher_share: float | None = field(
+        default=None,
+        metadata={"help": "Keep the teacher's share of rolled-out tokens here by moving the threshold, in (0, 1)."},
+    )
+    max_prompt_length: int = field(
+        default=256, metadata={"help": "Longer prompts are dropped and counted, never cut. Tokens."}
+    )
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Length limit of rollouts; longer dataset answers are cut. Tokens."}
+    )
+    truncation_start: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length limit of rollouts at the start of training, as a share of max_completion_length, in "
+            "(0, 1]. Default: 0.1 for truncated, 1 for all others."
+        },
+    )
+    truncation_warmup: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the training over which that limit grows linearly to max_completion_length, > 0; inf: "
+            "it stays."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts; 0 is greedy."})
+    top_k: int = field(default=0, metadata={"help": "Rollouts keep the k most likely ids; 0 keeps all."})
+    top_p: float = field(default=1.0, metadata={"help": "Rollouts keep the most likely ids up to this mass."})
+    draft_length: str = field(
+        default="auto", metadata={"help": 'Tokens drafted before the teacher checks them: "auto" or a number.'}
+    )
+
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows decoded at once; bounds memory and changes no text. Default: as many as fit into the memory "
+            "that training one micro-batch takes."
+        },
+    )
+
+    reuse_teacher_hidden: bool = field(
+        default=True,
+        metadata={"help": "Keep the teacher's states of a rollout for the loss instead of another teacher pass."},
+    )
+    teacher_hidden_dtype: str | None = field(
+        default=None, metadata={"help": "Precision of the kept states: float32, bfloat16. Default: the teacher's."}
+    )
+    offload_teacher_hidden: bool = field(
+        default=False, metadata={"help": "Keep those states in main memory until their micro-batch. GPU only."}
+    )
+    offload_teacher: bool = field(
+        default=False, metadata={"help": "Keep the teacher in main memory between uses. GPU only."}
+    )
+    eval_rouge_l_samples: int = field(
+        default=0,
+        metadata={"help": "Prompts answered at each evaluation to log eval_rouge_l; 0: off."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set the student's dropout to 0 while it trains."})
+    log_completions: bool = field(
+        default=False, metadata={"help": "Append a few rollouts to completions.jsonl at every logging step."}
+    )
+    num_completions_to_log: int = field(default=4, metadata={"help": "Number of rollouts that log_completions keeps."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained for the student, JSON on the command line."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained for the teacher, JSON on the command line."},
+    )
+
+
+def own_fields() -> list[str]:
+    """Return the names of the options that this package adds, or gives another default."""
+    return [option.name for option in fields(DistillationOptions)]
