@@ -196,8 +196,8 @@ def _jsd_value(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tenso
     """The generalised JSD without a graph, some rows at a time."""
     size = student.shape[-1]
     students, teachers = student.reshape(-1, size), teacher.reshape(-1, size)
-    some = rows_at_once(students)
-    pairs = zip(students.split(some), teachers.split(some), strict=True)
+    chunk = rows_at_once(students)
+    pairs = zip(students.split(chunk), teachers.split(chunk), strict=True)
     parts = [_jsd_rows(*pair, teacher_weight) for pair in pairs]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(student.shape[:-1])
 

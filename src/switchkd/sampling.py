@@ -195,14 +195,14 @@ class NoiseTable:
         self._log_uniform: Tensor | None = None
 
     def index(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Return the places of rows (0 .. B-1) and positions in the table, int64.
+        """Return the cells of rows (0 .. B-1) and positions in the table, int64.
 
         Drafts may run past the last position; they get its noise and are never kept.
         """
         return rows * self.positions + positions.clamp(max=self.positions - 1)
 
     def keys(self, stream: Stream, index: Tensor) -> Tensor:
-        """Return `noise_keys` of places of the table, in the shape of `index`."""
+        """Return `noise_keys` of cells of the table, in the shape of `index`."""
         if stream not in self._keys:
             self._keys[stream] = noise_keys(self._seed, self._row_ids, self._all_positions, stream).view(-1)
         return self._keys[stream][index]
@@ -212,6 +212,13 @@ class NoiseTable:
         if self._log_uniform is None:
             self._log_uniform = uniform(noise_keys(self._seed, self._row_ids, self._all_positions, Stream.ACCEPT)).log()
         return self._log_uniform.view(-1)[index]
+
+
+def generator(seed: int, *counters: int) -> torch.Generator:
+    """Return torch's sequential generator for a draw of a whole array, by a seed and at most two counters."""
+    for multiplier, counter in zip((1_000_003, 4099), counters, strict=False):
+        seed = seed * multiplier + counter
+    return torch.Generator().manual_seed(seed)
 
 
 def coupled_draw(
@@ -256,13 +263,15 @@ def accept(drafted: Tensor, student_log_probs: Tensor, behaviour_log_probs: Tens
     """Return whether each drafted token is kept: uniform < behaviour(s) / student(s), bool `[N]`."""
     index = drafted.unsqueeze(-1)
     return accept_at(
-        student_log_probs.gather(-1, index).squeeze(-1), behaviour_log_probs.gather(-1, index).squeeze(-1), accept_keys
+        student_log_probs.gather(-1, index).squeeze(-1),
+        behaviour_log_probs.gather(-1, index).squeeze(-1),
+        uniform(accept_keys).log(),
     )
 
 
-def accept_at(student_log_prob: Tensor, behaviour_log_prob: Tensor, accept_keys: Tensor) -> Tensor:
-    """Return `accept` where the log-probabilities `[N]` of the drafted tokens are known, bool `[N]`."""
-    return uniform(accept_keys).log() < (behaviour_log_prob - student_log_prob).double()
+def accept_at(student_log_prob: Tensor, behaviour_log_prob: Tensor, log_uniform: Tensor) -> Tensor:
+    """Return `accept` from the log-probabilities of the drafted tokens and ln uniform, float64, all of one shape."""
+    return log_uniform < (behaviour_log_prob - student_log_prob).double()
 
 
 def residual_draw(

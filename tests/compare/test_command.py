@@ -362,3 +362,19 @@ def test_a_file_where_a_folder_should_be_is_one_line(home, tmp_path, capfd):
     assert "is a file; give a folder" in capfd.readouterr().err
     with pytest.raises(UserError):
         plan(output_dir=tmp_path, seeds=[0], train={}, runs={"..": None}, evaluate={})
+
+
+def test_runs_are_compared_by_their_divergence_from_the_teacher_where_it_is_named(home, tmp_path, capsys):
+    config = config_of(home, students={"": {"student_config": {"n_embd": 16, "n_layer": 1, "n_head": 2}}})
+    config["measure"] = "reverse_sequence_kl"
+    assert call(tmp_path / "without", config) == 2
+    assert "where evaluate has a teacher_model_name_or_path" in capsys.readouterr().err
+    config["evaluate"]["teacher_model_name_or_path"] = str(home / "teacher")
+    assert call(tmp_path / "with", config) == 0
+    capsys.readouterr()
+    with (tmp_path / "with" / "results.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for result in json.loads((tmp_path / "with" / "results.json").read_text())["results"]:
+        line = next(one for one in lines if (one["run"], int(one["seed"])) == (result["run"], result["seed"]))
+        wanted = result["evaluate"]["test"]["sequence_divergences"]["reverse_sequence_kl"]["per_sequence"]
+        assert float(line["reverse_sequence_kl"]) == pytest.approx(wanted, rel=1e-6)

@@ -212,3 +212,11 @@ def test_intervals_of_few_seeds_were_up_to_a_fifth_too_wide(degrees):
     norm = np.sqrt(np.pi) * math.gamma(degrees / 2.0) / math.gamma((degrees + 1.0) / 2.0)
     assert inside / norm == pytest.approx(0.95, abs=1e-5)
     assert t_quantile(math.inf) == pytest.approx(1.959964)
+
+
+def test_of_a_divergence_the_lower_one_is_ahead():
+    difference = paired_difference(np.full((3, 50), 2.0), np.full((3, 50), 5.0))
+    assert "one is behind other by 3.0 points" in verdict("one", "other", difference, 0.001)
+    assert "one is ahead of other by 3.0 nats" in verdict(
+        "one", "other", difference, 0.001, unit="nats", lower_is_better=True
+    )

@@ -7,7 +7,7 @@ from helpers.tiny import BUILDERS
 from switchkd import sampling
 from switchkd.engine import lean
 from switchkd.engine.readable import unserved_reason
-from switchkd.engine.readers import RowReader
+from switchkd.engine.readers import ForwardReader, LeanReader
 from switchkd.sampling import Stream
 
 ROWS, LENGTH = 4, 90
@@ -31,8 +31,7 @@ def test_ragged_pieces_rollbacks_moves_and_growth_give_the_logits_of_a_plain_pas
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(1, 97, (ROWS, LENGTH), generator=generator)
     expected = model(input_ids=tokens, use_cache=False).logits
-    reader = RowReader(model, ROWS, LENGTH + 8, lean=way != "forward")
-    assert reader.lean == (way != "forward")
+    reader = (ForwardReader if way == "forward" else LeanReader.of)(model, ROWS, LENGTH + 8)
     at = [0, 0, 0, 0]
     text = tokens.clone()
     moved = False
@@ -49,7 +48,7 @@ def test_ragged_pieces_rollbacks_moves_and_growth_give_the_logits_of_a_plain_pas
         at = [start + int(torch.randint(0, count + 1, (), generator=generator)) for start in at]
         if not moved and min(at) > 20:
             # Row 1 is finished: the last row takes its place.
-            reader.cache.move(3, 1, at[3])
+            reader.move(3, 1, at[3])
             text[1], expected[1], at = text[3], expected[3], [at[0], at[3], at[2]]
             moved = True
     assert moved
@@ -61,7 +60,7 @@ def test_a_few_rows_join_behind_the_others():
     model = BUILDERS["llama"](seed=3)
     tokens = torch.randint(1, 97, (3, 12), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=tokens, use_cache=False).logits
-    reader = RowReader(model, 3, 12, lean=True)
+    reader = LeanReader.of(model, 3, 12)
     reader.read(tokens[:2, :8], [0, 0])
     reader.read(tokens[2:, :5], [0], first=2)
     got = reader.read(torch.stack([tokens[0, 8:10], tokens[1, 8:10], tokens[2, 5:7]]), [8, 8, 5])

@@ -223,6 +223,31 @@ class AlternatingPolicy(Policy):
         return Decision(author, torch.full_like(at.measure, math.nan), at.state + 1)
 
 
+class CountingPolicy(Policy):
+    """Stateful and without a teacher: the student writes; the tokens written so far are recorded as the threshold."""
+
+    needs_teacher, stateful = False, True
+
+    def initial_state(self, rows, device):
+        return torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def decide(self, at):
+        author = torch.full_like(at.state, int(Author.STUDENT), dtype=torch.uint8)
+        return Decision(author, at.state.float(), at.state + 1)
+
+
+@pytest.mark.parametrize("draft_length", [1, "auto"])
+def test_a_policy_with_a_state_and_no_teacher_ended_in_an_internal_error(draft_length):
+    student, _ = make_pair("gpt2")
+    ids, mask = make_prompts(4)
+    options = {"policy": CountingPolicy(), "max_new_tokens": 20, "draft_length": draft_length}
+    rollout = roll_out(student, None, ids, mask, eos_token_id=[EOS_ID, 5], max_active_rows=2, **options)
+    counted = torch.arange(rollout.completion_ids.shape[1]).float().expand_as(rollout.threshold)
+    assert torch.equal(rollout.threshold[rollout.completion_mask], counted[rollout.completion_mask])
+    alone = roll_out(student, None, ids, mask, eos_token_id=[EOS_ID, 5], policy=StudentPolicy(), max_new_tokens=20)
+    assert torch.equal(rollout.completion_ids, alone.completion_ids)
+
+
 @pytest.mark.parametrize("draft_length", [1, 3, "auto"])
 @pytest.mark.parametrize("name", ["switch", "teacher", "blend", "alternating"])
 def test_frequencies_of_whole_texts_match_the_enumerated_behaviour(name, draft_length):

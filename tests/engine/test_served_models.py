@@ -9,7 +9,7 @@ import transformers
 from switchkd.divergences import LN_2, generalized_jsd
 from switchkd.engine import roll_out
 from switchkd.engine.readable import unserved_reason
-from switchkd.engine.readers import RowReader
+from switchkd.engine.readers import row_reader
 from switchkd.errors import UserError
 from switchkd.policies import SwitchPolicy
 
@@ -146,7 +146,7 @@ def test_every_model_is_read_as_expected_and_writes_the_reference_text(name, imp
     else:
         assert told == []
         assert unserved_reason(student, 5 + NEW_TOKENS) is None
-        assert RowReader(student, 1, 8).lean == (way == "row by row, through its weights")
+        assert row_reader(student, 1, 8).lean == (way == "row by row, through its weights")
     for row in range(len(PROMPTS)):
         jsd = generalized_jsd(without_cache(student, reference, row), without_cache(teacher, reference, row))
         assert torch.allclose(jsd, reference.divergence[row], atol=1e-4)

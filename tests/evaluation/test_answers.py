@@ -141,7 +141,7 @@ def test_train_mode_and_dropout_do_not_reach_the_answers_and_are_restored(make_m
 
 
 def test_rows_and_summary_are_json(make_gpt2, tiny_tokenizer, data, tmp_path):
-    result = evaluate(make_gpt2(), tiny_tokenizer, data, device="cpu", **OPTIONS)
+    result = evaluate(make_gpt2(), tiny_tokenizer, data, **OPTIONS)
     write_rows(result, tmp_path / "deep" / "rows.jsonl")
     lines = (tmp_path / "deep" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == result.rows

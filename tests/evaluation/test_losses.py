@@ -92,6 +92,8 @@ def test_batches_and_positions_only_group_what_is_summed(make_gpt2, tiny_tokeniz
     alone, _ = compared(*pair, tiny_tokenizer, data, length=15, batch_size=1, seeds=(1, 2))
     assert found["reverse_sequence_kl"]["texts"] == 12 and found["forward_sequence_kl"]["texts"] == 6
     assert found["reverse_sequence_kl"]["tokens"] == sum(len(ids) for _, ids in texts)
+    of_answers = found["reverse_sequence_kl"]["of_answers"]
+    assert sum(of_answers) / len(texts) == pytest.approx(found["reverse_sequence_kl"]["per_sequence"])
     for name, values in found.items():
         assert values["per_token"] == pytest.approx(alone[name]["per_token"], rel=1e-4)
         parts = values["by_position"].values()

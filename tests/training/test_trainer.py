@@ -18,6 +18,7 @@ from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import StudentPolicy, SwitchPolicy
 from switchkd.rollout import Author
+from switchkd.training import trainer as trainer_module
 
 # ---- one optimizer step
 
@@ -557,6 +558,20 @@ def test_an_absurd_learning_rate_ends_in_one_line_and_saves_nothing(make_trainer
     with pytest.raises(UserError, match="hold nan or inf"):
         trainer.save_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_every_save_reads_the_weights_once(make_trainer, tmp_path, monkeypatch):
+    """A checkpoint of the last step was read again at the end of training."""
+    steps = []
+    monkeypatch.setattr(trainer_module, "check_student", lambda student, step, rate: steps.append(step))
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert steps == [1, 2]
+    trainer.save_model(tmp_path / "model")
+    assert steps == [1, 2, 2]
+    unsaved = make_trainer(build_gpt2(), build_gpt2(seed=1), max_steps=2, save_strategy="no")
+    unsaved.train()
+    assert steps == [1, 2, 2, 2]
 
 
 def test_the_student_is_not_updated_by_a_loss_that_is_nan(make_trainer):

@@ -129,6 +129,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             batch_size=options.batch_size,
             excluded_ids=excluded_ids,
         )
+        for row, value in zip(result.rows, divergences["reverse_sequence_kl"].pop("of_answers"), strict=True):
+            row["reverse_sequence_kl"] = value
         summary["sequence_divergences"] = {
             "answers_sample_the_model": samples_the_model(result.decoding),
             **divergences,

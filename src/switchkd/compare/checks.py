@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -78,21 +79,29 @@ class _Attempts:
 
 
 def _try_task(task: Task, attempt: _Attempts, *, inputs: bool) -> None:
-    training = attempt(_read_training, task)
+    training = attempt(_read_training, task, _train_parser())
     if training is not None and inputs:
         _try_training(attempt, *training, begun=bool(task.begins_with))
     for values in task.evaluate.values():
-        options = attempt(_read_scoring, values)
+        options = attempt(_read_scoring, values, key=("evaluate", json_line(values)))
         if options is not None and inputs:
             _try_scoring(options, attempt)
 
 
-def _read_training(task: Task) -> tuple[Any, Any, Any]:
+@cache
+def _train_parser() -> Any:
+    """The options of `switchkd train`; there are too many to list them for every run again."""
+    from switchkd.commands import train_options
+
+    return train_options.parser()
+
+
+def _read_training(task: Task, parser: Any) -> tuple[Any, Any, Any]:
     from switchkd.commands import train_options
     from switchkd.training.resolve import resolve
 
     tokens = [*_flags(task.train), "--output_dir", str(task.folder / "train")]
-    args, config = train_options.read_options(train_options.parser().resolve(tokens))
+    args, config = train_options.read_options(parser.resolve(tokens))
     return args, config, resolve(config)
 
 

@@ -22,7 +22,7 @@ from switchkd.compare.checks import check
 from switchkd.compare.grid import all_runs, axes_of, folder_name
 from switchkd.compare.pairs import partners
 from switchkd.compare.plan import plan
-from switchkd.compare.tasks import MEASURES, WARM_START, Task, execute, trim
+from switchkd.compare.tasks import MEASURES, TEACHER_MEASURES, WARM_START, Task, execute, trim
 from switchkd.errors import UserError, UserErrors
 
 Pair = tuple[str, str]
@@ -149,9 +149,12 @@ def compared(options: argparse.Namespace, sections: Mapping[str, Any]) -> tuple[
 def _check_measure(measure: str, tasks: Sequence[Task]) -> None:
     scorers = [str(values.get("scorer", "")).rpartition(":")[2] for values in tasks[0].evaluate.values()]
     known = [*MEASURES, *(scorers[:1] if len(set(scorers)) == 1 and scorers[0] else [])]
+    if all(values.get("teacher_model_name_or_path") for values in tasks[0].evaluate.values()):
+        known += TEACHER_MEASURES
     if measure not in known:
         raise UserError(
-            f"measure must be one of {', '.join(known)}, got {measure!r}; the function of evaluate's scorer is another"
+            f"measure must be one of {', '.join(known)}, got {measure!r}; the function of evaluate's scorer is another,"
+            f" and {', '.join(TEACHER_MEASURES)} where evaluate has a teacher_model_name_or_path"
         )
 
 
@@ -222,11 +225,17 @@ def _line(result: Mapping[str, Any], measure: str) -> str:
     share = result["train"].get("teacher_share")
     teacher = f", teacher {share:.0%}" if share is not None else ""
     scores = ", ".join(
-        f"{MEASURES.get(measure, measure)} {(scored | scored['by_scorer'])[measure]:.1f}"
+        f"{(MEASURES | TEACHER_MEASURES).get(measure, measure)} {_mean_score(scored, measure):.1f}"
         + (f" ({name})" if len(result["evaluate"]) > 1 else "")
         for name, scored in result["evaluate"].items()
     )
     return f"{result['train']['steps']} steps, {scores}{teacher}, {result['seconds']:.0f} s"
+
+
+def _mean_score(scored: Mapping[str, Any], measure: str) -> float:
+    if measure in TEACHER_MEASURES:
+        return float(scored["sequence_divergences"][measure]["per_sequence"])
+    return float({**scored, **scored["by_scorer"]}[measure])
 
 
 def _begin_worker() -> None:

@@ -15,7 +15,7 @@ from switchkd.compare.significance import (
     paired_difference,
     verdict,
 )
-from switchkd.compare.tasks import MEASURES
+from switchkd.compare.tasks import MEASURES, TEACHER_MEASURES
 from switchkd.evaluation.metrics import bucket_names, length_bucket
 
 Result = Mapping[str, Any]
@@ -196,7 +196,15 @@ def sentences(comparisons: Mapping[str, Comparison], findings: Sequence[Finding]
             title = ", ".join(part for part in (name if len(comparisons) > 1 else "", student) if part)
             lines += [f"{title}:"] if title else []
             lines += [
-                "  " + verdict(one.first, one.second, one.difference, one.adjusted_p)
+                "  "
+                + verdict(
+                    one.first,
+                    one.second,
+                    one.difference,
+                    one.adjusted_p,
+                    unit=unit(comparison.measure),
+                    lower_is_better=comparison.measure in TEACHER_MEASURES,
+                )
                 for one in findings
                 if (one.test_set, one.student) == (name, student)
             ]
@@ -219,7 +227,7 @@ def _by_length(comparison: Comparison, pairs: Sequence[Pair], title: str) -> lis
         rows += _by_size(comparison, first, second)
     headers = ("difference", "student", "all answers", *(f"{bucket} tokens" for bucket in buckets))
     about = "95% interval of each alone, not corrected; * excludes 0"
-    about = f"{title}points of {measure_title(comparison.measure)} ({about})"
+    about = f"{title}{unit(comparison.measure)} of {measure_title(comparison.measure)} ({about})"
     return ["", f"{about}:", table(rows, (*headers, "longest minus shortest"))] if rows else []
 
 
@@ -237,7 +245,12 @@ def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]
 
 def measure_title(measure: str) -> str:
     """Return what a measure is called in tables and pictures."""
-    return MEASURES.get(measure, measure)
+    return (MEASURES | TEACHER_MEASURES).get(measure, measure)
+
+
+def unit(measure: str) -> str:
+    """Return what differences of a measure count in."""
+    return "nats" if measure in TEACHER_MEASURES else "points"
 
 
 def interval(difference: Difference) -> str:

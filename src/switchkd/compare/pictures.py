@@ -90,7 +90,7 @@ def _draw_differences(
         if one is not None:
             text = interval(one.difference) + (" *" if one.is_significant else "")
         axes.annotate(text, (1.02, place), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-    axes.set_xlabel("minus baseline [points], 95% interval\n(filled and *: significant after Holm's correction)")
+    axes.set_xlabel("minus baseline, 95% interval\n(filled and *: significant after Holm's correction)")
     _rows(axes, len(labels))
 
 

@@ -111,31 +111,41 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(first: str, second: str, difference: Difference, adjusted_p: float) -> str:
+def verdict(
+    first: str,
+    second: str,
+    difference: Difference,
+    adjusted_p: float,
+    *,
+    unit: str = "points",
+    lower_is_better: bool = False,
+) -> str:
     """Return in words whether one method is ahead of another.
 
     Args:
         first: Name of the method that was subtracted from.
         second: Name of the other.
-        difference: Of `paired_difference`, in points of the score.
+        difference: Of `paired_difference`.
         adjusted_p: Its p-value after the correction for the number of comparisons, see `holm`.
+        unit: Of the difference.
+        lower_is_better: Whether the method with the lower value is ahead.
     """
     size = abs(difference.mean)
     low, high = (difference.low, difference.high) if difference.mean >= 0 else (-difference.high, -difference.low)
     if difference.seeds == 1:
         return (
-            f"{first} against {second}: {difference.mean:+.1f} points (95% interval {difference.low:+.1f} to "
+            f"{first} against {second}: {difference.mean:+.1f} {unit} (95% interval {difference.low:+.1f} to "
             f"{difference.high:+.1f} over prompts); one training seed only, so the variation between seeds is unknown"
         )
     ahead = f"same sign in {difference.seeds_ahead} of {difference.seeds} seeds"
     if adjusted_p < LEVEL:
-        order = "ahead of" if difference.mean > 0 else "behind"
+        order = "ahead of" if (difference.mean > 0) != lower_is_better else "behind"
         return (
-            f"{first} is {order} {second} by {size:.1f} points: significant (95% interval {low:.1f} to {high:.1f} "
+            f"{first} is {order} {second} by {size:.1f} {unit}: significant (95% interval {low:.1f} to {high:.1f} "
             f"over seeds and prompts; adjusted p {p_text(adjusted_p)}); {ahead}"
         )
     return (
-        f"{first} against {second}: no significant difference: {difference.mean:+.1f} points (95% interval "
+        f"{first} against {second}: no significant difference: {difference.mean:+.1f} {unit} (95% interval "
         f"{difference.low:+.1f} to {difference.high:+.1f} over seeds and prompts; adjusted p {p_text(adjusted_p)}); "
         f"{ahead}"
     )

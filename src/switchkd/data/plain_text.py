@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from switchkd import sampling
 from switchkd.errors import UserError
 
 
@@ -46,9 +47,7 @@ class PlainText:
         """
         total = len(self.blocks)
         turns = range(first // total, (first + count - 1) // total + 1)
-        orders = [
-            torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn)) for turn in turns
-        ]
+        orders = [torch.randperm(total, generator=sampling.generator(seed, turn)) for turn in turns]
         skipped = first % total
         return self.blocks[torch.cat(orders)[skipped : skipped + count]]
 

@@ -17,14 +17,13 @@ from torch import Tensor
 from switchkd import sampling
 from switchkd.engine.draft_length import DraftLength
 from switchkd.engine.readable import last_slot
-from switchkd.engine.readers import RowReader
+from switchkd.engine.readers import RowReader, row_reader
 from switchkd.engine.request import Request
 from switchkd.engine.verification import Verified, verify
-from switchkd.policies import Positions
 from switchkd.rollout import Author, Rollout
 from switchkd.sampling import NoiseTable, Stream
 
-# Noise for a whole draft is made at once if it is at most so many numbers; else step by step, to bound memory.
+# Noise for a whole draft is made at once up to this many numbers; beyond, step by step, to bound memory.
 MOST_NOISE = 1 << 20
 # Tokens that a student alone writes before the host looks at them.
 ROUND_ALONE = 16
@@ -44,7 +43,7 @@ class _Pool:
     waiting: list[int] = field(default_factory=list)
 
 
-class _Kept:
+class _Scratch:
     """Memory that every round uses again: at V = 50,257 fresh pages would cost as much as what is written to them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +64,7 @@ class _Draft:
     rows: list[int]  # pool rows, A
     tokens: Tensor  # [A, 1 + G]: the last committed token, then the draft
     position: Tensor  # [A, G], completion positions
-    places: Tensor  # [A, G], places in the table of noise, and in the rollout
+    cells: Tensor  # [A, G], row * limit + position: cells of the table of noise, and of the finished rollout
     log_probs: Tensor  # [A * G, V]
 
 
@@ -75,7 +74,7 @@ class BlockDecoder:
     Args:
         request: What is to be written.
         draft_length: The chooser of draft lengths.
-        max_active_rows: How many rows are decoded at once, all if None; the others wait for a free place.
+        max_active_rows: How many rows are decoded at once, all if None; the others wait for a free cache row.
     """
 
     def __init__(self, request: Request, draft_length: DraftLength, max_active_rows: int | None = None) -> None:
@@ -84,16 +83,16 @@ class BlockDecoder:
         self.device = request.row_ids.device
         self.eos = frozenset(request.eos)
         self.noise = NoiseTable(request.seed, request.row_ids, self.limit)
-        self._places = torch.arange(self.limit, device=self.device)
+        self._steps = torch.arange(self.limit, device=self.device)
         rows = len(request)
         self.width = min(max_active_rows or rows, rows)
         longest = request.prompts.width + self.limit
-        self.student = RowReader(request.student, self.width, longest)
+        self.student = row_reader(request.student, self.width, longest)
         self.teacher: RowReader | None = None
         teacher, teacher_prompts = request.teacher, request.teacher_prompts
         if teacher is not None and teacher_prompts is not None:
             longest_teacher = teacher_prompts.width + self.limit
-            self.teacher = RowReader(teacher, self.width, longest_teacher, keep_hidden=request.return_teacher_hidden)
+            self.teacher = row_reader(teacher, self.width, longest_teacher, keep_hidden=request.return_teacher_hidden)
             # A draft may run past the end of its row. A model's own forward can fail beyond its context, or read the
             # other rows differently beyond a window.
             self._student_slots = None if self.student.lean else last_slot(request.student, longest)
@@ -106,7 +105,7 @@ class BlockDecoder:
             waiting=list(range(rows)),
         )
         self.state = self.policy.initial_state(self.width, self.device)
-        self._student_rows, self._teacher_rows = _Kept(self.device), _Kept(self.device)
+        self._student_scratch, self._teacher_scratch = _Scratch(self.device), _Scratch(self.device)
         # What each round wrote, and how many tokens of it were emitted in each of its rows.
         self._notes: list[tuple[Tensor, Verified]] = []
         self._counts: list[int] = []
@@ -132,12 +131,12 @@ class BlockDecoder:
                     self._student_round()
                 else:
                     self._round()
-        return self._record()
+        return self._rollout()
 
     # ---- rows come and go
 
     def _admit(self) -> None:
-        """Give waiting prompts the free places and read all of each prompt but its last token."""
+        """Give waiting prompts the free cache rows and read all of each prompt but its last token."""
         pool = self.pool
         free = self.width - len(pool.active)
         if not free or not pool.waiting:
@@ -157,19 +156,19 @@ class BlockDecoder:
             self.state[first : first + len(joining)] = fresh
         self.stats["prefill_s"] += time.perf_counter() - started
 
-    def _release(self, place: int) -> None:
-        """Drop a finished row: the last active row takes its place."""
+    def _release(self, cache_row: int) -> None:
+        """Drop a finished row: the last active row moves to its cache row."""
         pool = self.pool
         last = len(pool.active) - 1
-        self.draft_length.forget(pool.active[place])
-        if place != last:
+        self.draft_length.forget(pool.active[cache_row])
+        if cache_row != last:
             row = pool.active[last]
-            self.student.cache.move(last, place, self._start(row, pool.prompts))
+            self.student.move(last, cache_row, self._start(row, pool.prompts))
             if self.teacher is not None and pool.teacher_prompts is not None:
-                self.teacher.cache.move(last, place, self._start(row, pool.teacher_prompts))
+                self.teacher.move(last, cache_row, self._start(row, pool.teacher_prompts))
             if self.state is not None:
-                self.state[place] = self.state[last]
-            pool.active[place] = row
+                self.state[cache_row] = self.state[last]
+            pool.active[cache_row] = row
         pool.active.pop()
 
     def _start(self, row: int, prompts: list[list[int]]) -> int:
@@ -183,17 +182,18 @@ class BlockDecoder:
         pool, rows = self.pool, list(self.pool.active)
         start = [self._start(row, pool.prompts) for row in rows]
         emitted, last = [pool.emitted[row] for row in rows], [pool.last[row] for row in rows]
-        index, done, starts, current = (
+        # One transfer for four columns [A, 1].
+        pool_row, done, starts, current = (
             torch.tensor([rows, emitted, start, last], device=self.device).unsqueeze(-1).unbind(0)
         )
-        position = done + self._places[:length]
-        places = self.noise.index(index, position)
-        keys = self.noise.keys(Stream.DRAFT, places)
+        position = done + self._steps[:length]
+        cells = self.noise.index(pool_row, position)
+        keys = self.noise.keys(Stream.DRAFT, cells)
         size = self.warping.vocabulary_size
         noise: Tensor | None = None
         if keys.numel() * size <= MOST_NOISE:
             noise = sampling.log_exponential(keys.flatten(), size).view(len(rows), length, size)
-        log_probs = self._student_rows.take((len(rows), length, size), self.student.log_dtype)
+        log_probs = self._student_scratch.take((len(rows), length, size), self.student.log_dtype)
         read = [current]
         for step in range(length):
             at = starts + step if step else starts
@@ -205,7 +205,7 @@ class BlockDecoder:
                 current = (now - noise[:, step]).argmax(-1, keepdim=True)
             read.append(current)
         self.stats["drafted"] += length * len(rows)
-        return _Draft(rows, torch.cat(read, dim=1), position, places, log_probs.view(-1, size))
+        return _Draft(rows, torch.cat(read, dim=1), position, cells, log_probs.view(-1, size))
 
     def _round(self) -> None:
         pool = self.pool
@@ -224,111 +224,103 @@ class BlockDecoder:
         drafted_at = time.perf_counter()
         teacher_start = [self._start(row, pool.teacher_prompts) for row in rows]
         read = draft.tokens[:, :-1]
-        fresh = [place for place, row in enumerate(rows) if pool.emitted[row] == 0]
+        fresh = [cache_row for cache_row, row in enumerate(rows) if pool.emitted[row] == 0]
         if fresh:
             # The first token read is the prompt's last, and the teacher's prompt may be another.
             read = read.clone()
             read[fresh, 0] = torch.tensor(
-                [pool.teacher_prompts[rows[place]][-1] for place in fresh], device=read.device
+                [pool.teacher_prompts[rows[cache_row]][-1] for cache_row in fresh], device=read.device
             )
         logits = self.teacher.read(read.to(self.teacher.device), teacher_start).to(self.device)
-        taught_at = time.perf_counter()
-        verified = verify(
-            self.policy,
-            draft.tokens[:, 1:],
-            draft.log_probs,
-            self.warping.into(
-                self._teacher_rows.take(draft.log_probs.shape, self.teacher.log_dtype), logits.flatten(0, 1)
-            ),
-            draft.position,
-            None if self.state is None else self.state[: len(rows)],
-            self.noise,
-            draft.places,
-        )
+        checked_at = time.perf_counter()
+        scratch = self._teacher_scratch.take(draft.log_probs.shape, self.teacher.log_dtype)
+        verified = self._verify(draft, self.warping.into(scratch, logits.flatten(0, 1)))
         kept, finished = self._commit(draft, verified)
         ended_at = time.perf_counter()
         self.draft_length.observe(rows, kept, length, drafted_at - started, ended_at - drafted_at)
         self.stats["student_s"] += drafted_at - started
-        self.stats["teacher_s"] += taught_at - drafted_at
-        self.stats["verify_s"] += ended_at - taught_at
-        for place in reversed(finished):
-            self._release(place)
+        self.stats["teacher_s"] += checked_at - drafted_at
+        self.stats["verify_s"] += ended_at - checked_at
+        for cache_row in reversed(finished):
+            self._release(cache_row)
 
     def _student_round(self) -> None:
-        """Some tokens of the student alone in every row; the host hears of them once."""
+        """Let the student alone write several tokens in every row; the host hears of them once."""
         started = time.perf_counter()
         pool = self.pool
         # A row that ends inside the round reads on for nothing: rounds are short where rows can end.
         room = min(self.limit - pool.emitted[row] for row in pool.active)
         length = min(room, ROUND_ALONE if not self.eos else ROUND_ALONE_WITH_END)
         draft = self._draft(length)
-        nothing = torch.full(draft.position.shape, math.nan, device=self.device)
-        decision = self.policy.decide(Positions(nothing.flatten(), draft.position.flatten()))
-        verified = Verified(
-            tokens=draft.tokens[:, 1:],
-            kept=torch.full((len(draft.rows),), length, device=self.device),
-            author=decision.author.view(nothing.shape),
-            divergence=nothing,
-            threshold=decision.threshold.view(nothing.shape),
-            states=[],
-        )
-        _, finished = self._commit(draft, verified)
+        _, finished = self._commit(draft, self._verify(draft, None))
         self.stats["student_s"] += time.perf_counter() - started
-        for place in reversed(finished):
-            self._release(place)
+        for cache_row in reversed(finished):
+            self._release(cache_row)
+
+    def _verify(self, draft: _Draft, teacher_log_probs: Tensor | None) -> Verified:
+        return verify(
+            self.policy,
+            draft.tokens[:, 1:],
+            draft.log_probs,
+            teacher_log_probs,
+            draft.position,
+            None if self.state is None else self.state[: len(draft.rows)],
+            self.noise,
+            draft.cells,
+        )
 
     def _commit(self, draft: _Draft, verified: Verified) -> tuple[list[int], list[int]]:
         """Note what was emitted; one transfer brings back what the host must know.
 
         Returns:
-            How many drafted tokens stood in each row, and the places of the rows that are finished.
+            How many drafted tokens were accepted in each row, and the cache rows that are finished.
         """
         pool, length = self.pool, draft.position.shape[1]
         counts, kept, finished = [], [], []
         host = torch.cat([verified.tokens, verified.kept.unsqueeze(1)], dim=1).tolist()
-        for place, (row, (*tokens, stood)) in enumerate(zip(draft.rows, host, strict=True)):
-            count = min(stood + 1, length, self.limit - pool.emitted[row])
+        for cache_row, (row, (*tokens, accepted)) in enumerate(zip(draft.rows, host, strict=True)):
+            count = min(accepted + 1, length, self.limit - pool.emitted[row])
             end = next((step for step in range(count) if tokens[step] in self.eos), None)
             if end is not None:
                 count = end + 1
             pool.emitted[row] += count
             pool.last[row] = tokens[count - 1]
             if end is not None or pool.emitted[row] >= self.limit:
-                finished.append(place)
+                finished.append(cache_row)
             counts.append(count)
-            kept.append(stood)
+            kept.append(accepted)
             # Of the kept tokens those after the end were never emitted; they say nothing about acceptance.
-            self.stats["kept"] += min(stood, count)
+            self.stats["kept"] += min(accepted, count)
         self.stats["rounds"] += 1
-        self._notes.append((draft.places, replace(verified, states=[])))
+        self._notes.append((draft.cells, replace(verified, states=[])))
         self._counts += counts
         hidden = self.teacher.hidden if self.request.return_teacher_hidden and self.teacher is not None else None
         if hidden is not None:
             if pool.hidden is None:
                 pool.hidden = hidden.new_zeros((len(pool.emitted) * self.limit, hidden.shape[-1])).to(self.device)
-            emitted = self._places[:length] < torch.tensor(counts, device=self.device).unsqueeze(1)
-            pool.hidden[draft.places[emitted]] = hidden.to(self.device)[emitted]
+            emitted = self._steps[:length] < torch.tensor(counts, device=self.device).unsqueeze(1)
+            pool.hidden[draft.cells[emitted]] = hidden.to(self.device)[emitted]
         if self.state is not None:
             # The state after `count` emitted tokens, row by row.
             after = torch.stack([state for state in verified.states if state is not None])
             self.state[: len(counts)] = after[counts, torch.arange(len(counts), device=self.device)]
         return kept, finished
 
-    def _record(self) -> Rollout:
+    def _rollout(self) -> Rollout:
         """Put together what the rounds noted, all at once: a few calls instead of a few for every round."""
         pool, rows = self.pool, len(self.pool.emitted)
         longest = max(pool.emitted)
         mask = torch.arange(longest, device=self.device) < torch.tensor(pool.emitted, device=self.device).unsqueeze(1)
-        lengths = torch.cat([places.new_full(places.shape[:1], places.shape[1]) for places, _ in self._notes])
+        lengths = torch.cat([cells.new_full(cells.shape[:1], cells.shape[1]) for cells, _ in self._notes])
         counts = torch.tensor(self._counts, device=self.device)
-        step = torch.cat([self._places[: places.shape[1]].repeat(len(places)) for places, _ in self._notes])
+        step = torch.cat([self._steps[: cells.shape[1]].repeat(len(cells)) for cells, _ in self._notes])
         emitted = step < counts.repeat_interleave(lengths)
-        at = torch.cat([places.flatten() for places, _ in self._notes])[emitted]
+        cell = torch.cat([cells.flatten() for cells, _ in self._notes])[emitted]
 
         def column(name: str, fill: float, dtype: torch.dtype) -> Tensor:
             values = torch.cat([getattr(verified, name).flatten() for _, verified in self._notes])[emitted]
             filled = torch.full((rows * self.limit,), fill, dtype=dtype, device=self.device)
-            filled[at] = values.to(dtype)
+            filled[cell] = values.to(dtype)
             return filled.view(rows, self.limit)[:, :longest].clone()
 
         return Rollout(

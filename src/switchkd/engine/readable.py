@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from switchkd.engine.lean import lean_decoder
-from switchkd.engine.readers import RowReader, TokenReader
+from switchkd.engine.readers import ForwardReader, RowReader, TokenReader, row_reader
 from switchkd.errors import UserError
 from switchkd.models.forward import check_finite, device_of, eval_mode, prompt_positions
 from switchkd.models.known import known
@@ -176,11 +176,13 @@ def _suspects(config: Any) -> set[int]:
 def _probed(model: Any, length: int) -> str | None:
     found = known(model).row_faults
     if length not in found:
-        found[length] = _guarded(lambda: _rows_differ(model, length, lean=False))
+        rows, room = 2, length + 2
+        found[length] = _guarded(lambda: _rows_differ(model, length, ForwardReader(model, rows, room)))
         if length == FIRST_PROBE and found[length] is None and lean_decoder(model, 8) is not None:
             known(model).lean = True
-        if known(model).lean and _guarded(lambda: _rows_differ(model, length, lean=True)) is not None:
-            known(model).lean = False
+        if known(model).lean:
+            wrong = _guarded(lambda: _rows_differ(model, length, row_reader(model, rows, room)))
+            known(model).lean = wrong is None
     return found[length]
 
 
@@ -205,7 +207,7 @@ def _is_half(model: Any) -> bool:
     return half or tf32 or torch.is_autocast_enabled(device)
 
 
-def _rows_differ(model: Any, length: int, *, lean: bool) -> str | None:
+def _rows_differ(model: Any, length: int, reader: RowReader) -> str | None:
     """Compare ragged cached passes with one plain pass over two rows of `length` tokens; return what is wrong."""
     tokens = _tokens(model, 2, length)
     plain = model(
@@ -214,7 +216,6 @@ def _rows_differ(model: Any, length: int, *, lean: bool) -> str | None:
         position_ids=prompt_positions(torch.ones_like(tokens)),
         use_cache=False,
     ).logits
-    reader = RowReader(model, rows=2, max_length=length + 2, lean=lean)
     ahead = length - 4
     back = max(ahead // 2, 1)
     first = reader.read(tokens[:, :ahead], [0, 0])

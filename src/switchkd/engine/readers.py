@@ -1,59 +1,34 @@
 """A model and its cache as the decoders read it: row by row at each row's own position, or one column at a time."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from switchkd.engine.caches import RowCache, SlotCache
-from switchkd.engine.lean import lean_decoder
+from switchkd.engine.caches import RowCache
+from switchkd.engine.lean import LeanDecoder, lean_decoder
 from switchkd.models.forward import device_of, output_layer_input, prompt_positions, takes_argument
 from switchkd.models.known import known
 from switchkd.rollout import Prompts
 
 
-class RowReader:
-    """A model with a `RowCache`: reads tokens for some rows, each at its own position.
+class RowReader(Protocol):
+    """A model and its cache of rows: reads tokens for some of the rows, each at its own position.
 
-    Args:
-        model: A causal language model that `readable.unserved_reason` has no objection to.
-        rows: How many rows fit.
-        max_length: The most tokens a row can hold, drafts included.
-        keep_hidden: Keep the states that enter the output layer, in `hidden`.
+    Attributes:
+        lean: Whether the model is read through its weights rather than through its own forward.
+        device: The model's.
+        log_dtype: What log-probabilities are computed in: at least float32.
+        passes: Forward passes so far.
+        hidden: The states that entered the output layer in the last pass, `[A, n, H]`; None unless they are kept.
     """
 
-    def __init__(
-        self, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False, lean: bool | None = None
-    ) -> None:
-        self.model = model
-        if lean is None:
-            lean = known(model).lean
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._last_position = (limit or 2**62) - 1
-        # Drafts may run a little past the end; positions are clamped to the tables.
-        self._lean = lean_decoder(model, min(max_length, self._last_position + 1)) if lean else None
-        self.device = device_of(model)
-        self.cache: RowCache | SlotCache
-        if self._lean is not None:
-            self._last_position = min(max_length - 1, self._last_position)
-            self.cache = self._lean.cache(rows, max_length)
-        else:
-            self.cache = RowCache(rows, max_length)
-        self.passes = 0
-        self.hidden: Tensor | None = None
-        self._dtype = model.get_input_embeddings().weight.dtype
-        self._keep_hidden = keep_hidden
-
-    @property
-    def log_dtype(self) -> torch.dtype:
-        """What log-probabilities are computed in: at least float32."""
-        return torch.promote_types(self._dtype, torch.float32)
-
-    @property
-    def lean(self) -> bool:
-        """Whether the model is read through its weights rather than through its own forward."""
-        return self._lean is not None
+    lean: bool
+    device: torch.device
+    log_dtype: torch.dtype
+    passes: int
+    hidden: Tensor | None
 
     def read(
         self,
@@ -76,46 +51,151 @@ class RowReader:
         Returns:
             `[A, n, V]` or `[A, 1, V]`.
         """
+        ...
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one row of the cache over another row."""
+        ...
+
+
+def row_reader(model: Any, rows: int, max_length: int, *, keep_hidden: bool = False) -> RowReader:
+    """Return the fastest reader of a model that `readable.unserved_reason` has no objection to.
+
+    Args:
+        model: A causal language model.
+        rows: How many rows fit.
+        max_length: The most tokens a row can hold, drafts included.
+        keep_hidden: Keep the states that enter the output layer, in `hidden`.
+    """
+    lean = LeanReader.of(model, rows, max_length, keep_hidden=keep_hidden) if known(model).lean else None
+    return lean or ForwardReader(model, rows, max_length, keep_hidden=keep_hidden)
+
+
+class ForwardReader:
+    """Reads through the model's own forward, with a `RowCache`; arguments as in `row_reader`."""
+
+    lean = False
+
+    def __init__(self, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False) -> None:
+        self.device, self.log_dtype = device_of(model), _log_dtype(model)
+        self.passes = 0
+        self.hidden: Tensor | None = None
+        self._model, self._cache = model, RowCache(rows, max_length)
+        self._last_position = _last_position(model)
+        self._dtype = model.get_input_embeddings().weight.dtype
+        self._keep_hidden = keep_hidden
+
+    def read(
+        self,
+        tokens: Tensor,
+        start: Sequence[int],
+        *,
+        first: int = 0,
+        positions: Tensor | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> Tensor:
+        """As `RowReader.read`."""
         count = tokens.shape[1]
-        if positions is None:
-            positions = torch.tensor(start, device=self.device).unsqueeze(1)
-        if count > 1:
-            positions = positions + torch.arange(count, device=self.device)
+        positions = _positions(start, positions, count, self.device)
         self.passes += 1
-        if self._lean is not None:
-            assert isinstance(self.cache, SlotCache)
-            result, states = self._lean(
-                tokens,
-                start,
-                positions,
-                self.cache,
-                first=first,
-                last_position=self._last_position,
-                last_only=logits == "last",
-            )
-            if self._keep_hidden:
-                self.hidden = states
-            return result
-        assert isinstance(self.cache, RowCache)
-        used = self.cache.begin(first, start, count)
-        queries = positions[:1] if self.cache.aligned else positions
+        used = self._cache.begin(first, start, count)
+        queries = positions[:1] if self._cache.aligned else positions
         visible = torch.arange(used, device=self.device) <= queries[:, None, :, None]
         # Additive, because eager attention adds what it is given and sdpa takes it as well.
         mask = torch.zeros(visible.shape, dtype=self._dtype, device=self.device).masked_fill_(~visible, -torch.inf)
         # Drafts may run past the end of the context; what is written there is never kept.
         positions = positions.clamp(max=self._last_position)
-        with output_layer_input(self.model, enabled=self._keep_hidden) as hidden:
-            output = self.model(
+        with output_layer_input(self._model, enabled=self._keep_hidden) as hidden:
+            output = self._model(
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache,
+                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=0 if logits == "all" else 1,
             )
         if hidden:
             self.hidden = hidden[0]
         return output.logits
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """As `RowReader.move`."""
+        self._cache.move(source, target, length)
+
+
+class LeanReader:
+    """Reads through a `LeanDecoder`, with a `SlotCache`.
+
+    Args:
+        model: The model that was taken apart.
+        decoder: It, for positions up to `max_length` and the end of the model's tables.
+        rows: How many rows fit.
+        max_length: The most tokens a row can hold, drafts included.
+        keep_hidden: Keep the states that enter the output layer, in `hidden`.
+    """
+
+    lean = True
+
+    def __init__(
+        self, model: Any, decoder: LeanDecoder, rows: int, max_length: int, *, keep_hidden: bool = False
+    ) -> None:
+        self.device, self.log_dtype = device_of(model), _log_dtype(model)
+        self.passes = 0
+        self.hidden: Tensor | None = None
+        self._decoder, self._cache = decoder, decoder.cache(rows, max_length)
+        # Drafts may run a little past the end; positions are clamped to the tables.
+        self._last_position = min(max_length - 1, _last_position(model))
+        self._keep_hidden = keep_hidden
+
+    @classmethod
+    def of(cls, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False) -> "LeanReader | None":
+        """Return the reader of a model of a known family, None for other models."""
+        decoder = lean_decoder(model, min(max_length, _last_position(model) + 1))
+        return None if decoder is None else cls(model, decoder, rows, max_length, keep_hidden=keep_hidden)
+
+    def read(
+        self,
+        tokens: Tensor,
+        start: Sequence[int],
+        *,
+        first: int = 0,
+        positions: Tensor | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> Tensor:
+        """As `RowReader.read`."""
+        self.passes += 1
+        result, states = self._decoder(
+            tokens,
+            start,
+            _positions(start, positions, tokens.shape[1], self.device),
+            self._cache,
+            first=first,
+            last_position=self._last_position,
+            last_only=logits == "last",
+        )
+        if self._keep_hidden:
+            self.hidden = states
+        return result
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """As `RowReader.move`."""
+        self._cache.move(source, target, length)
+
+
+def _positions(start: Sequence[int], column: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """The position of every token, int64 `[A, n]`, or `[A, 1]` for a single one."""
+    if column is None:
+        column = torch.tensor(start, device=device).unsqueeze(1)
+    return column if count == 1 else column + torch.arange(count, device=device)
+
+
+def _last_position(model: Any) -> int:
+    """The last position of the model's tables; far beyond every text where it has none."""
+    return (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62) - 1
+
+
+def _log_dtype(model: Any) -> torch.dtype:
+    return torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
 
 
 class TokenReader:

@@ -57,22 +57,22 @@ def write(
     decision = policy.decide(Positions(measure, position, state, noise))
     tokens, author = drafted.clone(), decision.author.clone()
     kept = torch.ones_like(drafted, dtype=torch.bool)
-    given = (author == Author.TEACHER).nonzero().squeeze(-1)
-    if len(given):
+    by_teacher = (author == Author.TEACHER).nonzero().squeeze(-1)
+    if len(by_teacher):
         assert teacher_log_probs is not None  # only a policy that needs the teacher gives it positions
-        student_rows = student_log_probs[given]
-        behaviour = policy.behaviour(student_rows, teacher_log_probs[given])
-        residual_keys = sampling.noise_keys(seed, row_ids[given], position[given], Stream.RESIDUAL)
+        student_rows = student_log_probs[by_teacher]
+        behaviour = policy.behaviour(student_rows, teacher_log_probs[by_teacher])
+        residual_keys = sampling.noise_keys(seed, row_ids[by_teacher], position[by_teacher], Stream.RESIDUAL)
         if policy.redraws:
-            tokens[given] = sampling.exponential_race(behaviour, residual_keys)
-            kept[given] = tokens[given] == drafted[given]
+            tokens[by_teacher] = sampling.exponential_race(behaviour, residual_keys)
+            kept[by_teacher] = tokens[by_teacher] == drafted[by_teacher]
         else:
-            accept_keys = sampling.noise_keys(seed, row_ids[given], position[given], Stream.ACCEPT)
-            tokens[given], kept[given] = sampling.coupled_draw(
-                drafted[given], student_rows, behaviour, accept_keys, residual_keys
+            accept_keys = sampling.noise_keys(seed, row_ids[by_teacher], position[by_teacher], Stream.ACCEPT)
+            tokens[by_teacher], kept[by_teacher] = sampling.coupled_draw(
+                drafted[by_teacher], student_rows, behaviour, accept_keys, residual_keys
             )
         if policy.blends:
-            author[given] = torch.where(kept[given], int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
+            author[by_teacher] = torch.where(kept[by_teacher], int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
     return Written(tokens, kept, author, measure, decision.threshold, decision.state)
 
 
@@ -81,7 +81,7 @@ class Verified:
     """What became of a draft of G tokens in A rows; entries after the first replaced token are meaningless."""
 
     tokens: Tensor  # [A, G]
-    kept: Tensor  # [A], drafted tokens that stood before the first replaced one
+    kept: Tensor  # [A], drafted tokens accepted before the first replaced one
     author: Tensor  # [A, G]
     divergence: Tensor  # [A, G]
     threshold: Tensor  # [A, G]
@@ -92,56 +92,66 @@ def verify(
     policy: Policy,
     drafted: Tensor,
     student_rows: Tensor,
-    teacher_rows: Tensor,
+    teacher_rows: Tensor | None,
     position: Tensor,
     state: Tensor | None,
     noise: NoiseTable,
-    index: Tensor,
+    cells: Tensor,
 ) -> Verified:
-    """Return which drafted tokens stand and what replaces the first one that does not.
+    """Return which drafted tokens are accepted and what replaces the first one that is not.
 
     Args:
         policy: Who writes.
         drafted: The student's draft, int64 `[A, G]`.
         student_rows: Log-probabilities `[A * G, V]`.
-        teacher_rows: Log-probabilities `[A * G, V]`.
+        teacher_rows: Log-probabilities `[A * G, V]`; None for a policy that needs no teacher.
         position: Completion position of each drafted token, int64 `[A, G]`.
         state: The policy's state `[A, ...]` or None.
         noise: The rollout's noise.
-        index: The place of each drafted token in it, int64 `[A, G]`.
+        cells: The cell of each drafted token in it, int64 `[A, G]`.
     """
     rows, length = drafted.shape
     flat = drafted.flatten()
-    measure = policy.measure(student_rows, teacher_rows, flat).view(rows, length)
-    drawn = sampling.uniform(noise.keys(Stream.POLICY, index)) if policy.random else None
+    if teacher_rows is None:
+        measure = torch.full((rows, length), math.nan, device=drafted.device)
+    else:
+        measure = policy.measure(student_rows, teacher_rows, flat).view(rows, length)
+    drawn = sampling.uniform(noise.keys(Stream.POLICY, cells)) if policy.random else None
     author, threshold, states = _decided(policy, measure, position, state, drawn)
+    if teacher_rows is None:
+        # No position is the teacher's: the whole draft is accepted.
+        return Verified(drafted, torch.full_like(drafted[:, 0], length), author, measure, threshold, states)
 
-    given = author == Author.TEACHER
+    by_student = author != Author.TEACHER
     if policy.redraws:
-        stands = ~given
+        accepted = by_student
     else:
         behaviour = policy.behaviour(student_rows, teacher_rows) if policy.blends else teacher_rows
-        behaviour_at = behaviour.gather(-1, flat.unsqueeze(-1))
-        stands = _accepted(student_rows, behaviour_at, flat, noise.log_accept(index)) | ~given
+        chosen = flat.unsqueeze(-1)
+        accepted = by_student | sampling.accept_at(
+            student_rows.gather(-1, chosen).view(rows, length),
+            behaviour.gather(-1, chosen).view(rows, length),
+            noise.log_accept(cells),
+        )
     tokens = drafted.clone()
-    while True:
-        # How many tokens stand before the first that does not.
-        first = stands.cumprod(-1).sum(-1)
-        hit = (first < length).nonzero().squeeze(-1)
-        if not len(hit):
-            break
+    # How many tokens are accepted before the first that is not.
+    first = accepted.cumprod(-1).sum(-1)
+    # One pass is nearly always enough. But a replacement can be the drafted token itself (drawn anew, or nothing left
+    # to draw from): then the draft is accepted there, and the row goes on to its next doubtful token.
+    while len(hit := (first < length).nonzero().squeeze(-1)):
         at = hit * length + first[hit]
         replaced = [
-            _replacement(policy, student_rows[part], teacher_rows[part], flat[part], noise, index.view(-1)[part])
+            _replacement(policy, student_rows[part], teacher_rows[part], flat[part], noise, cells.view(-1)[part])
             for part in at.split(rows_at_once(student_rows))
         ]
         tokens.view(-1)[at] = torch.cat([token for token, _ in replaced])
-        stands_after_all = torch.cat([stood for _, stood in replaced])
-        if not bool(stands_after_all.any()):
+        is_draft = torch.cat([same for _, same in replaced])
+        if not bool(is_draft.any()):
             break
-        stands.view(-1)[at[stands_after_all]] = True
+        accepted.view(-1)[at[is_draft]] = True
+        first = accepted.cumprod(-1).sum(-1)
     if policy.blends:
-        author = torch.where(stands, int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
+        author = torch.where(accepted, int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
     return Verified(tokens=tokens, kept=first, author=author, divergence=measure, threshold=threshold, states=states)
 
 
@@ -164,20 +174,14 @@ def _decided(
 
 
 def _replacement(
-    policy: Policy, student_rows: Tensor, teacher_rows: Tensor, drafted: Tensor, noise: NoiseTable, index: Tensor
+    policy: Policy, student_rows: Tensor, teacher_rows: Tensor, drafted: Tensor, noise: NoiseTable, cells: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The tokens `[N]` at positions where the draft was not accepted, and where it stands after all."""
+    """The tokens `[N]` at positions where the draft was not accepted, and where they are the draft after all."""
     behaviour = policy.behaviour(student_rows, teacher_rows)
-    keys = noise.keys(Stream.RESIDUAL, index)
+    keys = noise.keys(Stream.RESIDUAL, cells)
     if policy.redraws:
         tokens = sampling.exponential_race(behaviour, keys)
         return tokens, tokens == drafted
     # Where the two agree up to rounding nothing is left to draw from: the draft is kept.
     tokens, empty = sampling.residual_draw(student_rows, behaviour, keys)
     return torch.where(empty, drafted, tokens), empty
-
-
-def _accepted(student_rows: Tensor, behaviour_at: Tensor, flat: Tensor, log_uniform: Tensor) -> Tensor:
-    """Whether each draft would be kept: uniform < behaviour(s) / student(s), bool in the shape of `log_uniform`."""
-    ratio = behaviour_at - student_rows.gather(-1, flat.unsqueeze(-1))
-    return log_uniform < ratio.view(log_uniform.shape).double()

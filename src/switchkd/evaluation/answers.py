@@ -109,7 +109,6 @@ def evaluate(
     batch_size: int = 8,
     no_repeat_ngram_size: int = 0,
     scorer: Scorer | None = None,
-    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Return the scores of the model's own answers to every prompt, once per decoding seed.
@@ -130,7 +129,6 @@ def evaluate(
         no_repeat_ngram_size: No n-gram of this length may occur twice in prompt and answer; 0 allows all. MiniLLM and
             DistiLLM score with 6.
         scorer: One more measure, see `switchkd.evaluation.scorers.load_scorer`.
-        device: Where the model is moved to; None leaves it.
         progress: Whether to show a progress bar on standard error.
 
     Raises:
@@ -143,8 +141,6 @@ def evaluate(
     except ValueError as error:
         raise UserError(str(error)) from error
     eos = require_eos(tokenizer, model)
-    if device is not None:
-        model.to(device)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,

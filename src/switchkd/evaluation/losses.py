@@ -109,7 +109,7 @@ def sequence_divergences(
         `reverse_sequence_kl`, `forward_sequence_kl`, `teacher_cross_entropy` (mean of -ln teacher on the model's text):
         each `per_token` (the sum over all texts over the sum of their lengths), `per_sequence` (mean over texts), and
         with `_interval` their 95% intervals over prompts; `tokens`, `texts`, and `by_position`, range -> `per_token`,
-        its interval and `tokens`.
+        its interval and `tokens`. `reverse_sequence_kl` has `of_answers` besides, what each answer contributes, nats.
 
     Raises:
         UserError: A text exceeds a model's context, or a model cannot read padded rows.
@@ -124,16 +124,21 @@ def sequence_divergences(
     def read(texts: Sequence[tuple[int, Sequence[int]]], divergence: str) -> tuple[Sums, np.ndarray]:
         rows = [{**data[index], "completion_ids": known_part(ids, known, unknown)} for index, ids in texts]
         compared = {divergence: divergence, "teacher_cross_entropy": CROSS_ENTROPY}
-        sums, counts = _read(model, teacher, rows, compared, pad=pad, batch_size=batch_size, excluded_ids=excluded_ids)
-        return {name: _by_prompt(values, texts) for name, values in sums.items()}, _by_prompt(counts, texts)
+        return _read(model, teacher, rows, compared, pad=pad, batch_size=batch_size, excluded_ids=excluded_ids)
+
+    def divergence(values: np.ndarray, counts: np.ndarray, texts: Sequence[tuple[int, Sequence[int]]]) -> Any:
+        return _divergence(_by_prompt(values, texts), _by_prompt(counts, texts), texts)
 
     of_model, own_counts = read(answers, "reverse_kl")
-    taught = _teacher_texts(teacher, data, eos, pad, max_completion_length, seed, batch_size)
-    of_teacher, teacher_counts = read(taught, "forward_kl")
+    teacher_texts = _teacher_texts(teacher, data, eos, pad, max_completion_length, seed, batch_size)
+    of_teacher, teacher_counts = read(teacher_texts, "forward_kl")
     return {
-        "reverse_sequence_kl": _divergence(of_model["reverse_kl"], own_counts, answers),
-        "forward_sequence_kl": _divergence(of_teacher["forward_kl"], teacher_counts, taught),
-        "teacher_cross_entropy": _divergence(of_model["teacher_cross_entropy"], own_counts, answers),
+        "reverse_sequence_kl": {
+            **divergence(of_model["reverse_kl"], own_counts, answers),
+            "of_answers": of_model["reverse_kl"].sum(1).tolist(),
+        },
+        "forward_sequence_kl": divergence(of_teacher["forward_kl"], teacher_counts, teacher_texts),
+        "teacher_cross_entropy": divergence(of_model["teacher_cross_entropy"], own_counts, answers),
     }
 
 

@@ -101,20 +101,19 @@ def _listed(ids: list[int], shown: dict[int, str]) -> str:
     return ", ".join(shown[index] for index in ids[:3]) + (", ..." if len(ids) > 3 else "")
 
 
-def shared_vocabulary_size(student_size: int, teacher_size: int, *, warn: bool = True) -> int:
+def shared_vocabulary_size(student_size: int, teacher_size: int) -> int:
     """Return the number of leading ids both models can read and write.
 
     Args:
         student_size: Width of the student's logits.
         teacher_size: Width of the teacher's logits.
-        warn: Warn when the two differ.
 
     Returns:
         The smaller width: both distributions are cut to it and renormalised, so that neither model ever writes an id
         the other lacks. No model is resized.
     """
     shared = min(student_size, teacher_size)
-    if warn and student_size != teacher_size:
+    if student_size != teacher_size:
         warnings.warn(
             f"student and teacher score {student_size} and {teacher_size} ids; comparing the shared first {shared}, "
             "renormalised"

@@ -93,8 +93,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_objective(self.name, self.options)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise UserError(f"loss_temperature must be a finite number > 0, got {self.temperature}")
+        check_loss_temperature(self.temperature)
         if not self.reads_teacher and self.temperature != 1.0:
             raise UserError(f"loss_temperature={self.temperature} does nothing with cross_entropy; remove it")
 
@@ -144,6 +143,16 @@ def reduce_losses(losses: Tensor, mask: Tensor, denominator: Tensor | float | No
 def per_token(total: Tensor, count: Tensor | float) -> Tensor:
     """Return a sum of losses over a count of tokens, 0 where the count is 0."""
     return total / torch.clamp(torch.as_tensor(count, device=total.device), min=1)
+
+
+def check_loss_temperature(temperature: float) -> None:
+    """Refuse a temperature that logits cannot be divided by.
+
+    Raises:
+        UserError: It is not a finite number above 0.
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise UserError(f"loss_temperature must be a finite number > 0, got {temperature}")
 
 
 def check_objective(objective: str, options: Mapping[str, Any]) -> None:

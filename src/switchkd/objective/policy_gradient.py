@@ -44,24 +44,21 @@ def policy_gradient_losses(
     mask: Tensor,
     *,
     teacher_weight: float = 0.2,
-    clip_range: float | None = 0.2,
+    clip_range: float = 0.2,
     normalize_length: bool = True,
-    rollout_log_probs: Tensor | None = None,
 ) -> Tensor:
     """Return the long-term loss of every token: -return * weight, clipped as in PPO.
 
-    Its gradient is -weight * return * grad(ln student) wherever the clipping does not act. The student of the rollout
-    stands in the rewards and in the blend, so that they are constants; it may differ from the trained one if several
-    updates are made on one rollout.
+    Its gradient is -weight * return * grad(ln student) wherever the clipping does not act: the rewards and the blend
+    are constants.
 
     Args:
         student_log_probs: ln student of each sampled token, of the student that is trained, `[B, C]`, with a gradient.
         teacher_log_probs: ln teacher of each sampled token, `[B, C]`.
         mask: True at tokens of the text, `[B, C]`.
         teacher_weight: Weight of the teacher in the blend that wrote the text, in [0, 1); 0 where the student wrote it.
-        clip_range: The weight is clipped to [1 - x, 1 + x] where that makes the loss larger; None does not clip.
+        clip_range: The weight is clipped to [1 - x, 1 + x] where that makes the loss larger; 0: off.
         normalize_length: Divide each return by the number of tokens it sums.
-        rollout_log_probs: The same of the student that wrote the text, `[B, C]`; `student_log_probs` if None.
 
     Returns:
         `[B, C]`, nats, at least float32; 0 outside the text.
@@ -75,15 +72,15 @@ def policy_gradient_losses(
     """
     if not 0.0 <= teacher_weight < 1.0:
         raise UserError(f"teacher_weight of the sampling blend must lie in [0, 1), got {teacher_weight}")
-    if clip_range is not None and not clip_range > 0.0:
-        raise UserError(f"clip_range must be > 0, or None for no clipping, got {clip_range}")
+    if not clip_range >= 0.0:
+        raise UserError(f"clip_range must be >= 0, got {clip_range}")
     student = at_least_float32(student_log_probs)
     teacher = at_least_float32(teacher_log_probs.detach())
-    wrote = student.detach() if rollout_log_probs is None else at_least_float32(rollout_log_probs.detach())
+    wrote = student.detach()
     returns = future_returns(_rewards(wrote, teacher, mask), mask, normalize_length=normalize_length)
     ratio = torch.where(mask, student - _blend(wrote, teacher, teacher_weight), 0.0).exp()
     losses = -returns * ratio
-    if clip_range is not None:
+    if clip_range > 0.0:
         losses = torch.maximum(losses, -returns * ratio.clamp(1.0 - clip_range, 1.0 + clip_range))
     return torch.where(mask, losses, 0.0)
 

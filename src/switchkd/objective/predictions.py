@@ -102,11 +102,11 @@ def minillm_loss(
 
     Args:
         student: Predictions for the text.
-        teacher: Likewise.
+        teacher: Of the teacher.
         mask: True at tokens of the text, `[B, C]`.
         labels: The tokens, int64 `[B, C]`.
         mixture_weight: The teacher's part of the blend, in [0, 1).
-        clip_range: As in PPO; 0 does not clip.
+        clip_range: As in PPO; 0: off.
         denominator: How many tokens share one optimizer step; the mask's own count if None.
         excluded_ids: Left out of both models' distributions; no token of the text is one.
 
@@ -125,12 +125,12 @@ def minillm_loss(
     weights = importance_weights(of_student, of_teacher, mask, teacher_weight=mixture_weight)
     single_step = objectives.token_losses(student_logits, objective="reverse_kl", teacher_logits=teacher_logits)
     long_term = policy_gradient_losses(
-        of_student, of_teacher, mask, teacher_weight=mixture_weight, clip_range=clip_range or None
+        of_student, of_teacher, mask, teacher_weight=mixture_weight, clip_range=clip_range
     )
     return objectives.reduce_losses(weights * single_step + long_term, mask, denominator)
 
 
-def author_weights(author: Tensor, weights: Mapping[int, float]) -> Tensor | None:
+def weights_by_author(author: Tensor, weights: Mapping[int, float]) -> Tensor | None:
     """Return the loss weight of every token by who wrote it, float32 `[B, C]`; None where all are 1.
 
     Args:

@@ -11,7 +11,7 @@ from switchkd.models.forward import prompt_positions
 from switchkd.models.heads import output_head
 from switchkd.objective.chunked import ChunkedLoss
 from switchkd.objective.loss import CROSS_ENTROPY, Objective
-from switchkd.objective.predictions import Predictions, author_weights, minillm_loss, predict, supervised_loss
+from switchkd.objective.predictions import Predictions, minillm_loss, predict, supervised_loss, weights_by_author
 
 Inputs = Mapping[str, Tensor]
 
@@ -57,9 +57,9 @@ class StepLoss:
         assert teacher is not None
         if "teacher_hidden" in inputs:
             return predicted, Predictions(inputs["teacher_hidden"], output_head(teacher))
-        own = "teacher_" if "teacher_input_ids" in inputs else ""
+        prefix = "teacher_" if "teacher_input_ids" in inputs else ""
         with torch.no_grad():
-            return predicted, predict(teacher, _forward(inputs, own), length, full_logits=self.full_logits)
+            return predicted, predict(teacher, _forward(inputs, prefix), length, full_logits=self.full_logits)
 
     def loss(
         self, student: nn.Module, teacher: nn.Module | None, inputs: Inputs, denominator: Tensor | float | None
@@ -73,15 +73,15 @@ class StepLoss:
                 `lm_tokens` may stand beside it.
             denominator: Supervised tokens of the whole optimizer step; the micro-batch's own if None.
         """
-        predicted, taught = self.predictions(student, teacher, inputs)
+        predicted, by_teacher = self.predictions(student, teacher, inputs)
         mask, labels = inputs["completion_mask"], _labels(inputs)
         rolled_out = "author" in inputs
         if self.minillm is not None and rolled_out:
-            assert taught is not None
+            assert by_teacher is not None
             mixture_weight, clip_range = self.minillm
             total = minillm_loss(
                 predicted,
-                taught,
+                by_teacher,
                 mask=mask,
                 labels=labels,
                 mixture_weight=mixture_weight,
@@ -90,8 +90,8 @@ class StepLoss:
                 excluded_ids=self.objective.excluded_ids,
             )
         else:
-            weights = author_weights(inputs["author"], self.author_weights) if rolled_out else None
-            total = self.compare(predicted, taught, inputs, denominator, weights).loss
+            weights = weights_by_author(inputs["author"], self.author_weights) if rolled_out else None
+            total = self.compare(predicted, by_teacher, inputs, denominator, weights).loss
         if self.ce_weight > 0 and not rolled_out:
             total = total + self.ce_weight * self.cross_entropy(predicted, inputs, denominator).loss
         if "lm_input_ids" in inputs:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from switchkd.divergences import DIVERGENCES
 from switchkd.errors import UserError
 from switchkd.methods import METHODS
-from switchkd.objective import CROSS_ENTROPY
+from switchkd.objective import CROSS_ENTROPY, check_loss_temperature
 from switchkd.policy_options import POLICY_OPTIONS
 from switchkd.sampling import check_warping
 
@@ -184,8 +184,7 @@ class SwitchConfig(PolicyFields, TrainingArguments):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _check_own_ranges(self) -> None:
-        if not (self.loss_temperature > 0 and math.isfinite(self.loss_temperature)):
-            raise UserError(f"loss_temperature must be a finite number > 0, got {self.loss_temperature}")
+        check_loss_temperature(self.loss_temperature)
         for name in ("max_prompt_length", "max_completion_length", "num_completions_to_log"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")

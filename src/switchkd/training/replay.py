@@ -108,18 +108,20 @@ class ReplayStore:
         del self._rows[: max(len(self._rows) - self.capacity, 0)]
 
 
+#: How much DistiLLM's fraction grows at once, and by how much the loss must have risen, nats.
+GROWTH, MARGIN = 0.1, 0.1
+
+
 class AdaptiveFraction:
     """DistiLLM's share of steps that train on the student's text: it grows while the validation loss gets worse.
 
-    The share phi starts at 0 and grows by `growth` each time the validation loss lies `margin` or more above its
+    The share phi starts at 0 and grows by `GROWTH` each time the validation loss lies `MARGIN` or more above its
     reference, which is then set anew; the first evaluation sets it, so make one before the first step. A step trains
     on rolled-out text with probability phi: fresh text with probability phi (1 - progress), and always until the
     store is full, stored text otherwise.
 
     Args:
         initial: phi at the start, in [0, 1].
-        growth: How much phi grows, in (0, 1]; 0.1 in DistiLLM.
-        margin: By how much the loss must rise, nats, >= 0; 0.1 in DistiLLM.
 
     Raises:
         UserError: An option outside its range.
@@ -128,15 +130,9 @@ class AdaptiveFraction:
         Ko et al., "DistiLLM", arXiv 2402.03898, section 3.2, as its released code does it.
     """
 
-    def __init__(self, initial: float = 0.0, *, growth: float = 0.1, margin: float = 0.1) -> None:
+    def __init__(self, initial: float = 0.0) -> None:
         if not 0.0 <= initial <= 1.0:
             raise UserError(f"the initial adaptive fraction must lie in [0, 1], got {initial}")
-        if not 0.0 < growth <= 1.0:
-            raise UserError(f"the growth of the adaptive fraction must lie in (0, 1], got {growth}")
-        if not margin >= 0.0:
-            raise UserError(f"the margin of the adaptive fraction must be >= 0 nats, got {margin}")
-        self.growth = growth
-        self.margin = margin
         self.value = initial
         self._reference: float | None = None
 
@@ -144,8 +140,8 @@ class AdaptiveFraction:
         """Return phi after an evaluation."""
         if self._reference is None:
             self._reference = validation_loss
-        elif validation_loss >= self._reference + self.margin:
-            self.value = min(self.value + self.growth, 1.0)
+        elif validation_loss >= self._reference + MARGIN:
+            self.value = min(self.value + GROWTH, 1.0)
             self._reference = validation_loss
         return self.value
 

@@ -208,8 +208,7 @@ class TextSource:
     def stored(self, rows: int, step: int, rank: int, pad_token_id: int) -> Rollout:
         """Return rows of past rollouts, drawn by seed, step and rank."""
         assert self.store is not None
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 4099 + rank)
-        return self.store.sample(rows, generator, pad_token_id=pad_token_id)
+        return self.store.sample(rows, sampling.generator(self.seed, step, rank), pad_token_id=pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep."""

@@ -101,7 +101,7 @@ class SwitchTrainer(Trainer):
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token  # the caller's tokenizer too: it is saved with the student
         self.eos_token_id = require_eos(tokenizer, student, teacher)
         self.pad_token_id = readable_pad_id(tokenizer.pad_token_id, self.eos_token_id, student, teacher)
         readers = {"student": student, "teacher": teacher}
@@ -135,6 +135,7 @@ class SwitchTrainer(Trainer):
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         self.add_callback(LoopCallback(self))
         self._guard = StepGuard()
+        self._checked_at: int | None = None  # the step whose weights were last found finite
         self.teacher_passes = 0
         self._means = RunningMeans()
         self._unlogged_rollout: Rollout | None = None
@@ -157,8 +158,11 @@ class SwitchTrainer(Trainer):
             self._write_teacher_text()
         if self.args.target_teacher_share is not None and self.args.initial_threshold is None:
             self._calibrate()
+        self._checked_at = None
         result = super().train(*args, **kwargs)
-        check_student(self.model, self.state.global_step, self.args.learning_rate)
+        # A checkpoint of the last step was read already.
+        if self._checked_at != self.state.global_step:
+            check_student(self.model, self.state.global_step, self.args.learning_rate)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -168,6 +172,7 @@ class SwitchTrainer(Trainer):
             UserError: They are; what was saved before stays.
         """
         check_student(self.model, self.state.global_step, self.args.learning_rate)
+        self._checked_at = self.state.global_step
         super().save_model(output_dir, _internal_call)
 
     def check_step(self) -> None:
@@ -184,7 +189,7 @@ class SwitchTrainer(Trainer):
 
     def _write_teacher_text(self) -> None:
         path = Path(self.args.teacher_text_file or Path(self.args.output_dir) / "teacher_text.jsonl")
-        data: Any = vars(self)["train_dataset"]
+        data: Any = vars(self)["train_dataset"]  # prepared here; the Trainer's annotation allows other kinds too
         assert self.plan.policy is not None
         with self._teacher_at_hand() as teacher, self.accelerator.main_process_first():
             self.train_dataset = with_teacher_text(
