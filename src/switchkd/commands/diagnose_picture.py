@@ -66,7 +66,7 @@ def _draw_guidance(axes: Any, diagnosis: Diagnosis) -> None:
         values = [(position, share.value, share.interval or (share.value,) * 2) for position, share in points]
         _draw_curve(axes, writer.name, [(x, 100 * y, (100 * low, 100 * high)) for x, y, (low, high) in values])
     axes.set_title("Guidance kept [% of that on the answers]", loc="left", fontweight="bold")
-    axes.set_xlabel(f"tokens after which the teacher goes on ({diagnosis.measure} of what it writes)")
+    axes.set_xlabel(f"tokens after which the teacher goes on ({diagnosis.measure})")
 
 
 def _draw_caught(axes: Any, diagnosis: Diagnosis) -> None:
@@ -83,8 +83,8 @@ def _draw_caught(axes: Any, diagnosis: Diagnosis) -> None:
     if not found:
         axes.text(50, 80, "no harmful token", ha="center")
     axes.set(xlim=(0, 100), ylim=(0, 104))
-    axes.set_title("First harmful tokens that SWITCH would catch [%]", loc="left", fontweight="bold")
-    axes.set_xlabel("tokens of the student's text that it would give to the teacher [%]; labels: threshold, nats")
+    axes.set_title("First harmful tokens above the threshold [%]", loc="left", fontweight="bold")
+    axes.set_xlabel("tokens of the student's text above the threshold [%]; labels: nats")
 
 
 def _draw_measure(axes: Any, diagnosis: Diagnosis, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ TITLES = {
 }
 #: A position is quoted in the advice where at least this share of the prompts counts: the last one of them.
 QUOTED_ROWS = 0.25
+WIDTH = 110
 
 
 def report(diagnosis: Diagnosis, advice: dict[str, str]) -> str:
@@ -33,7 +35,7 @@ def report(diagnosis: Diagnosis, advice: dict[str, str]) -> str:
             "",
             *_harm_lines(diagnosis),
             "",
-            advice["sentence"],
+            textwrap.fill(advice["sentence"], WIDTH, break_long_words=False, break_on_hyphens=False),
             *([f"  {advice['command']}"] if advice["command"] else []),
         ]
     )
@@ -59,8 +61,9 @@ def advice(diagnosis: Diagnosis, options: argparse.Namespace) -> dict[str, str]:
     )
     if diagnosis.verdict == "switch":
         sentence = (
-            f"{drop}, but {mixed}: let SWITCH write, or train on the reverse KL (--method opd), under which the writer "
-            "made no difference in our runs."
+            f"{drop}, but {mixed}: let SWITCH write and compare it with --method kd, which learns from the answers "
+            "without a rollout, or train on the reverse KL (--method opd), under which the writer made no difference "
+            "in our runs."
         )
         command = _train(options, "switch", _share_options(options))
     elif diagnosis.verdict == "teacher":
@@ -151,10 +154,9 @@ def _guidance_table(diagnosis: Diagnosis) -> list[str]:
     level = "" if clean is None else f", which score {clean.score:.1f}"
     return [
         table(cells, ("writer", "teacher share", "guidance kept", *heads, "entropy", "JSD", "top 1")),
-        f"guidance kept: {diagnosis.measure} of the teacher's continuations of a text over that of its continuations of "
-        f"the answers{level}:",
-        "over all tokens (95% interval over prompts) and after so many tokens; entropy of the teacher and JSD in nats, "
-        "top 1: same likeliest token",
+        f"guidance kept: {diagnosis.measure} of the teacher's continuations of a text over that of its continuations",
+        f"of the answers{level}: over all tokens (95% interval over prompts), and after so many;",
+        "entropy of the teacher and JSD in nats; top 1: the two models have the same likeliest token",
     ]
 
 
@@ -164,7 +166,7 @@ def _harm_lines(diagnosis: Diagnosis) -> list[str]:
     lines = [
         f"harmful tokens (the teacher gives them less than {harm.probability:.3g}): in {harm.share.value:.0%} of the "
         f"student's texts, in {harm.teacher_share.value:.0%} of the teacher's own"
-        + ("" if harm.median_position is None else f"; the first at position {harm.median_position:g} (median)")
+        + ("" if harm.median_position is None else f";\nthe first at position {harm.median_position:g} (median)")
     ]
     if harm.change is not None:
         ends = harm.change.interval
@@ -199,8 +201,9 @@ def _drop(diagnosis: Diagnosis) -> str:
     for position, own, taught in reversed(list(zip(diagnosis.positions, student, teacher, strict=True))):
         if position and own is not None and own.rows >= enough and loss_of(own) is not None:
             return (
-                f"After {position} tokens of the student's text the teacher's continuation loses {_percent(loss_of(own))} "
-                f"of its {diagnosis.measure} on the answers, after as many of its own {_percent(loss_of(taught))}; "
+                f"After {position} tokens of the student's text the teacher's continuation loses "
+                f"{_percent(loss_of(own))} of its {diagnosis.measure} on the answers, after as many of its own "
+                f"{_percent(loss_of(taught))}; "
             )
     return f"By {diagnosis.measure}, "
 
@@ -266,10 +269,15 @@ def _percent(loss: Mean | None) -> str:
     if loss is None:
         return "an unknown share"
     low, high = _ends(loss)
-    return f"{loss.value:.0%}" + (f" ({low} to {high})" if low else "")
+    return _whole(loss.value) + (f" ({low} to {high})" if low else "")
 
 
 def _ends(loss: Mean | None) -> tuple[str, str]:
     if loss is None or loss.interval is None:
         return "", ""
-    return f"{loss.interval[0]:.0%}", f"{loss.interval[1]:.0%}"
+    return _whole(loss.interval[0]), _whole(loss.interval[1])
+
+
+def _whole(share: float) -> str:
+    """Per cent without decimals; there is no minus zero."""
+    return f"{round(100 * share) + 0:d}%"

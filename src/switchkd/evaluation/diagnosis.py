@@ -1,4 +1,4 @@
-"""Does it matter who writes the training text of this pair? Everything `switchkd diagnose` measures, and its verdict."""
+"""Does it matter who writes the training text of this pair? All that `switchkd diagnose` measures, and its verdict."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from switchkd.evaluation.positions import MEASURES, Caught, around, by_position,
 from switchkd.policies import Policy, RandomPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
 
 #: Thresholds that are tried on the student's text, over that of the policy.
-THRESHOLD_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+THRESHOLD_FACTORS = (0.25, 1.0, 4.0, 16.0, 64.0)
 #: A loss of guidance is material from here on and tolerated up to there, shares; and how many prompts a verdict needs.
 MATERIAL_LOSS, TOLERATED_LOSS, FEWEST_PROMPTS = 0.02, 0.05, 8
 

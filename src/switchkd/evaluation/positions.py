@@ -66,8 +66,7 @@ def read(pair: Pair, texts: Sequence[Text]) -> Reading:
                 of_batch = torch.zeros(inside.shape)
                 of_batch[inside.cpu()] = values.float().cpu()
                 found[name][batch, : of_batch.shape[1]] = of_batch
-    values = {name: found[name] for name in MEASURES}
-    return Reading(mask, values, found["teacher_log_prob"], found["compared"])
+    return Reading(mask, {name: found[name] for name in MEASURES}, found["teacher_log_prob"], found["compared"])
 
 
 def by_position(values: Tensor, mask: Tensor, positions: Sequence[int]) -> list[Mean | None]:
