@@ -60,8 +60,8 @@ def parser() -> OptionParser:
         type=float,
         default=0.5,
         metavar="S",
-        help="share of the tokens that the teacher writes in mixed text, in [0, 1]; the threshold is calibrated, "
-        "unless --initial_threshold gives it",
+        help="share of the tokens that the teacher writes, in (0, 1); the threshold is calibrated to it, unless "
+        "--initial_threshold gives one",
     )
     for name in POLICY_OPTIONS:
         option = OPTIONS[name]
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.commands.diagnose_report import report, rows, summary
     from switchkd.data import load_records, prepare
     from switchkd.evaluation.diagnosis import diagnose
-    from switchkd.evaluation.guidance import Pair, Quality, positions_below
+    from switchkd.evaluation.guidance import Pair, Quality, positions_below, require_answers
     from switchkd.evaluation.scorers import load_scorer
     from switchkd.models.loading import default_device, load_model, load_tokenizer
     from switchkd.models.vocabulary import check_tokenizers
@@ -111,6 +111,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_completion_length=options.max_completion_length,
     )
     console.progress(f"data: {found}")
+    require_answers(data)
     kwargs, device = {"dtype": options.dtype}, default_device()
     teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
@@ -125,15 +126,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         batch_size=options.batch_size,
         excluded_ids=excluded_ids,
     )
-    share = options.target_teacher_share
     if options.initial_threshold is None:
-        policy = _calibrated(pair, policy, share, console)
+        policy = _calibrated(pair, policy, options.target_teacher_share, console)
     diagnosis = diagnose(
         pair,
         policy,
         Quality(pair, scorer),
         positions or positions_below(options.max_completion_length),
-        random_share=share,
         harm_probability=options.harm_probability,
     )
     result = {**summary(diagnosis, options), "data": vars(found)}
@@ -188,7 +187,8 @@ def _check(options: argparse.Namespace) -> list[int] | None:
     if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
     check_range("harm_probability", options.harm_probability, 0.0, 1.0)
-    check_range("target_teacher_share", options.target_teacher_share, 0.0, 1.0)
+    if not 0.0 < options.target_teacher_share < 1.0:
+        raise UserError(f"target_teacher_share must lie in (0, 1), got {options.target_teacher_share}")
     try:
         check_warping(options.temperature, options.top_k, options.top_p)
     except ValueError as error:

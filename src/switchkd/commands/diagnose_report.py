@@ -48,13 +48,12 @@ def advice(diagnosis: Diagnosis, options: argparse.Namespace) -> dict[str, str]:
         diagnosis: What was measured.
         options: Those of the command, for the line to copy.
     """
-    student = diagnosis.writer("student").against_teacher
-    measure, rows = diagnosis.measure, 0 if student is None else student.rows
     loss, of_switch = (loss_of(diagnosis.writer(name).against_teacher) for name in ("student", "switch"))
     of_random = loss_of(diagnosis.writer("random").against_teacher)
     drop = (
         f"{_drop(diagnosis)}over all tokens of the student's text it loses {_percent(loss)} against the teacher's text"
     )
+    prompts = f"{diagnosis.prompts} prompt" + ("s" if diagnosis.prompts > 1 else "")
     threshold = f"SWITCH at {diagnosis.policy.initial_threshold:.3g} nats"
     mixed = (
         f"{_percent(of_switch)} on text of {threshold} and {_percent(of_random)} with random tokens{_hits(diagnosis)}"
@@ -78,15 +77,21 @@ def advice(diagnosis: Diagnosis, options: argparse.Namespace) -> dict[str, str]:
             "own, so let the student write, which is cheapest."
         )
         command = _train(options, "opd", {})
+    elif diagnosis.prompts == 0:
+        sentence = (
+            "No advice: no prompt has texts and an answer that go on after the first position where texts are cut; "
+            "take longer answers, a longer --max_completion_length, or earlier --positions."
+        )
+        command = ""
     elif loss is None:
         sentence = (
-            f"No advice: the teacher's continuations score 0 {measure} on every prompt that could be compared, or none "
-            "could; take other data, a longer --max_completion_length, or a --scorer."
+            f"No advice: the teacher's continuations of its own texts score 0 {diagnosis.measure} on every prompt; the "
+            "measure does not fit this task: give another --scorer, or other data."
         )
         command = ""
     else:
         sentence = (
-            f"{drop}: too uncertain with {rows} prompts to say whose text to train on; take more with --max_samples "
+            f"{drop}: too uncertain with {prompts} to say whose text to train on; take more with --max_samples "
             f"{4 * options.max_samples}, or compare on text of your own with a --scorer."
         )
         command = ""
@@ -102,6 +107,7 @@ def summary(diagnosis: Diagnosis, options: argparse.Namespace) -> dict[str, Any]
         "positions": diagnosis.positions,
         "ranking": [writer.name for writer in diagnosis.writers],
         "initial_threshold": diagnosis.policy.initial_threshold,
+        "prompts": diagnosis.prompts,
         "writers": {writer.name: _writer(writer) for writer in diagnosis.writers},
         "harm": {
             "probability": harm.probability,

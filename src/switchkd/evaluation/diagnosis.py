@@ -11,7 +11,7 @@ from switchkd.divergences import LARGEST_JSD
 from switchkd.evaluation.guidance import Kept, Pair, Quality, Text, guidance, kept, tokens_from
 from switchkd.evaluation.metrics import Mean, Share, mean_with_interval, share_of
 from switchkd.evaluation.positions import MEASURES, Caught, around, by_position, caught, first_harmful, read
-from switchkd.policies import Policy, RandomPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
+from switchkd.policies import RandomPolicy, StudentPolicy, SwitchPolicy, TeacherPolicy
 
 #: Thresholds that are tried on the student's text, over that of the policy.
 THRESHOLD_FACTORS = (0.25, 1.0, 4.0, 16.0, 64.0)
@@ -85,6 +85,7 @@ class Diagnosis:
         writers: Best guidance first.
         harm: Of the student's texts.
         policy: SWITCH as it wrote.
+        prompts: On how many the verdict rests.
         verdict: Whose text to train on, see `verdict`.
     """
 
@@ -93,6 +94,7 @@ class Diagnosis:
     writers: list[Writer]
     harm: Harm
     policy: SwitchPolicy
+    prompts: int
     verdict: Verdict
 
     def writer(self, name: str) -> Writer:
@@ -106,7 +108,6 @@ def diagnose(
     quality: Quality,
     positions: Sequence[int],
     *,
-    random_share: float = 0.5,
     harm_probability: float = 0.01,
 ) -> Diagnosis:
     """Return how good the teacher's guidance is on the texts of five writers, and what follows.
@@ -116,29 +117,28 @@ def diagnose(
         policy: SWITCH, with the threshold to judge.
         quality: How the teacher's continuations are scored.
         positions: Tokens after which texts are cut, increasing from 0, below the length limit.
-        random_share: Probability with which the teacher writes a token of the random writer.
         harm_probability: A token is harmful where the teacher gives it less, in [0, 1].
     """
-    policies: dict[str, Policy] = {
-        "student": StudentPolicy(),
-        "random": RandomPolicy(random_share),
-        "switch": policy,
-        "teacher": TeacherPolicy(),
+    of_switch = pair.write(policy)
+    texts = {
+        "dataset": pair.answers(),
+        "student": pair.write(StudentPolicy()),
+        # As much of the teacher as in SWITCH's text, so that only the choice of the tokens differs.
+        "random": pair.write(RandomPolicy(_teacher_share(of_switch))),
+        "switch": of_switch,
+        "teacher": pair.write(TeacherPolicy()),
     }
-    texts = {"dataset": pair.answers()} | {name: pair.write(policy) for name, policy in policies.items()}
     scores = guidance(pair, texts, positions, quality)
     readings = {name: read(pair, of_writer) for name, of_writer in texts.items()}
     writers = []
     for name, of_writer in texts.items():
         reading, weights = readings[name], tokens_from(of_writer, positions)
         measures = {key: by_position(reading.values[key], reading.mask, positions) for key in MEASURES}
-        tokens = sum(len(text.ids) for text in of_writer)
-        shared = sum(text.teacher_tokens for text in of_writer) / max(tokens, 1)
         writers.append(
             Writer(
                 name=name,
                 texts=of_writer,
-                teacher_share=None if name == "dataset" else shared,
+                teacher_share=None if name == "dataset" else _teacher_share(of_writer),
                 scores=scores[name],
                 guidance=kept(scores[name], scores["dataset"], weights),
                 against_teacher=kept(scores[name], scores["teacher"], weights),
@@ -150,6 +150,8 @@ def diagnose(
             )
         )
     by_name = {writer.name: writer for writer in writers}
+    compared = ~np.isnan(scores["student"] + scores["teacher"])[:, [position > 0 for position in positions]]
+    prompts = int(compared.any(1).sum())
     first = first_harmful(readings["student"], harm_probability)
     of_teacher = first_harmful(readings["teacher"], harm_probability)
     before, after = around(pair, texts["student"], first, quality)
@@ -172,11 +174,12 @@ def diagnose(
         writers=sorted(writers, key=_kept_share, reverse=True),
         harm=harm,
         policy=policy,
-        verdict=verdict(by_name["student"].against_teacher, by_name["switch"].against_teacher),
+        prompts=prompts,
+        verdict=verdict(by_name["student"].against_teacher, by_name["switch"].against_teacher, prompts),
     )
 
 
-def verdict(student: Kept | None, switch: Kept | None) -> Verdict:
+def verdict(student: Kept | None, switch: Kept | None, prompts: int) -> Verdict:
     """Return whose text to train on, from the guidance on the student's and on SWITCH's text.
 
     Both are compared with the teacher's own text, not with the answers: where many answers are good, text that differs
@@ -184,7 +187,8 @@ def verdict(student: Kept | None, switch: Kept | None) -> Verdict:
 
     With the loss 1 - share of the guidance on the student's text and its 95% interval:
 
-    - `unclear`: fewer than `FEWEST_PROMPTS` prompts count, or the continuations of the teacher's text score 0;
+    - `unclear`: fewer than `FEWEST_PROMPTS` prompts could be compared, or the teacher's continuations of its own text
+      score 0;
     - `switch`: the loss is at least `MATERIAL_LOSS`, its interval lies above 0, and SWITCH's text loses at most half as
       much;
     - `teacher`: the same, but SWITCH's text loses more than half as much;
@@ -194,9 +198,10 @@ def verdict(student: Kept | None, switch: Kept | None) -> Verdict:
     Args:
         student: Guidance on the student's text over that on the teacher's.
         switch: Likewise for SWITCH's text.
+        prompts: How many were compared after at least one token of the text; before it all writers are equal.
     """
     loss, of_switch = loss_of(student), loss_of(switch)
-    if student is None or loss is None or loss.interval is None or student.rows < FEWEST_PROMPTS:
+    if loss is None or loss.interval is None or prompts < FEWEST_PROMPTS:
         return "unclear"
     if loss.value >= MATERIAL_LOSS and loss.interval[0] > 0:
         return "switch" if of_switch is not None and of_switch.value <= loss.value / 2 else "teacher"
@@ -209,6 +214,10 @@ def loss_of(found: Kept | None) -> Mean | None:
         return None
     ends = found.share.interval
     return Mean(1 - found.share.value, None if ends is None else (1 - ends[1], 1 - ends[0]))
+
+
+def _teacher_share(texts: Sequence[Text]) -> float:
+    return sum(text.teacher_tokens for text in texts) / max(sum(len(text.ids) for text in texts), 1)
 
 
 def _kept_share(writer: Writer) -> float:

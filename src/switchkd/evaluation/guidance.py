@@ -68,13 +68,7 @@ class Pair:
     excluded_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        check_prepared(self.data)
-        bare = next((row for row, ids in enumerate(self.data["completion_ids"], start=1) if not ids), None)
-        if bare is not None:
-            raise UserError(
-                f"row {bare} of the prepared data set has no answer: what the teacher writes is compared with answers "
-                "(`completion`, `output` or a chat that ends with the assistant); give a data set with them"
-            )
+        require_answers(self.data)
 
     @property
     def eos(self) -> list[int]:
@@ -169,6 +163,24 @@ class Pair:
         )
         rows = zip(rollout.completion_ids, rollout.author, rollout.completion_mask, strict=True)
         return [Text(ids[mask].tolist(), int((author == Author.TEACHER).sum())) for ids, author, mask in rows]
+
+
+def require_answers(data: Dataset) -> None:
+    """Refuse a data set with a row that has no answer.
+
+    Args:
+        data: Made by `switchkd.data.prepare`.
+
+    Raises:
+        UserError: Names the first such row.
+    """
+    check_prepared(data)
+    bare = next((row for row, ids in enumerate(data["completion_ids"], start=1) if not ids), None)
+    if bare is not None:
+        raise UserError(
+            f"row {bare} of the prepared data set has no answer: the teacher's continuations are compared with answers "
+            "(`completion`, `output` or a chat that ends with the assistant); give a data set with them"
+        )
 
 
 class Quality:
