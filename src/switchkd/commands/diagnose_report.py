@@ -215,6 +215,10 @@ def _drop(diagnosis: Diagnosis) -> str:
 
 
 def _hits(diagnosis: Diagnosis) -> str:
+    """How often SWITCH steps in before a harmful token, where such tokens do measurable harm."""
+    change = diagnosis.harm.change
+    if change is None or change.interval is None or change.interval[1] >= 0:
+        return ""
     used = [one for one in diagnosis.harm.caught if one.initial_threshold == diagnosis.policy.initial_threshold]
     if not used or used[0].share is None:
         return ""

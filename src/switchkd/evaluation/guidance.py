@@ -52,7 +52,7 @@ class Pair:
         data: Made by `switchkd.data.prepare`, with an answer in every row; R rows.
         max_completion_length: Length limit of every text, what it was cut after included; tokens.
         sampling: `temperature`, `top_k`, `top_p` of all writers; `roll_out`'s where left out.
-        seed: Of all texts; continuations have noise that is independent of it.
+        seed: Of all texts and continuations.
         batch_size: Rows read or written at once; affects only speed.
         excluded_ids: Never written nor compared, see `switchkd.models.vocabulary.check_tokenizers`.
     """
@@ -89,7 +89,7 @@ class Pair:
     def write(self, policy: Policy) -> list[Text]:
         """Return one text per row under a policy; with the same seed for every policy."""
         starts: list[tuple[int, list[int]]] = [(row, []) for row in range(len(self.data))]
-        return self._roll_out(policy, starts, self.max_completion_length, self.seed)
+        return self._roll_out(policy, starts, self.max_completion_length)
 
     def continuations(
         self, starts: Sequence[tuple[int, Sequence[int]]]
@@ -111,8 +111,7 @@ class Pair:
         for group in self._of_like_length(unique):
             lists = [(row, list(ids)) for row, ids in group]
             longest = self.max_completion_length - len(group[0][1])
-            # Noise of its own: with that of the text, a token would be drawn from the noise that chose its prefix.
-            texts = self._roll_out(TeacherPolicy(), lists, longest, self.seed + 1)
+            texts = self._roll_out(TeacherPolicy(), lists, longest)
             for start, text in zip(group, texts, strict=True):
                 found[start] = text.ids[: self.max_completion_length - len(start[1])]
         return found
@@ -142,7 +141,7 @@ class Pair:
         """Return the prompt that the teacher reads in each row, None where it is the student's."""
         return list(self.data["teacher_prompt_ids"]) if "teacher_prompt_ids" in self.data.column_names else None
 
-    def _roll_out(self, policy: Policy, starts: list[tuple[int, list[int]]], limit: int, seed: int) -> list[Text]:
+    def _roll_out(self, policy: Policy, starts: list[tuple[int, list[int]]], limit: int) -> list[Text]:
         prompts, teacher_prompts = list(self.data["prompt_ids"]), self.teacher_prompts()
         rollout = roll_out(
             self.student,
@@ -150,9 +149,11 @@ class Pair:
             [prompts[row] + ids for row, ids in starts],
             policy=policy,
             max_new_tokens=limit,
-            seed=seed,
+            seed=self.seed,
             eos_token_id=self.eos,
             pad_token_id=self.pad,
+            # Noise of its own for every length that was given: positions count from the end of the prompt, and with the
+            # row alone what follows would be drawn with the noise that chose what stands before.
             row_ids=torch.tensor([row + len(self.data) * len(ids) for row, ids in starts]),
             teacher_prompt_ids=(
                 [teacher_prompts[row] + ids for row, ids in starts] if teacher_prompts is not None else None
