@@ -56,7 +56,8 @@ def advice(diagnosis: Diagnosis, options: argparse.Namespace) -> dict[str, str]:
     prompts = f"{diagnosis.prompts} prompt" + ("s" if diagnosis.prompts > 1 else "")
     threshold = f"SWITCH at {diagnosis.policy.initial_threshold:.3g} nats"
     mixed = (
-        f"{_percent(of_switch)} on text of {threshold} and {_percent(of_random)} with random tokens{_hits(diagnosis)}"
+        f"{_percent(of_switch)} on text of {threshold} and {_percent(of_random)} with as many random "
+        f"tokens of the teacher (the choice is worth {_gain(diagnosis.over_random)}){_hits(diagnosis)}"
     )
     if diagnosis.verdict == "switch":
         sentence = (
@@ -108,6 +109,7 @@ def summary(diagnosis: Diagnosis, options: argparse.Namespace) -> dict[str, Any]
         "ranking": [writer.name for writer in diagnosis.writers],
         "initial_threshold": diagnosis.policy.initial_threshold,
         "prompts": diagnosis.prompts,
+        "over_random": _kept(diagnosis.over_random),
         "writers": {writer.name: _writer(writer) for writer in diagnosis.writers},
         "harm": {
             "probability": harm.probability,
@@ -212,6 +214,14 @@ def _drop(diagnosis: Diagnosis) -> str:
                 f"{_percent(loss_of(taught))}; "
             )
     return f"By {diagnosis.measure}, "
+
+
+def _gain(found: Kept | None) -> str:
+    if found is None or found.share is None:
+        return "an unknown share"
+    ends = found.share.interval
+    gained = None if ends is None else (ends[0] - 1, ends[1] - 1)
+    return _percent(Mean(found.share.value - 1, gained))
 
 
 def _hits(diagnosis: Diagnosis) -> str:

@@ -83,6 +83,7 @@ class Diagnosis:
         positions: Tokens after which texts were cut.
         measure: Name of the score.
         writers: Best guidance first.
+        over_random: Guidance on SWITCH's texts, compared with those of random tokens: what its choice is worth.
         harm: Of the student's texts.
         policy: SWITCH as it wrote.
         prompts: On how many the verdict rests.
@@ -92,6 +93,7 @@ class Diagnosis:
     positions: list[int]
     measure: str
     writers: list[Writer]
+    over_random: Kept | None
     harm: Harm
     policy: SwitchPolicy
     prompts: int
@@ -172,6 +174,7 @@ def diagnose(
         positions=list(positions),
         measure=quality.name,
         writers=sorted(writers, key=_kept_share, reverse=True),
+        over_random=kept(scores["switch"], scores["random"], tokens_from(of_switch, positions)),
         harm=harm,
         policy=policy,
         prompts=prompts,
