@@ -7,11 +7,25 @@ import yaml
 
 from switchkd.commands import train
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[!c]*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+COMPARISONS = [path for path in FILES if {"runs", "grid"} & set(yaml.safe_load(path.read_text()))]
+EXAMPLES = [path for path in FILES if path not in COMPARISONS]
 
 
 def test_examples_are_shipped() -> None:
-    assert EXAMPLES
+    assert EXAMPLES and COMPARISONS
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
+def test_every_shipped_comparison_is_a_valid_config(path: Path) -> None:
+    from switchkd.compare import command
+    from switchkd.compare.checks import check
+    from switchkd.compare.plan import plan
+
+    options = command.parser().resolve(["--config", str(path)])
+    sections = {name: command._section(name, getattr(options, name)) for name in command.SECTIONS}
+    check(plan(output_dir=Path("runs"), seeds=[0], **sections), inputs=False)
+    command.compared(options, sections)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

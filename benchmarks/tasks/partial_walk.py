@@ -1,11 +1,13 @@
 """A task in which one number sets how well the teacher goes on after a student's error, and an exact scorer.
 
     python benchmarks/tasks/partial_walk.py --rho 0 --output_dir runs/walk_0
-    python benchmarks/tasks/partial_walk.py --score runs/walk_0/compare
+    python benchmarks/tasks/partial_walk.py --score runs/compare_walk_0
 
-The first command writes `data` (teacher, train, validation, test), `teacher`, `student_warm_start` and `gate.json`,
-and fails where the gate does not hold; about a minute and a half on one core. What the task is: `walk_map.py`. The
-second scores every `rows.jsonl` below a folder, as `switchkd evaluate` and `switchkd compare` write it.
+The first command writes `data` (one file per split), `teacher`, `student_warm_start`, their `answers` and `gate.json`,
+and fails where the gate does not hold; one to two minutes on one core. What the task is: `walk_map.py`. The second
+scores every `rows.jsonl` below a folder, as `switchkd evaluate` and `switchkd compare` write it: whole answers, share
+of the walk before the first error, median first error of the other answers, steps after it that follow the map; then
+whole answers by length. Methods are compared by `examples/map_walk.yaml`.
 
 The gate, all on test prompts, texts sampled at temperature 1:
 
@@ -195,16 +197,16 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
     lengths = {name: COMMON_OPTIONS[name] for name in ("max_prompt_length", "max_completion_length")}
     data = {name: prepare(rows, tokenizer, **lengths)[0] for name, rows in splits.items()}
     answers: dict[str, list[dict[str, Any]]] = {}
-    models: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
     for name, sizes, split, options in (
         ("teacher", TEACHER, "teacher", TEACHER_OPTIONS),
-        ("student_warm_start", STUDENT, "train", WARM_START_OPTIONS),
+        ("student_warm_start", STUDENT, "warm_start", WARM_START_OPTIONS),
     ):
-        models[name] = make_model(tokenizer, sizes, seed)
-        print(f"{name}: {models[name].num_parameters():,} parameters", flush=True)
-        fine_tune(models[name], tokenizer, data[split], output_dir / name, seed, options)
+        trained[name] = make_model(tokenizer, sizes, seed)
+        print(f"{name}: {trained[name].num_parameters():,} parameters", flush=True)
+        fine_tune(trained[name], tokenizer, data[split], output_dir / name, seed, options)
         result = evaluate(
-            models[name],
+            trained[name],
             tokenizer,
             data["test"],
             seeds=EVALUATION_SEEDS,
@@ -218,7 +220,7 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
     teacher = score_rows(walk_map, answers["teacher"])
     go_on = {
         when: goes_on(
-            walk_map, models["teacher"], tokenizer, answers["student_warm_start"], with_error=when == "after_error"
+            walk_map, trained["teacher"], tokenizer, answers["student_warm_start"], with_error=when == "after_error"
         )
         for when in ("before_error", "after_error")
     }

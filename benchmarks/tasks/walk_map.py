@@ -12,7 +12,9 @@ on by detours: what comes next is then known to somebody who has seen the detour
 because detours follow no rule.
 
 The dial is `rho`, the share of the places whose detour occurs in the teacher's training data. Everything else (the
-map, the walks to be answered, the student's data) does not depend on it.
+map, the walks to be answered, the student's data) does not depend on it. The student's warm start shows it the whole
+map, detours included: a teacher that knows them all (rho = 1) then asks nothing of it, after an error, that is foreign
+to it. Without that, learning the detours costs a small student the streets, whoever is right about them.
 """
 
 import functools
@@ -119,10 +121,12 @@ def draw_walk(walk_map: WalkMap, draw: random.Random, known: set[int] | frozense
 def generate(
     walk_map: WalkMap, rho: float, seed: int = 0, *, train: int = 6000, validation: int = 160, test: int = 240
 ) -> dict[str, list[Record]]:
-    """Return the records of the splits teacher, train, validation and test; no prompt occurs twice.
+    """Return the records of the splits teacher, warm_start, train, validation and test.
 
-    Train, validation and test follow streets only and do not depend on `rho`. The teacher's records are as many as
-    those of train: half of them are records of train, the other half may take the detours that `rho` lets it know.
+    Train, validation and test follow streets only. The teacher's records and those of the student's warm start are as
+    many as those of train: half of them are records of train, the other half may take detours, in the warm start those
+    of all places, in the teacher's those that `rho` lets it know. At `rho` = 1 the two are the same. Only the
+    teacher's depend on `rho`. No prompt occurs twice in a split, none of validation or test in another split.
 
     Args:
         walk_map: The map.
@@ -132,21 +136,25 @@ def generate(
         validation: Number of validation records.
         test: Number of test records.
     """
-    seen: set[str] = set()
+    reserved: set[str] = set()
 
-    def records(split: str, count: int, known: set[int] | frozenset[int] = frozenset()) -> list[Record]:
-        draw = random.Random(f"partial walk {split} {seed}")
-        rows: list[Record] = []
+    def records(name: str, count: int, known: set[int] | frozenset[int] = frozenset()) -> list[Record]:
+        draw = random.Random(f"partial walk {name} {seed}")
+        rows: dict[str, Record] = {}
         while len(rows) < count:
             row = draw_walk(walk_map, draw, known)
-            if row["prompt"] not in seen:
-                seen.add(row["prompt"])
-                rows.append(row)
-        return rows
+            if row["prompt"] not in reserved:
+                rows[row["prompt"]] = row
+        return list(rows.values())
 
-    splits = {split: records(split, n) for split, n in (("test", test), ("validation", validation), ("train", train))}
-    others = records("teacher", train - train // 2, walk_map.known_detours(rho))
-    return {"teacher": splits["train"][: train // 2] + others, **splits}
+    splits = {}
+    for split, count in (("test", test), ("validation", validation), ("train", train)):
+        splits[split] = records(split, count)
+        reserved |= {row["prompt"] for row in splits[split]}
+    for split, share in (("warm_start", 1.0), ("teacher", rho)):
+        others = records("detours", train - train // 2, walk_map.known_detours(share))
+        splits[split] = splits["train"][: train // 2] + others
+    return splits
 
 
 def read_prompt(prompt: str) -> tuple[list[str], str]:
@@ -223,6 +231,12 @@ def score(walk_map: WalkMap, prompt: str, answer: str, *, finished: bool = True)
     return Score(steps, correct, finished and correct == steps == len(given), sum(after), len(after))
 
 
+def correct_prefix(prompt: str, answer: str, references: Sequence[str]) -> float:
+    """Return the share of the walk before the first error, for `scorer:` of `switchkd evaluate` and `compare`."""
+    found = score(make_map(), prompt, answer)
+    return found.correct / found.steps
+
+
 def summarize(scores: Sequence[Score]) -> dict[str, float]:
     """Return the figures of many answers, shares in percent.
 
@@ -258,14 +272,3 @@ def score_rows(walk_map: WalkMap, rows: Sequence[Mapping[str, Any]]) -> dict[str
     scores = [score(walk_map, row["prompt"], row["completion"], finished=row["finished"]) for row in rows]
     by_length = {f"{low}-{high}": [one for one in scores if low <= one.steps <= high] for low, high in LENGTH_BUCKETS}
     return {**summarize(scores), "by_length": {name: summarize(part) for name, part in by_length.items() if part}}
-
-
-def correct_prefix(prompt: str, answer: str, references: Sequence[str]) -> float:
-    """Return the share of the walk before the first error, in [0, 1]: a scorer for `switchkd evaluate --scorer`."""
-    one = score(make_map(), prompt, answer)
-    return one.correct / one.steps
-
-
-def whole_walk(prompt: str, answer: str, references: Sequence[str]) -> float:
-    """Return 1 for an answer that is the walk from end to end, else 0: a scorer, too."""
-    return float(score(make_map(), prompt, answer).whole)

@@ -31,6 +31,8 @@ from walk_map import (  # noqa: E402
     summarize,
 )
 
+from switchkd.evaluation.scorers import load_scorer  # noqa: E402
+
 SIZES = {"train": 300, "validation": 20, "test": 40}
 RHOS = (0.0, 0.25, 0.5, 1.0)
 MAP = make_map()
@@ -75,6 +77,11 @@ def test_walks_have_24_to_48_steps_and_every_prompt_has_50_words(splits):
     assert {len(row["prompt"].split()) for row in splits[0.0]["train"]} == {50}
 
 
+def test_the_students_warm_start_shows_the_whole_map_and_is_the_teachers_data_at_rho_1(splits):
+    assert splits[1.0]["warm_start"] == splits[1.0]["teacher"]
+    assert all(splits[rho]["warm_start"] == splits[1.0]["teacher"] for rho in RHOS)
+
+
 def test_walks_to_be_answered_follow_streets_only_and_do_not_depend_on_rho(splits):
     for split in ("train", "validation", "test"):
         assert all(splits[rho][split] == splits[0.0][split] for rho in RHOS)
@@ -98,9 +105,10 @@ def test_no_prompt_occurs_in_two_splits_or_twice_in_one(splits):
     for rho in RHOS:
         apart = [row["prompt"] for split in ("train", "validation", "test") for row in splits[rho][split]]
         assert len(set(apart)) == len(apart)
-        teacher = {row["prompt"] for row in splits[rho]["teacher"]}
-        assert len(teacher) == len(splits[rho]["teacher"]) == SIZES["train"]
-        assert not teacher & {row["prompt"] for split in ("validation", "test") for row in splits[rho][split]}
+        for split in ("teacher", "warm_start"):
+            prompts = {row["prompt"] for row in splits[rho][split]}
+            assert len(prompts) == len(splits[rho][split]) == SIZES["train"]
+            assert not prompts & {row["prompt"] for held in ("validation", "test") for row in splits[rho][held]}
 
 
 def test_the_same_seed_gives_the_same_records_and_another_seed_others(splits):
@@ -192,6 +200,14 @@ def test_the_references_score_full_marks_in_every_bucket_of_length(splits):
     assert list(found["by_length"]) == ["24-32", "33-40", "41-48"]
     assert all(part["whole"] == 100.0 for part in found["by_length"].values())
     assert score_rows(MAP, [{**row, "finished": False} for row in rows])["whole"] == 0.0
+
+
+def test_evaluate_finds_the_scorer_and_gives_the_share_before_the_first_error(splits):
+    scorer = load_scorer(f"{ROOT / 'benchmarks' / 'tasks' / 'walk_map.py'}:correct_prefix")
+    row = splits[0.0]["test"][0]
+    words = row["completion"].split()
+    assert scorer(row["prompt"], row["completion"], []) == 100.0
+    assert scorer(row["prompt"], " ".join([*words[:6], "nowhere", *words[7:]]), []) == 100 * 6 / len(words)
 
 
 def test_the_tokenizer_has_one_id_per_word_and_gives_the_text_back(splits):
