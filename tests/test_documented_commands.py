@@ -80,6 +80,9 @@ RUN: dict[str, Run | Look] = {
     'switchkd rollout --model_name_or_path S --teacher_model_name_or_path T --prompt "Once upon a time"': Run(WRITE),
     "switchkd evaluate --model_name_or_path runs/mine --dataset_name test.jsonl --seeds 10,20,30,40,50": Run(SCORE),
     "switchkd compare --config examples/compare_demo.yaml": Run(COMPARE),
+    "switchkd diagnose --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl": Run(
+        "--max_completion_length 8 --max_samples 4 --output_dir runs/diagnose"
+    ),
     "switchkd calibrate --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl "
     "--target_teacher_share 0.53": Run("--max_completion_length 8 --tolerance 0.5"),
     'zcat stories.txt.gz | awk \'BEGIN { RS = "<[|]endoftext[|]>" } { gsub(/[[:space:]]+/, " "); gsub(/^ | $/, ""); '

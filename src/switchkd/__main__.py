@@ -15,6 +15,10 @@ COMMANDS = {
         "switchkd.commands.calibrate",
         "find the threshold that gives a target teacher share on your prompts",
     ),
+    "diagnose": (
+        "switchkd.commands.diagnose",
+        "measure before training whether it matters for your pair who writes the text, and whose to train on",
+    ),
     "compare": (
         "switchkd.compare.command",
         "train and score methods side by side, several seeds each, and say which differences are significant",

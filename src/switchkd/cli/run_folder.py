@@ -30,6 +30,7 @@ REPORT_FILES = (
     "rollouts.jsonl",
     "completions.jsonl",
     "summary.png",
+    "diagnose.png",
 )
 MODEL_FILES = (
     "config.json",

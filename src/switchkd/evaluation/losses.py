@@ -122,7 +122,7 @@ def sequence_divergences(
     unknown = frozenset(excluded_ids)
 
     def read(texts: Sequence[tuple[int, Sequence[int]]], divergence: str) -> tuple[Sums, np.ndarray]:
-        rows = [{**data[index], "completion_ids": _known_part(ids, known, unknown)} for index, ids in texts]
+        rows = [{**data[index], "completion_ids": known_part(ids, known, unknown)} for index, ids in texts]
         compared = {divergence: divergence, "teacher_cross_entropy": CROSS_ENTROPY}
         return _read(model, teacher, rows, compared, pad=pad, batch_size=batch_size, excluded_ids=excluded_ids)
 
@@ -288,8 +288,14 @@ def _teacher_texts(
     return texts
 
 
-def _known_part(ids: Sequence[int], known: int, unknown: frozenset[int]) -> list[int]:
-    """The tokens before the first that only one of the models knows."""
+def known_part(ids: Sequence[int], known: int, unknown: frozenset[int]) -> list[int]:
+    """Return the tokens before the first that only one of the models knows.
+
+    Args:
+        ids: Of a text.
+        known: Leading ids that both models score.
+        unknown: Ids below that which only one tokenizer knows.
+    """
     end = next((place for place, token in enumerate(ids) if token >= known or token in unknown), len(ids))
     return list(ids[:end])
 

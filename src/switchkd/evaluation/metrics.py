@@ -106,6 +106,27 @@ def mean_with_interval(
     return Mean(mean, (mean - reach, mean + reach))
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share in [0, 1] with the ends of its 95% interval, and of how many."""
+
+    value: float
+    interval: tuple[float, float]
+    count: int
+
+
+def share_of(hits: int, count: int) -> Share | None:
+    """Return the share of independent units that are hits, with Wilson's interval; None without a unit.
+
+    Reference:
+        Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
+    """
+    if count == 0:
+        return None
+    ends = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    return Share(hits / count, (float(ends.low), float(ends.high)), count)
+
+
 def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
     """Return distinct-n of some texts: different n-grams of token ids over all n-grams, in [0, 1].
 
