@@ -72,7 +72,7 @@ def _draw_guidance(axes: Any, diagnosis: Diagnosis) -> None:
 def _draw_caught(axes: Any, diagnosis: Diagnosis) -> None:
     found = [one for one in diagnosis.harm.caught if one.share is not None]
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle="--")
-    axes.annotate("random tokens", (76, 64), color=GREY, rotation=33, ha="center")
+    axes.annotate("random tokens", (78, 60), color=GREY, rotation=33, ha="center")
     for one in found:
         assert one.share is not None
         used = one.initial_threshold == diagnosis.policy.initial_threshold
