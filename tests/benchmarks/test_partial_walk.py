@@ -229,16 +229,14 @@ def test_scoring_a_folder_makes_one_line_of_the_seeds_of_a_run(splits, tmp_path)
     assert found == {"a-run": "50.0 +- 70.7", "other": "100.0"}
 
 
-def test_the_example_trains_the_student_whose_gate_was_measured():
+def test_the_example_distils_the_student_whose_gate_was_measured_with_the_lengths_of_the_walks():
     example = yaml.safe_load((ROOT / "examples" / "map_walk.yaml").read_text())
-    (student,) = example["students"].values()
-    sizes = {"max_steps": student["max_steps"], **student["student_config"]}
-    sizes.pop("head_dim"), sizes.pop("num_key_value_heads")
-    assert sizes == {"max_steps": partial_walk.WARM_START_OPTIONS["max_steps"], **partial_walk.STUDENT}
-    measured = {**partial_walk.COMMON_OPTIONS, **partial_walk.WARM_START_OPTIONS, "max_steps": sizes["max_steps"]}
-    options = {**example["train"], **example["warm_start"], "max_steps": sizes["max_steps"]}
-    for name, value in measured.items():
-        assert type(value)(options[name]) == value, name  # YAML reads 5e-3 as text
+    train = example["train"]
+    assert Path(train["model_name_or_path"]).name == "student_warm_start"
+    assert Path(train["teacher_model_name_or_path"]).parent == Path(train["model_name_or_path"]).parent
+    for section in ("train", "evaluate"):
+        for name in ("max_prompt_length", "max_completion_length"):
+            assert example[section][name] == partial_walk.COMMON_OPTIONS[name], (section, name)
 
 
 def test_a_gate_that_cannot_be_measured_is_null_and_the_file_stays_json(splits):
