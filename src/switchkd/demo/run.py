@@ -193,7 +193,8 @@ def _say_findings(
         f"tokens by the teacher it reaches {rouge_l['SWITCH']:.1f}."
     )
     if rouge_l["SFT"] >= rouge_l["SWITCH"]:
-        say(f"SFT on the dataset's answers reaches {rouge_l['SFT']:.1f}: where good answers exist, they do at least as well.")
+        answers = f"SFT on the dataset's answers reaches {rouge_l['SFT']:.1f}"
+        say(f"{answers}: good answers, where they exist, do as well or better.")
     for claim, holds in summary["claims"].items():
         if not holds:
             say(f"DOES NOT HOLD in this run: {claim.replace('_', ' ')}")
