@@ -62,7 +62,8 @@ class _Attempts:
         """Return what the action returns, or None where it fails.
 
         Args:
-            action: Called with the arguments.
+            action: What is tried.
+            *arguments: Its arguments.
             key: What names the outcome: it is not done again; None for an action that is cheap.
         """
         outcome = self._outcomes.get(key)

@@ -1,0 +1,1 @@
+"""The models as transformers makes them: loading, vocabularies, forward passes, output heads."""
