@@ -141,6 +141,10 @@ class Rollout:
         total = int(self.completion_mask.sum())
         return int((self.author == Author.TEACHER).sum()) / total if total else float("nan")
 
+    def completions(self) -> list[list[int]]:
+        """Return the ids of every completion without padding, the end of sequence included."""
+        return [ids[keep].tolist() for ids, keep in zip(self.completion_ids, self.completion_mask, strict=True)]
+
     def to_dicts(self, tokenizer: Any = None) -> list[dict[str, Any]]:
         """Return one JSON-ready dict per row; with a tokenizer the text of prompt and tokens is added.
 

@@ -60,8 +60,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         folder.check(overwrite=options.overwrite_output_dir)
 
     from switchkd.data import load_records, prepare
-    from switchkd.models.loading import default_device, load_model, load_tokenizer
-    from switchkd.models.vocabulary import check_tokenizers, readable_pad_id, require_eos
+    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
+    from switchkd.models.vocabulary import readable_pad_id, require_eos
     from switchkd.policies import SwitchPolicy
     from switchkd.training.calibration import calibrate
 
@@ -71,9 +71,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     policy_options |= {name: value for name, value in flags.items() if value is not None}
     policy = SwitchPolicy.of(**policy_options)
     tokenizer = load_tokenizer(options.model_name_or_path)
-    excluded_ids = check_tokenizers(
-        tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
-    )
+    excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
     kwargs, device = {"dtype": options.dtype}, default_device()
     teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)

@@ -90,8 +90,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.evaluation.diagnosis import diagnose
     from switchkd.evaluation.guidance import Pair, Quality, positions_below, require_answers
     from switchkd.evaluation.scorers import load_scorer
-    from switchkd.models.loading import default_device, load_model, load_tokenizer
-    from switchkd.models.vocabulary import check_tokenizers
+    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
     from switchkd.policies import SwitchPolicy
 
     quiet_libraries(options.verbose)
@@ -101,9 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     scorer = load_scorer(options.scorer) if options.scorer is not None else None
     records = load_records(options.dataset_name, split=options.dataset_train_split)
     tokenizer = load_tokenizer(options.model_name_or_path)
-    excluded_ids = check_tokenizers(
-        tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
-    )
+    excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
     data, found = prepare(
         records.select(range(min(options.max_samples, len(records)))),
         tokenizer,

@@ -70,8 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
     from switchkd.evaluation.losses import samples_the_model
     from switchkd.evaluation.scorers import load_scorer
-    from switchkd.models.loading import default_device, load_model, load_tokenizer
-    from switchkd.models.vocabulary import check_tokenizers
+    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
 
     quiet_libraries(options.verbose)
     records = load_records(options.dataset_name, split=options.dataset_test_split)
@@ -88,9 +87,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     kwargs, device = {"dtype": options.dtype}, default_device()
     teacher, excluded_ids = None, []
     if options.teacher_model_name_or_path is not None:
-        excluded_ids = check_tokenizers(
-            tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
-        )
+        excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
         teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     model = load_model(options.model_name_or_path, kwargs).to(device)
     losses = reference_losses(

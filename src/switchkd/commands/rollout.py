@@ -111,16 +111,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any, list[int]]:
-    from switchkd.models.loading import default_device, load_model, load_tokenizer
-    from switchkd.models.vocabulary import check_tokenizers
+    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(options.model_name_or_path)
     kwargs = {"dtype": options.dtype}
     teacher, excluded_ids = None, []
     if policy.needs_teacher:
-        excluded_ids = check_tokenizers(
-            tokenizer, load_tokenizer(options.teacher_model_name_or_path, role="teacher tokenizer")
-        )
+        excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
         teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(default_device())
     student = load_model(options.model_name_or_path, kwargs, role="student").to(default_device())
     return student, teacher, tokenizer, excluded_ids

@@ -60,7 +60,8 @@ def run_demo(
         long_share = _write_task(folder.path, seed, settings, say)
         tasks = demo_tasks(folder.path, seed, settings)
         results = [_finished(task, folder.path, say) for task in tasks]
-        comparison = Comparison(results, {("", task.label, seed): task.rows(ONE_SET) for task in tasks})
+        rows = {task.label: task.rows(ONE_SET) for task in tasks}
+        comparison = Comparison(results, {("", label, seed): scored for label, scored in rows.items()})
         policy, curves, example = _rollout(folder.path, seed, settings)
     for task in tasks[1:]:
         shutil.move(task.folder / "train", folder.path / MODELS[task.label])
@@ -73,7 +74,7 @@ def run_demo(
         "stage_seconds": {result["run"]: result["seconds"] for result in results},
         "seconds": time.perf_counter() - started,
     }
-    bars = {task.label: _by_length(task.rows(ONE_SET)) for task in tasks if task.label != "teacher"}
+    bars = {label: _by_length(scored) for label, scored in rows.items() if label != "teacher"}
     plot_summary(folder.path / "summary.png", **curves, scores=bars)
     folder.write_json("summary.json", summary)
     _say_findings(folder.path, comparison, summary, example, say)

@@ -204,7 +204,7 @@ def _sample(
         row_ids=torch.tensor(row_ids),
         **{name: value for name, value in settings.items() if name != "no_repeat_ngram_size"},
     )
-    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+    return rollout.completions()
 
 
 @contextlib.contextmanager

@@ -283,8 +283,7 @@ def _teacher_texts(
             pad_token_id=pad,
             row_ids=torch.tensor(batch),
         )
-        written = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-        texts += [(index, ids[mask].tolist()) for index, (ids, mask) in zip(batch, written, strict=True)]
+        texts += zip(batch, rollout.completions(), strict=True)
     return texts
 
 

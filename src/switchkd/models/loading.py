@@ -16,6 +16,7 @@ from transformers.utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.errors import UserError
+from switchkd.models.vocabulary import check_tokenizers
 
 Loaded = TypeVar("Loaded")
 
@@ -77,6 +78,19 @@ def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def excluded_with(tokenizer: Any, teacher: str) -> list[int]:
+    """Return the ids that only the student's tokenizer or only the teacher's knows, see `check_tokenizers`.
+
+    Args:
+        tokenizer: The student's.
+        teacher: Folder or hub id of the teacher, with its tokenizer.
+
+    Raises:
+        UserError: The teacher's tokenizer cannot be read, or the two give one id two meanings.
+    """
+    return check_tokenizers(tokenizer, load_tokenizer(teacher, role="teacher tokenizer"))
 
 
 def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

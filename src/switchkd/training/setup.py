@@ -16,8 +16,8 @@ from switchkd.data.plain_text import PlainText
 from switchkd.data.records import as_dataset
 from switchkd.errors import UserError
 from switchkd.methods import Method
-from switchkd.models.loading import load_model, load_tokenizer
-from switchkd.models.vocabulary import check_tokenizers, model_vocabulary_size
+from switchkd.models.loading import excluded_with, load_model
+from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
 from switchkd.rollout import Author
@@ -63,7 +63,7 @@ def load_models(
         raise UserError(f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it")
     excluded_ids: list[int] = []
     if isinstance(teacher_model, str):
-        excluded_ids = check_tokenizers(tokenizer, load_tokenizer(teacher_model, role="teacher tokenizer"))
+        excluded_ids = excluded_with(tokenizer, teacher_model)
     # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
     student: nn.Module = (
         load_model(model, {"dtype": "float32", **_as_dict(args.model_init_kwargs)}, role="student")
