@@ -98,7 +98,7 @@ def threshold_for(student: Any, teacher: Any, prompts: torch.Tensor, share: floa
         prompts,
         policy=SwitchPolicy(initial_threshold=0.1, schedule="constant"),
         target_teacher_share=share,
-        max_completion_length=new,
+        max_new_tokens=new,
         tolerance=0.015,
         max_rounds=10,
         seed=123,

@@ -90,7 +90,7 @@ class Bench:
                 self.prompts[: 2 * self.options.batch],
                 policy=SwitchPolicy(schedule="constant"),
                 target_teacher_share=share,
-                max_completion_length=self.options.completion,
+                max_new_tokens=self.options.completion,
             )
             self.thresholds[name] = found.initial_threshold
             print(f"{name}: threshold {found.initial_threshold:.4f} nats, share {found.teacher_share:.2f}", flush=True)
@@ -231,7 +231,8 @@ def main() -> None:
         raise SystemExit(subprocess.run([sys.executable, *sys.argv, "--child"], check=False).returncode)
     bench = Bench(options)
     result = measure_memory(bench) if options.memory else measure(bench)
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
+    measured = ("torch", "transformers", *(("trl",) if "trl" in options.contenders else ()))
+    versions = {name: metadata.version(name) for name in measured}
     settings = {name: str(value) for name, value in vars(options).items() if name != "shared"}
     print(json.dumps({"results": result, "settings": settings, "versions": versions, "cpus": os.cpu_count()}))
 

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a name as public
     from switchkd.data import prepare as prepare
+    from switchkd.engine import check_policy as check_policy
     from switchkd.engine import roll_out as roll_out
     from switchkd.errors import UserError as UserError
     from switchkd.evaluation import evaluate as evaluate
     from switchkd.methods import METHODS as METHODS
+    from switchkd.methods import Method as Method
+    from switchkd.methods import register_method as register_method
     from switchkd.policies import AdaSwitchPolicy as AdaSwitchPolicy
     from switchkd.policies import BlendPolicy as BlendPolicy
     from switchkd.policies import PacedSwitchPolicy as PacedSwitchPolicy
@@ -26,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a nam
     from switchkd.policies import TeacherFirstPolicy as TeacherFirstPolicy
     from switchkd.policies import TeacherPolicy as TeacherPolicy
     from switchkd.policies import TeacherPrefixPolicy as TeacherPrefixPolicy
+    from switchkd.policies import ThresholdPolicy as ThresholdPolicy
     from switchkd.policies import TrustRegionPolicy as TrustRegionPolicy
     from switchkd.rollout import Author as Author
     from switchkd.rollout import Rollout as Rollout
@@ -38,10 +42,10 @@ __version__ = version("switchkd")
 # Module -> its public names, imported on first use: `switchkd --help` must not wait for torch.
 _NAMES = {
     "data": ("prepare",),
-    "engine": ("roll_out",),
+    "engine": ("check_policy", "roll_out"),
     "errors": ("UserError",),
     "evaluation": ("evaluate",),
-    "methods": ("METHODS",),
+    "methods": ("METHODS", "Method", "register_method"),
     "policies": (
         "AdaSwitchPolicy",
         "BlendPolicy",
@@ -58,6 +62,7 @@ _NAMES = {
         "TeacherFirstPolicy",
         "TeacherPolicy",
         "TeacherPrefixPolicy",
+        "ThresholdPolicy",
         "TrustRegionPolicy",
     ),
     "rollout": ("Author", "Rollout"),

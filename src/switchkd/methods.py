@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchkd.errors import UserError
+from switchkd.divergences import DIVERGENCES
+from switchkd.errors import UserError, check_choice, check_range
 from switchkd.objective import CROSS_ENTROPY
+from switchkd.plugins import announced, is_path, load_announced, load_object
 from switchkd.policies import (
     AdaSwitchPolicy,
     BlendPolicy,
@@ -24,6 +26,7 @@ from switchkd.policies import (
     TeacherPrefixPolicy,
     TrustRegionPolicy,
 )
+from switchkd.policy_options import POLICY_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class Method:
 
     @property
     def policy_options(self) -> tuple[str, ...]:
-        """Names of the config fields that are passed to the policy."""
+        """Names of the config fields that are passed to the policy; a policy's other options are `policy_kwargs`."""
         if self.tunable is not None or self.policy is None:
             return self.tunable or ()
-        return tuple(self.policy.options())
+        return tuple(name for name in self.policy.options() if name in POLICY_OPTIONS)
 
     def default_options(self, length_limit: Any) -> dict[str, Any]:
         """Return the policy's options with the values that hold where the config has None.
@@ -88,14 +91,9 @@ class Method:
         defaults |= self.policy_defaults
         return {name: defaults[name] for name in self.policy_options}
 
-    def make_policy(self, **options: Any) -> Policy | None:
-        """Return the policy, None where the text is the dataset's.
 
-        Raises:
-            UserError: A value outside its range.
-        """
-        return None if self.policy is None else self.policy.of(**{**self.policy_defaults, **options})
-
+#: Entry points under which installed packages announce methods: name -> `Method`.
+GROUP = "switchkd.methods"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -277,14 +275,47 @@ METHODS: dict[str, Method] = {
 }
 
 
+def register_method(method: Method) -> Method:
+    """Add a method of your own to the table, so that a config can name it, and return it.
+
+    Args:
+        method: With a name that no other method has. What registers itself when a package is imported can be announced
+            instead, as an entry point of the group `switchkd.methods`: then the command line knows it too.
+
+    Raises:
+        UserError: The name is taken, or the method does not fit together.
+    """
+    if METHODS.get(method.name, method) != method:
+        raise UserError(f"a method {method.name!r} exists already; give yours another name")
+    check_choice(f"method {method.name!r}: objective", method.objective, (CROSS_ENTROPY, *DIVERGENCES))
+    check_range(f"method {method.name!r}: on_policy_fraction", method.on_policy_fraction, 0.0, 1.0)
+    if method.policy is None and (method.on_policy_fraction > 0 or method.teacher_text or method.replay):
+        raise UserError(f"method {method.name!r} rolls text out, but has no policy; give one")
+    METHODS[method.name] = method
+    return method
+
+
 def get_method(name: str) -> Method:
     """Return the method of that exact name.
+
+    Args:
+        name: One of `METHODS`, one that an installed package announces under `switchkd.methods`, or
+            `path/to/file.py:METHOD` or `module:METHOD`.
 
     Raises:
         UserError: No such method; the nearest name is given.
     """
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown method {name!r}; {hint}valid: {', '.join(METHODS)}")
+    if is_path(name):
+        found = load_object("method", name)
+    else:
+        valid = [*METHODS, *announced(GROUP)]
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown method {name!r}; {hint}valid: {', '.join(valid)}")
+        found = load_announced(GROUP, name)
+    if not isinstance(found, Method):
+        raise UserError(f"method {name}: expected a switchkd.Method, got {found!r}")
+    return found

@@ -12,9 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What a policy may compare, with its unit: the Jensen-Shannon and the Kullback-Leibler divergence of the two models,
-#: the student's entropy and the surprisal of its likeliest token, the drafted token's rank in the teacher's order.
+#: What the policies of this package compare, with its unit: the Jensen-Shannon and the Kullback-Leibler divergence of
+#: the two models, the student's entropy and the surprisal of its likeliest token, the drafted token's rank in the
+#: teacher's order. A policy of the user's own may compare something else.
 MEASURED = ("jsd_nats", "kl_nats", "entropy_nats", "surprisal_nats", "rank")
+
+
+def unit_of(measured: str | None) -> str:
+    """Return the unit of what a policy compares, which is the last word of its name: `jsd_nats` -> nats."""
+    return "nats" if measured is None else measured.rpartition("_")[2]
+
+
+def label_of(measured: str) -> str:
+    """Return how tables and log lines name what a policy compares, without its unit: `kl_nats` -> kl."""
+    return measured.removesuffix(f"_{unit_of(measured)}").replace("_", " ")
 
 
 class Author(IntEnum):
@@ -89,7 +100,7 @@ class Rollout:
         divergence: The value the policy compared, in `unit`, float32 `[B, C]`; nan where there was none.
         threshold: What it was compared with, in `unit`, float32 `[B, C]`; nan where the policy has none.
         teacher_hidden: The teacher's last hidden state that predicted each token `[B, C, H]`, or None.
-        measured: What `divergence` holds, one of `MEASURED`; None for a policy that compares nothing.
+        measured: What `divergence` holds, such as one of `MEASURED`; None for a policy that compares nothing.
         stats: Counts and times: `student_passes`, `teacher_passes`, `drafted`, `kept`, `seconds`, `tokens_per_s`.
     """
 
@@ -132,8 +143,8 @@ class Rollout:
 
     @property
     def unit(self) -> str:
-        """Unit of `divergence` and `threshold`: "nats", or "rank" in the teacher's ordered vocabulary."""
-        return "rank" if self.measured == "rank" else "nats"
+        """Unit of `divergence` and `threshold`: "nats", "rank" in the teacher's order, or a policy's own."""
+        return unit_of(self.measured)
 
     @property
     def teacher_share(self) -> float:

@@ -162,4 +162,4 @@ def test_the_installed_command_refuses_in_one_line(tmp_path: Path) -> None:
         text=True,
         env=environment(),
     )
-    assert one_line_error(done.returncode, done.stdout, done.stderr).endswith("'student_layers'")
+    assert one_line_error(done.returncode, done.stdout, done.stderr).endswith("did you mean 'student_layers'?")

@@ -53,10 +53,10 @@ def test_a_function_of_an_installed_module_serves_too():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("accuracy", "scorer must be path/to/file.py:function or module:function, got 'accuracy'"),
+        ("accuracy", "scorer must be path/to/file.py:name or module:name, got 'accuracy'"),
         ("missing.py:accuracy", "no file missing.py"),
         ("no_such_module:accuracy", "cannot import no_such_module: ModuleNotFoundError"),
-        ("{file}:acuracy", "has no function 'acuracy'; the nearest is 'accuracy'"),
+        ("{file}:acuracy", "has no 'acuracy'; the nearest is 'accuracy'"),
         ("{file}:rouge_l", "'rouge_l' is a column of the answers already"),
     ],
 )

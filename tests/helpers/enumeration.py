@@ -9,46 +9,9 @@ import torch
 from torch import Tensor
 
 from switchkd.engine import roll_out
+from switchkd.engine.policy_check import CHI_SQUARE_LIMIT, FIRST_TOKEN, NextTokenTable, make_tables
 
-CHI_SQUARE_LIMIT = 5.0
-FIRST_TOKEN = 2
-
-
-class NextTokenTable(torch.nn.Module):
-    """A causal model whose next-token distribution is a table over the last token: outcomes can be enumerated."""
-
-    def __init__(self, log_probs: Tensor) -> None:
-        super().__init__()
-        self.table = torch.nn.Embedding.from_pretrained(log_probs)
-        self.head = torch.nn.Linear(1, len(log_probs))
-        self.config = type("Config", (), {"vocab_size": len(log_probs), "_attn_implementation": "eager"})()
-        self.config.get_text_config = lambda: self.config
-
-    def get_output_embeddings(self) -> Any:
-        return self.head
-
-    def get_input_embeddings(self) -> Any:
-        return self.table
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
-        use_cache: Any = None,
-        logits_to_keep: int = 0,
-    ) -> Any:
-        logits = self.table(input_ids)
-        logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
-        return type("Output", (), {"logits": logits, "past_key_values": past_key_values})()
-
-
-def make_tables(size: int = 4, seed: int = 5, spread: float = 1.5) -> tuple[Tensor, Tensor]:
-    """Log-probabilities `[size, size]` of a student and a teacher: row = last token."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = ((torch.randn(size, size, generator=generator) * spread).log_softmax(-1) for _ in range(2))
-    return student, teacher
+__all__ = ["NextTokenTable", "assert_frequencies_match", "make_tables"]
 
 
 def assert_frequencies_match(

@@ -134,7 +134,7 @@ def build_trainer(folder: Path, student: Any, teacher: Any = None, **options: An
         "optimizers",
         "lm_dataset",
     )
-    arguments = {name: options.pop(name) for name in names if name in options}
+    arguments = options.pop("trainer_kwargs", {}) | {name: options.pop(name) for name in names if name in options}
     arguments.setdefault("train_dataset", Dataset.from_list(RAGGED_ROWS))
     arguments.setdefault("processing_class", build_tokenizer())
     config = {

@@ -330,6 +330,6 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path, tiny_tokenizer):
     assert summary["reached"] and summary["teacher_share"] == pytest.approx(0.4, abs=0.05)
     written = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert written == {name: value for name, value in summary.items() if name != "output_dir"}
-    assert written["policy"]["schedule"] == "constant" and written["policy"]["horizon"] == 16
+    assert written["policy_options"]["schedule"] == "constant" and written["policy_options"]["horizon"] == 16
     with pytest.raises(UserError, match="give --dataset_name, the data to take prompts from"):
         command.run(command.parser().resolve(argv[:4]), console)

@@ -150,6 +150,8 @@ EFFECTS = {
     "minimum_leg": ((1, 4), _text, MIDDLE),
     "clock": (("position", "since_teacher"), _thresholds, {"final_ratio": 0.01}),
     "target_teacher_share": ((0.2, 0.8), _rollout_keys, {"schedule": "constant"}),
+    "policy": (("student", "teacher"), _text, {}),
+    "policy_kwargs": (({"teacher_probability": 0.0}, '{"teacher_probability": 1.0}'), _text, {"policy": "random"}),
     "mixture_weight": ((0.0, 0.9), _text, {"method": "minillm"}),
     "clip_range": ((0.01, 0.0), _weights, {"method": "minillm"}),
     "teacher_top_k": ((1, 90), _text, {"method": "skd"}),

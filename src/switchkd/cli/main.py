@@ -88,6 +88,8 @@ def _run(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> int:
         return 0
     options = parser.resolve(rest)
     console = Console(json=options.json, verbose=options.verbose)
+    for note in parser.notes:
+        console.progress(f"switchkd: note: {note}")
     with quiet(console):
         try:
             console.result(command.run(options, console))

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 import json
 import re
 import sys
@@ -11,22 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from switchkd.errors import UserError, nearest_name
-
-# What a user of TRL may type by habit, and the name it has here.
-OTHER_NAMES = {
-    "lmbda": "on_policy_fraction",
-    "beta": "teacher_weight",
-    "max_new_tokens": "max_completion_length",
-    "num_prompts": "max_samples",
-    "num_samples": "max_samples",
-    "teacher_model": "teacher_model_name_or_path",
-    "model": "model_name_or_path",
-    "dataset": "dataset_name",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-}
+from switchkd.errors import UserError, UserErrors, nearest_name
+from switchkd.other_names import changes_nothing, way_out
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,6 +55,8 @@ class OptionsMixin(_Parser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
+        #: What `resolve` left out, a line each.
+        self.notes: list[str] = []
 
     def add_shared_options(self, output_dir: str | None) -> None:
         """Add what every command takes.
@@ -101,24 +90,49 @@ class OptionsMixin(_Parser):
     def resolve(self, argv: Sequence[str]) -> argparse.Namespace:
         """Return all options: the flags of `argv` over the keys of its `--config` file over the defaults.
 
+        Options that do not exist here, but whose value changes nothing, are left out; `notes` says so.
+
         Raises:
-            UserError: An unknown option, a value of the wrong type, or a file that cannot be read.
+            UserError: A value of the wrong type, or a file that cannot be read.
+            UserErrors: Unknown options or keys, all of them.
         """
-        flags = [self._normalised(token) for token in argv]
+        flags = self._known_flags(argv)
         options = self._parse(flags)
         if options.config is None:
             return options
         return self._parse([*self._config_flags(options.config), *flags])
 
-    def _normalised(self, token: str) -> str:
-        """`--top-k=5` as `--top_k=5`, with an unknown name refused."""
-        if not token.startswith("--") or token == "--":
-            return token
-        name, equals, value = token[2:].partition("=")
-        name = name.replace("-", "_")
-        if f"--{name}" not in self._known():
-            raise UserError(f"unknown option --{name}; {self._nearest(name)}")
-        return f"--{name}{equals}{value}"
+    def _known_flags(self, argv: Sequence[str]) -> list[str]:
+        """The arguments with `--top-k=5` as `--top_k=5`; unknown options that would change nothing are left out."""
+        flags: list[str] = []
+        problems: list[str] = []
+        words = list(argv)
+        while words:
+            word = words.pop(0)
+            if not word.startswith("--") or word == "--":
+                flags.append(word)
+                continue
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if f"--{name}" in self._known():
+                flags.append(f"--{name}{equals}{value}")
+                continue
+            if not equals:
+                given = list(itertools.takewhile(lambda one: not one.startswith("--"), words))
+                del words[: len(given)]
+                value = " ".join(given) or "true"
+            self._leave_out(name, _value(value), problems, f"unknown option --{name}")
+        if problems:
+            raise UserErrors(problems)
+        return flags
+
+    def _leave_out(self, name: str, value: Any, problems: list[str], what: str) -> None:
+        """Note that an unknown option changes nothing, or add to the problems what to write instead."""
+        if changes_nothing(name, value):
+            self.notes.append(f"{name}={value} changes nothing here; left out")
+            return
+        hint = way_out(name, self._names())
+        problems.append(f"{what}; {hint}" if hint else what)
 
     def _parse(self, flags: list[str]) -> argparse.Namespace:
         options, rest = self.parse_known_args(flags)
@@ -130,30 +144,34 @@ class OptionsMixin(_Parser):
         """The keys of a YAML file as flags, so that a value is read in one way only."""
         flags: list[str] = []
         seen: set[str] = set()
+        problems: list[str] = []
         for key_node, value_node in _mapping(path):
             where = f"{path}, line {key_node.start_mark.line + 1}"
             name = str(key_node.value).replace("-", "_")
             action = self._known().get(f"--{name}")
             if action is None or name in ("config", "help"):
-                raise UserError(f"{where}: unknown key {key_node.value!r}; {self._nearest(name)}")
+                what = f"{where}: unknown key {key_node.value!r}"
+                self._leave_out(name, _construct(value_node), problems, what)
+                continue
             if name in seen:
-                raise UserError(f"{where}: duplicate key {name!r}")
+                problems.append(f"{where}: duplicate key {name!r}")
+                continue
             seen.add(name)
             tokens = _flag_tokens(f"--{name}", value_node, takes_list=action.nargs == "+")
             try:
                 self._parse(tokens)
             except UserError as error:
-                raise UserError(f"{where}: {str(error).removeprefix('--')}") from None
+                problems.append(f"{where}: {str(error).removeprefix('--')}")
             flags += tokens
+        if problems:
+            raise UserErrors(problems)
         return flags
 
     def _known(self) -> dict[str, argparse.Action]:
         return self._option_string_actions
 
-    def _nearest(self, name: str) -> str:
-        names = [flag[2:] for flag in self._known() if flag.startswith("--") and "-" not in flag[2:]]
-        other = OTHER_NAMES.get(name)
-        return f"the nearest valid one is {other if other in names else nearest_name(name, names)!r}"
+    def _names(self) -> list[str]:
+        return [flag[2:] for flag in self._known() if flag.startswith("--") and "-" not in flag[2:]]
 
 
 class OptionParser(OptionsMixin, argparse.ArgumentParser):
@@ -188,6 +206,21 @@ def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
         return [int(word) for word in words]
     except ValueError:
         raise UserError(f"{name} must be integers joined by commas, got {' '.join(texts)!r}") from None
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """Return the JSON object that the text of an option is.
+
+    Raises:
+        UserError: The text is something else.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{name} must be a JSON object, {{"name": value, ...}}, got {text}')
+    return value
 
 
 def is_terminal(stream: Any) -> bool:
@@ -233,6 +266,14 @@ def _flag_tokens(flag_name: str, node: yaml.Node, takes_list: bool) -> list[str]
             return []
         return [flag_name, *values] if takes_list else [f"{flag_name}={','.join(values)}"]
     return [f"{flag_name}={json.dumps(_construct(node))}"]
+
+
+def _value(text: str) -> Any:
+    """The value of a flag, read as one of a file is."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError:
+        return text
 
 
 def _construct(node: yaml.Node) -> Any:

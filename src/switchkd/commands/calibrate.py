@@ -1,19 +1,28 @@
 """`switchkd calibrate`: find the threshold at which the teacher writes a target share of the tokens."""
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser
 from switchkd.cli.run_folder import RunFolder
-from switchkd.commands.policy_options import OPTIONS, add_policy_options
+from switchkd.commands.policy_options import (
+    OPTIONS,
+    add_policy_choice,
+    add_policy_options,
+    check_policy_options,
+    make_policy,
+    policy_kwargs,
+)
 from switchkd.errors import UserError
 
 if TYPE_CHECKING:
     from switchkd.training.calibration import Calibration
 
-POLICY_OPTIONS = tuple(name for name, option in OPTIONS.items() if "switch" in option.policies)
+#: The policies of this package that have a threshold.
+WITH_THRESHOLD = OPTIONS["initial_threshold"].policies
 
 
 def parser() -> OptionParser:
@@ -40,7 +49,8 @@ def parser() -> OptionParser:
     share.add_argument("--tolerance", type=float, default=0.02, metavar="S", help="largest accepted distance from it")
     share.add_argument("--max_rounds", type=int, default=8, metavar="N", help="maximum number of rollouts")
     policy = result.add_argument_group("who writes")
-    add_policy_options(policy, ("switch",))
+    add_policy_choice(policy, f"{', '.join(WITH_THRESHOLD)}; or your own as module:Class")
+    add_policy_options(policy, WITH_THRESHOLD)
     sampling = result.add_argument_group("sampling")
     sampling.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
     sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
@@ -62,14 +72,16 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.data import load_records, prepare
     from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
     from switchkd.models.vocabulary import readable_pad_id, require_eos
-    from switchkd.policies import SwitchPolicy
+    from switchkd.policies import ThresholdPolicy
     from switchkd.training.calibration import calibrate
 
     quiet_libraries(options.verbose)
-    flags = {name: getattr(options, name) for name in POLICY_OPTIONS}
-    policy_options = SwitchPolicy.options() | {"horizon": options.max_completion_length}
-    policy_options |= {name: value for name, value in flags.items() if value is not None}
-    policy = SwitchPolicy.of(**policy_options)
+    policy = make_policy(options)
+    if not isinstance(policy, ThresholdPolicy):
+        raise UserError(
+            f"policy {options.policy!r} has no threshold to calibrate; take one of {', '.join(WITH_THRESHOLD)}, or a "
+            "class of your own that is a switchkd.policies.ThresholdPolicy"
+        )
     tokenizer = load_tokenizer(options.model_name_or_path)
     excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
     kwargs, device = {"dtype": options.dtype}, default_device()
@@ -103,8 +115,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_active_rows=options.batch_size,
         excluded_ids=excluded_ids,
     )
-    summary = _summary(found, policy_options)
-    console.say(_text(found))
+    summary = _summary(found, options)
+    console.say(_text(found, options))
     if folder is not None:
         folder.claim(vars(options))
         folder.write_json("summary.json", summary)
@@ -125,20 +137,28 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
     if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
+    check_policy_options(options)
 
 
-def _summary(found: "Calibration", policy_options: dict[str, Any]) -> dict[str, Any]:
+def _summary(found: "Calibration", options: argparse.Namespace) -> dict[str, Any]:
+    from switchkd.policies import find_policy
+
+    policy = find_policy(options.policy)
+    values = policy.options() | dict.fromkeys(policy.length_options, options.max_completion_length)
+    values |= {name: value for name in OPTIONS if (value := getattr(options, name, None)) is not None}
+    values |= policy_kwargs(options) | {"initial_threshold": found.initial_threshold}
     names = ("initial_threshold", "target_teacher_share", "teacher_share", "standard_error", "reached", "note")
     return {
         **{name: getattr(found, name) for name in (*names, "rounds", "seconds")},
-        "policy": {**policy_options, "initial_threshold": found.initial_threshold},
+        "policy": options.policy,
+        "policy_options": {name: value for name, value in values.items() if isinstance(value, int | float | str)},
         "share_by_position": [vars(part) for part in found.share_by_position],
         "history": [{"initial_threshold": threshold, "teacher_share": share} for threshold, share in found.history],
         "completion_tokens": sum(found.lengths) / len(found.lengths),
     }
 
 
-def _text(found: "Calibration") -> str:
+def _text(found: "Calibration", options: argparse.Namespace) -> str:
     rows = [
         (f"{part.start} - {part.stop - 1}", part.tokens, f"{part.teacher_share:.1%}")
         for part in found.share_by_position
@@ -149,6 +169,13 @@ def _text(found: "Calibration") -> str:
             "",
             f"{found.note} (standard error over prompts: {found.standard_error:.1%})",
             f"{found.rounds} rollouts of {len(found.lengths)} prompts in {found.seconds:.1f} s",
-            f"for training: --initial_threshold {found.initial_threshold:.4g}",
+            f"for training: {_for_training(found.initial_threshold, options)}",
         ]
     )
+
+
+def _for_training(threshold: float, options: argparse.Namespace) -> str:
+    if options.policy in WITH_THRESHOLD:
+        return f"--method {options.policy} --initial_threshold {threshold:.4g}"
+    kwargs = json.dumps({**policy_kwargs(options), "initial_threshold": float(f"{threshold:.4g}")})
+    return f"--policy {options.policy} --policy_kwargs '{kwargs}'"

@@ -3,7 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from switchkd.cli.options import json_object
 from switchkd.errors import UserError
+from switchkd.plugins import announced, is_path
 from switchkd.policy_options import POLICY_OPTIONS, TRAINING_ONLY
 
 if TYPE_CHECKING:
@@ -27,22 +29,62 @@ def add_policy_options(group: Any, policies: tuple[str, ...] = NAMES) -> None:
             group.add_argument(f"--{name}", type=option.kind, metavar=option.metavar, help=help)
 
 
+def add_policy_choice(group: Any, help: str) -> None:
+    """Add `--policy` and `--policy_kwargs` to a group of a parser.
+
+    Args:
+        group: Of a parser.
+        help: The names that can be given.
+    """
+    group.add_argument("--policy", default="switch", metavar="NAME", help=help)
+    group.add_argument(
+        "--policy_kwargs", metavar="JSON", help="options of the policy as a JSON object; those below are flags too"
+    )
+
+
 def check_policy_options(options: argparse.Namespace) -> None:
     """Refuse options that the chosen policy does not take.
 
     Raises:
         UserError: Names the option and a policy it belongs to.
     """
+    policy_kwargs(options)
+    valid = (*NAMES, *announced("switchkd.policies"))
+    if not is_path(options.policy) and options.policy not in valid:
+        raise UserError(
+            f"policy must be one of {', '.join(valid)}, or a class of your own as module:Class, got {options.policy!r}"
+        )
     for name, option in OPTIONS.items():
         if getattr(options, name, None) is not None and options.policy not in option.policies:
-            raise UserError(f"{name} does nothing with policy {options.policy!r}; it belongs to {option.policies[0]!r}")
+            way_out = "" if options.policy in NAMES else "; options of your own policy go into policy_kwargs"
+            raise UserError(
+                f"{name} does nothing with policy {options.policy!r}; it belongs to {option.policies[0]!r}{way_out}"
+            )
 
 
 def make_policy(options: argparse.Namespace) -> "Policy":
-    """Return the chosen policy."""
-    from switchkd.policies import POLICIES
+    """Return the chosen policy.
 
-    taken = {name: getattr(options, name) for name, o in OPTIONS.items() if options.policy in o.policies}
-    given = {name: value for name, value in taken.items() if value is not None}
-    policy = POLICIES[options.policy]
-    return policy.of(**dict.fromkeys(policy.length_options, options.max_completion_length) | given)
+    Raises:
+        UserError: There is no such policy, or it refuses an option.
+    """
+    from switchkd.policies import find_policy
+    from switchkd.policies.find import make_policy
+
+    taken = {name: getattr(options, name, None) for name, o in OPTIONS.items() if options.policy in o.policies}
+    return make_policy(
+        find_policy(options.policy),
+        options.policy,
+        length_limit=options.max_completion_length,
+        options={name: value for name, value in taken.items() if value is not None},
+        policy_kwargs=policy_kwargs(options),
+    )
+
+
+def policy_kwargs(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that `--policy_kwargs` gives.
+
+    Raises:
+        UserError: It is no JSON object.
+    """
+    return {} if options.policy_kwargs is None else json_object("policy_kwargs", options.policy_kwargs)

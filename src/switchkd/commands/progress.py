@@ -8,7 +8,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from switchkd.cli.options import is_terminal
 from switchkd.cli.run_folder import RunFolder
-from switchkd.rollout import MEASURED
+from switchkd.rollout import label_of
 
 # What a progress line shows: key of the log, and how.
 SHOWN = {
@@ -17,7 +17,6 @@ SHOWN = {
     "eval_cross_entropy": "eval cross-entropy {:.4f}",
     "eval_rouge_l": "eval ROUGE-L {:.1f}",
     "rollout/teacher_share": "teacher {:.0%}",
-    **{f"rollout/{name}": f"{name.removesuffix('_nats')} {{:.3f}}" for name in MEASURED},
     "rollout/tokens_per_s": "{:.0f} tokens/s",
     "learning_rate": "lr {:.2e}",
 }
@@ -29,10 +28,16 @@ class RunCallback(ProgressCallback):
     Args:
         folder: Where the log goes.
         show_bar: Whether a terminal gets a bar.
+        measured: What the policy compares, if anything; it stands beside the teacher's share.
     """
 
-    def __init__(self, folder: RunFolder, show_bar: bool) -> None:
+    def __init__(self, folder: RunFolder, show_bar: bool, measured: str | None) -> None:
         super().__init__()
+        self.shown: dict[str, str] = {}
+        for key, text in SHOWN.items():
+            self.shown[key] = text
+            if key == "rollout/teacher_share" and measured is not None:
+                self.shown[f"rollout/{measured}"] = f"{label_of(measured)} {{:.3f}}"
         self.folder = folder
         self.show_bar = show_bar and is_terminal(sys.stderr)
 
@@ -70,7 +75,7 @@ class RunCallback(ProgressCallback):
         if not state.is_world_process_zero or not logs:
             return
         self.folder.append("metrics.jsonl", [{"step": state.global_step, **logs}])
-        parts = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
+        parts = [text.format(logs[key]) for key, text in self.shown.items() if key in logs]
         if parts:
             tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
 

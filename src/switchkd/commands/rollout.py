@@ -7,7 +7,13 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import rollout_text
 from switchkd.cli.options import OptionParser, wants_color
 from switchkd.cli.run_folder import RunFolder
-from switchkd.commands.policy_options import NAMES, add_policy_options, check_policy_options, make_policy
+from switchkd.commands.policy_options import (
+    NAMES,
+    add_policy_choice,
+    add_policy_options,
+    check_policy_options,
+    make_policy,
+)
 from switchkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ def parser() -> OptionParser:
     prompts.add_argument("--max_samples", type=int, default=4, metavar="N", help="use only the first N records")
     prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions per prompt")
     policy = result.add_argument_group("who writes")
-    policy.add_argument("--policy", default="switch", metavar="NAME", help=", ".join(NAMES))
+    add_policy_choice(policy, f"{', '.join(NAMES)}; or your own as module:Class")
     add_policy_options(policy)
     sampling = result.add_argument_group("sampling")
     sampling.add_argument("--max_completion_length", type=int, default=128, metavar="N", help="length limit, tokens")
@@ -65,6 +71,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     quiet_libraries(options.verbose)
     policy = make_policy(options)
+    if policy.needs_teacher and options.teacher_model_name_or_path is None:
+        raise UserError(f"policy {options.policy} needs --teacher_model_name_or_path")
     student, teacher, tokenizer, excluded_ids = _models(options, policy)
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
     rollouts, rows = [], []
@@ -89,14 +97,14 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    choices = {"policy": list(NAMES), "template": ["none", "alpaca", "chat"]}
+    choices = {"template": ["none", "alpaca", "chat"]}
     choices |= {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
     for name, valid in choices.items():
         if getattr(options, name) not in valid:
             raise UserError(f"{name} must be one of {', '.join(valid)}, got {getattr(options, name)!r}")
     if options.model_name_or_path is None:
         raise UserError("give --model_name_or_path, the student")
-    if options.teacher_model_name_or_path is None and options.policy != "student":
+    if options.teacher_model_name_or_path is None and options.policy in NAMES and options.policy != "student":
         raise UserError(f"policy {options.policy} needs --teacher_model_name_or_path; or use --policy student")
     if (options.prompt is None) == (options.dataset_name is None):
         raise UserError("give either --prompt or --dataset_name")
@@ -197,13 +205,16 @@ def _totals(rollouts: list["Rollout"]) -> dict[str, Any]:
 
 
 def _last_line(summary: dict[str, Any]) -> str:
+    from switchkd.rollout import label_of, unit_of
+
     parts = [f"teacher wrote {summary['teacher_share']:.0%} of {summary['completion_tokens']} tokens"]
     measured = summary["measured"]
     if measured == "rank":
         limit = summary["threshold_rank"][1]
         parts.append(f"mean rank of the drafted tokens {summary['rank']:.1f}, replaced beyond rank {limit:.0f}")
     elif measured is not None:
-        parts.append(f"mean {measured.removesuffix('_nats')} {summary[measured]:.3f} nats")
-        if threshold := summary["threshold_nats"]:
-            parts.append(f"threshold {threshold[1]:.3f} to {threshold[0]:.3f} nats")
+        unit = unit_of(measured)
+        parts.append(f"mean {label_of(measured)} {summary[measured]:.3f} {unit}")
+        if threshold := summary[f"threshold_{unit}"]:
+            parts.append(f"threshold {threshold[1]:.3f} to {threshold[0]:.3f} {unit}")
     return ", ".join([*parts, f"{summary['tokens_per_s']:.0f} tokens/s"])

@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from switchkd.cli.options import OptionsMixin, truth
+from switchkd.cli.options import OptionsMixin, json_object, truth
 from switchkd.commands.training_arguments import UNREAD, training_arguments
 from switchkd.errors import UserError
 from switchkd.methods import get_method
@@ -166,21 +165,6 @@ def check_options(options: argparse.Namespace) -> RunArguments:
     _check(run_args, options.teacher_model_name_or_path)
     get_method(options.method)
     return run_args
-
-
-def json_object(name: str, text: str) -> dict[str, Any]:
-    """Return the JSON object that the text of an option is.
-
-    Raises:
-        UserError: The text is something else.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} must be a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{name} must be a JSON object, {{"name": value, ...}}, got {text}')
-    return value
 
 
 def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
-from switchkd.cli.options import integers
+from switchkd.cli.options import integers, json_object
 from switchkd.cli.run_folder import RunFolder, plain, read_config
 from switchkd.commands.progress import RunCallback
-from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, json_object, read_options
+from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, read_options
 from switchkd.data import load_records
 from switchkd.errors import UserError
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
-from switchkd.rollout import MEASURED
+from switchkd.rollout import label_of, unit_of
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
 from switchkd.training.trainer import SwitchTrainer
@@ -65,7 +65,8 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunCallback(folder, show_bar=not config.disable_tqdm))
+    measured = None if trainer.plan.policy is None else trainer.plan.policy.measured
+    trainer.add_callback(RunCallback(folder, show_bar=not config.disable_tqdm, measured=measured))
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -226,7 +227,6 @@ TABLE_ROWS = (
     ("eval_cross_entropy", "evaluation cross-entropy [nats/token]", 1),
     ("eval_rouge_l", "evaluation ROUGE-L", 1),
     ("rollout/teacher_share", "teacher share [%]", 100),
-    *((f"rollout/{name}", name.replace("_nats", " [nats]"), 1) for name in MEASURED),
     ("rollout/completion_tokens", "rollout length [tokens]", 1),
     ("rollout/tokens_per_s", "rollouts [tokens/s]", 1),
 )
@@ -237,8 +237,11 @@ def _logged(trainer: SwitchTrainer, key: str) -> list[float]:
 
 
 def _table(trainer: SwitchTrainer) -> str:
-    rows = []
-    for key, name, factor in TABLE_ROWS:
+    rows, shown = [], list(TABLE_ROWS)
+    if trainer.plan.policy is not None and (measured := trainer.plan.policy.measured) is not None:
+        at = next(index for index, row in enumerate(shown) if row[0] == "rollout/teacher_share")
+        shown.insert(at + 1, (f"rollout/{measured}", f"{label_of(measured)} [{unit_of(measured)}]", 1))
+    for key, name, factor in shown:
         values = _logged(trainer, key)
         if values:
             rows.append((name, factor * values[0], factor * values[-1]))

@@ -126,7 +126,7 @@ def verify(
     if policy.redraws:
         accepted = by_student
     else:
-        behaviour = policy.behaviour(student_rows, teacher_rows) if policy.blends else teacher_rows
+        behaviour = policy.behaviour(student_rows, teacher_rows)
         chosen = flat.unsqueeze(-1)
         accepted = by_student | sampling.accept_at(
             student_rows.gather(-1, chosen).view(rows, length),

@@ -1,15 +1,11 @@
 """A measure of the user's own: a Python function that scores one answer."""
 
-import importlib
-import importlib.util
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
-from switchkd.errors import UserError, nearest_name
+from switchkd.errors import UserError
+from switchkd.plugins import load_object
 
 # What rows of answers and their means by length hold already.
 _ROW = ("index", "seed", "prompt", "completion", "references", "rouge_l", "exact_match", "completion_tokens")
@@ -56,33 +52,10 @@ def load_scorer(spec: str) -> Scorer:
     Raises:
         UserError: There is no such file, module or function, or its name is that of another column.
     """
-    source, _, name = spec.rpartition(":")
-    if not source or not name.isidentifier():
-        raise UserError(f"scorer must be path/to/file.py:function or module:function, got {spec!r}")
-    module = _module(source)
-    function = getattr(module, name, None)
+    function = load_object("scorer", spec)
+    name = spec.rpartition(":")[2]
     if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = f"; the nearest is {nearest_name(name, known)!r}" if known else ""
-        raise UserError(f"scorer: {source} has no function {name!r}{near}")
+        raise UserError(f"scorer: {spec} is not a function")
     if name in _TAKEN:
         raise UserError(f"scorer: {name!r} is a column of the answers already; call the function otherwise")
     return Scorer(name, function)
-
-
-def _module(source: str) -> ModuleType:
-    path = Path(source).expanduser()
-    try:
-        if path.suffix != ".py":
-            return importlib.import_module(source)
-        if not path.is_file():
-            raise UserError(f"scorer: no file {source}; check the path")
-        found = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
-        assert found is not None and found.loader is not None  # for a .py file it is
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
-    except UserError:
-        raise
-    except Exception as error:  # whatever the file does when it is imported
-        raise UserError(f"scorer: cannot import {source}: {type(error).__name__}: {error}") from error

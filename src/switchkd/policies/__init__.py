@@ -1,6 +1,6 @@
 """Who writes the next token: a policy sees two next-token distributions and a position, never a model."""
 
-from switchkd.policies.base import Decision, Policy, Positions
+from switchkd.policies.base import Decision, Policy, Positions, ThresholdPolicy, teacher_where
 from switchkd.policies.controls import (
     RandomPolicy,
     StudentConfidencePolicy,
@@ -11,26 +11,10 @@ from switchkd.policies.controls import (
     TeacherPolicy,
     TeacherPrefixPolicy,
 )
+from switchkd.policies.find import find_policy
 from switchkd.policies.published import AdaSwitchPolicy, BlendPolicy, RelayPolicy, SkdPolicy, TrustRegionPolicy
-from switchkd.policies.switch import PacedSwitchPolicy, SwitchPolicy, ThresholdPolicy
-
-#: The one registry: name on the command line -> class.
-POLICIES: dict[str, type[Policy]] = {
-    "switch": SwitchPolicy,
-    "student": StudentPolicy,
-    "teacher": TeacherPolicy,
-    "blend": BlendPolicy,
-    "skd": SkdPolicy,
-    "adaswitch": AdaSwitchPolicy,
-    "relay": RelayPolicy,
-    "trb": TrustRegionPolicy,
-    "random": RandomPolicy,
-    "teacher_first": TeacherFirstPolicy,
-    "teacher_prefix": TeacherPrefixPolicy,
-    "student_first": StudentFirstPolicy,
-    "student_entropy": StudentEntropyPolicy,
-    "student_confidence": StudentConfidencePolicy,
-}
+from switchkd.policies.registry import POLICIES
+from switchkd.policies.switch import PacedSwitchPolicy, SwitchPolicy
 
 __all__ = [
     "POLICIES",
@@ -53,4 +37,6 @@ __all__ = [
     "TeacherPrefixPolicy",
     "ThresholdPolicy",
     "TrustRegionPolicy",
+    "find_policy",
+    "teacher_where",
 ]

@@ -71,13 +71,21 @@ class Policy:
 
     @property
     def measured(self) -> str | None:
-        """What `measure` returns, one of `switchkd.rollout.MEASURED`; None for a policy that compares nothing."""
+        """What `measure` returns, a name that ends in its unit (`jsd_nats`); None for a policy that compares nothing.
+
+        Logs show it under this name. `switchkd.rollout.MEASURED` lists those of this package.
+        """
         return None
 
     @classmethod
     def options(cls) -> dict[str, Any]:
         """Return option -> default."""
-        return {name: option.default for name, option in inspect.signature(cls).parameters.items()}
+        named = inspect.signature(cls).parameters.values()
+        return {
+            option.name: option.default
+            for option in named
+            if option.kind not in (option.VAR_POSITIONAL, option.VAR_KEYWORD)
+        }
 
     @classmethod
     def of(cls, **options: Any) -> "Policy":
@@ -121,6 +129,24 @@ class Policy:
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """Return ln mu `[n, V]` at positions given to the teacher; the teacher's own distribution by default."""
         return teacher_log_probs
+
+
+class ThresholdPolicy(Policy):
+    """A policy whose threshold can be calibrated and controlled: the larger it is, the less the teacher writes."""
+
+    @property
+    def initial_threshold(self) -> float:
+        """The threshold at position 0, in the unit of what is measured."""
+        raise TypeError(f"{type(self).__name__} does not define initial_threshold")
+
+    @property
+    def largest_threshold(self) -> tuple[float, str]:
+        """The largest value that `measure` can return, and how messages name it."""
+        return math.inf, "infinity"
+
+    def at_threshold(self, initial_threshold: float) -> Self:
+        """Return the policy with another threshold at position 0."""
+        raise TypeError(f"{type(self).__name__} does not define at_threshold()")
 
 
 def everywhere(author: Author, like: Tensor) -> Decision:

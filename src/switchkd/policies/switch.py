@@ -9,7 +9,7 @@ from torch import Tensor
 
 from switchkd.divergences import LARGEST_JSD, generalized_jsd
 from switchkd.errors import UserError, check_choice, check_count, check_range
-from switchkd.policies.base import Decision, Policy, Positions, teacher_where
+from switchkd.policies.base import Decision, Positions, ThresholdPolicy, teacher_where
 from switchkd.rollout import Author
 
 Schedule = Literal["exponential", "linear", "constant", "increasing"]
@@ -19,7 +19,7 @@ Clock = Literal["position", "since_teacher"]
 
 
 @dataclass(frozen=True)
-class SwitchPolicy(Policy):
+class SwitchPolicy(ThresholdPolicy):
     """The teacher writes exactly where the Jensen-Shannon divergence exceeds the threshold of the position.
 
     With tau_0 = `initial_threshold`, r = `final_ratio`, h = `horizon` the threshold at position t is
@@ -102,7 +102,7 @@ class SwitchPolicy(Policy):
 
 
 @dataclass(frozen=True)
-class PacedSwitchPolicy(Policy):
+class PacedSwitchPolicy(ThresholdPolicy):
     """SWITCH, or another rule with its schedule, with two options that are not in the paper.
 
     With `minimum_leg` m a writer keeps at least m consecutive tokens before the other may take over, which prevents
@@ -165,7 +165,3 @@ class PacedSwitchPolicy(Policy):
         since_teacher = torch.where(author == Author.TEACHER, 0, since_teacher + 1)
         state = torch.stack([since_teacher, author.to(torch.int64), leg], dim=-1)
         return Decision(author, chosen.threshold, state)
-
-
-#: The policies whose threshold can be calibrated and controlled.
-ThresholdPolicy = SwitchPolicy | PacedSwitchPolicy

@@ -18,7 +18,7 @@ from switchkd.engine import roll_out
 from switchkd.engine.arguments import IdsLike
 from switchkd.errors import UserError, check_count, check_range
 from switchkd.policies import SwitchPolicy, ThresholdPolicy
-from switchkd.rollout import Author, Rollout
+from switchkd.rollout import Author, Rollout, unit_of
 
 #: Below this many nats a divergence is rounding: it must not distinguish two models that agree.
 SMALLEST_THRESHOLD = 1e-6
@@ -271,14 +271,16 @@ def _standard_error(rollout: Rollout) -> float:
 def _note(
     search: _Search, history: Sequence[tuple[float, float]], threshold: float, share: float, reached: bool
 ) -> str:
+    unit = unit_of(search.policy.measured)
     if reached:
-        return f"the teacher writes {share:.1%} of the tokens at an initial threshold of {threshold:.4g} nats"
+        return f"the teacher writes {share:.1%} of the tokens at an initial threshold of {threshold:.4g} {unit}"
     start = f"a teacher share of {search.target:.0%} was not reached: "
     ends = dict(history)
     if ends.get(search.smallest, 1.0) < search.target:
         most = ends[search.smallest]
         return (
-            start + f"even at a threshold of {search.smallest:.0e} nats the teacher writes {most:.1%}; the models agree"
+            start
+            + f"even at a threshold of {search.smallest:.0e} {unit} the teacher writes {most:.1%}; the models agree"
         )
     if ends.get(search.largest, 0.0) > search.target:
         return (
@@ -286,7 +288,7 @@ def _note(
             f"{ends[search.largest]:.1%}; raise final_ratio or take schedule constant"
         )
     return (
-        start + f"the nearest of {len(history)} rounds is {share:.1%} at {threshold:.4g} nats; take more prompts or "
+        start + f"the nearest of {len(history)} rounds is {share:.1%} at {threshold:.4g} {unit}; take more prompts or "
         "rounds, or a larger tolerance"
     )
 

@@ -2,15 +2,19 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from switchkd.errors import UserError
 from switchkd.objective import check_loss_temperature
+from switchkd.other_names import refuse_unknown
 from switchkd.sampling import check_warping
 from switchkd.training.options import DistillationOptions
+
+#: Own fields that are dicts, and JSON on the command line.
+JSON_FIELDS = ("model_init_kwargs", "teacher_model_init_kwargs", "policy_kwargs")
 
 
 @dataclass
@@ -23,10 +27,19 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
     """
 
     # Lets the command line read JSON for these, as TrainingArguments does for its own.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *JSON_FIELDS]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SwitchConfig":
+        """Refuse unknown names with what to write instead, which the generated `__init__` cannot know.
+
+        Raises:
+            TypeError: Names each of them.
+        """
+        refuse_unknown(cls.__name__, kwargs, [option.name for option in fields(cls) if option.init])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        for name in JSON_FIELDS:
             setattr(self, name, _read_json_object(name, getattr(self, name)))
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.remove_unused_columns:

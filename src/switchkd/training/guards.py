@@ -1,13 +1,16 @@
 """What training refuses: arguments and launches that cannot act here, and losses that would ruin the student."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from switchkd.errors import UserError
 from switchkd.models.forward import check_finite
+from switchkd.other_names import refuse_unknown
 from switchkd.training.config import SwitchConfig
 
 # Arguments of `transformers.Trainer` that cannot act here, and what to use instead.
@@ -20,13 +23,19 @@ UNSUPPORTED = {
     "model_init": "give model, an object or a name; hyperparameter_search is not supported",
 }
 
+#: Arguments of `SwitchTrainer` that `transformers.Trainer` does not have.
+OWN_ARGUMENTS = ("teacher_model", "peft_config", "lm_dataset", "policy", "quantization_config")
+
 
 def refuse_arguments(args: Any, others: dict[str, Any]) -> None:
     """Refuse a configuration of another class, and arguments of `transformers.Trainer` that would do nothing.
 
     Raises:
         UserError: Names the argument and what to use instead.
+        TypeError: An argument that neither trainer has.
     """
+    valid = {*inspect.signature(Trainer).parameters, *OWN_ARGUMENTS}
+    refuse_unknown("SwitchTrainer", others, valid)
     if not isinstance(args, SwitchConfig):
         raise UserError(
             f"args must be a SwitchConfig, got a {type(args).__name__}; SwitchConfig takes every option of "

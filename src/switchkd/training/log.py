@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.rollout import MEASURED, Author, Rollout
+from switchkd.rollout import MEASURED, Author, Rollout, unit_of
 
 #: Means over all tokens, rows or steps and all processes since the last log, each explained in docs/metrics.md.
 LOGGED_MEANS = (
@@ -26,10 +26,16 @@ LOGGED_STATES = ("rollout/initial_threshold_nats", "rollout/on_policy_fraction",
 
 
 class RunningMeans:
-    """Sums and counts since the last log."""
+    """Sums and counts since the last log.
 
-    def __init__(self) -> None:
-        self._sums = {name: [0.0, 0.0] for name in LOGGED_MEANS}
+    Args:
+        measured: What the policy of the rollouts compares; None where there is none, or it compares nothing.
+    """
+
+    def __init__(self, measured: str | None = None) -> None:
+        compared = () if measured is None else (f"rollout/{measured}", f"rollout/threshold_{unit_of(measured)}")
+        self._names = tuple(dict.fromkeys((*LOGGED_MEANS, *compared)))
+        self._sums = {name: [0.0, 0.0] for name in self._names}
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to the sum and to the count of a key."""
@@ -59,8 +65,8 @@ class RunningMeans:
         sums = torch.tensor(list(self._sums.values()), dtype=torch.float64)
         if reduce is not None:
             sums = reduce(sums)
-        self._sums = {name: [0.0, 0.0] for name in LOGGED_MEANS}
-        pairs = zip(LOGGED_MEANS, sums.tolist(), strict=True)
+        self._sums = {name: [0.0, 0.0] for name in self._names}
+        pairs = zip(self._names, sums.tolist(), strict=True)
         return {name: total / count for name, (total, count) in pairs if count}
 
 

@@ -40,6 +40,16 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     )
 
     method: str = field(default="switch", metadata={"help": f"One of {', '.join(METHODS)}."})
+    policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who writes the rolled-out text instead of the method's own policy: module:Class, "
+            "path/to/file.py:Class, or the name of a policy."
+        },
+    )
+    policy_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of that policy, or of the method's; JSON on the command line."}
+    )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
     divergence: str | None = field(
         default=None,

@@ -7,7 +7,8 @@ from typing import Any
 from switchkd.errors import UserError
 from switchkd.methods import Method, get_method
 from switchkd.objective import Objective
-from switchkd.policies import Policy, ThresholdPolicy
+from switchkd.policies import Policy, ThresholdPolicy, find_policy
+from switchkd.policies.find import make_policy
 from switchkd.policy_options import POLICY_OPTIONS
 from switchkd.training.config import SwitchConfig
 
@@ -55,23 +56,29 @@ class Plan:
         return self.objective.reads_teacher or self.teacher_writes
 
 
-def resolve(args: SwitchConfig) -> Plan:
+def resolve(args: SwitchConfig, policy: Policy | None = None) -> Plan:
     """Return what a configuration means.
+
+    Args:
+        args: The configuration.
+        policy: Who writes rolled-out text instead of the method's own policy.
 
     Raises:
         UserError: An unknown method or objective, an option outside its range, or one that would do nothing.
     """
     method = get_method(args.method)
-    options = _policy_options(method, args)
+    own_policy, options = _policy(method, args, policy)
     plan = Plan(
         method=method,
-        policy=method.make_policy(**options),
+        policy=own_policy,
         policy_options=options,
         fraction=_fraction(method, args),
         truncation_start=method.truncation_start if args.truncation_start is None else args.truncation_start,
         objective=_objective(method, args),
         minillm=_minillm(method, args, options),
     )
+    if policy is not None and not plan.rolls_out:
+        raise UserError(f"policy does nothing: {_steps_that_roll_out(plan, args)}; remove it")
     holds = held_values(plan, args)
     for name, reasons in USED_BY.items():
         value = getattr(args, name)
@@ -91,11 +98,45 @@ def held_values(plan: Plan, args: SwitchConfig) -> dict[str, Any]:
     return holds | plan.method.default_options(args.max_completion_length)
 
 
-def _policy_options(method: Method, args: SwitchConfig) -> dict[str, Any]:
-    for name, value in args.options_set(*POLICY_OPTIONS).items():
-        if name not in method.policy_options:
-            raise UserError(f"{name}={value} does nothing with method {method.name!r}; remove it or use another method")
-    return method.default_options(args.max_completion_length) | args.options_set(*method.policy_options)
+def _policy(method: Method, args: SwitchConfig, given: Policy | None) -> tuple[Policy | None, dict[str, Any]]:
+    """The policy, and its options that are fields of the configuration."""
+    options = args.options_set(*POLICY_OPTIONS)
+    kwargs = args.policy_kwargs if isinstance(args.policy_kwargs, dict) else {}
+    limit = args.max_completion_length
+    if given is None and args.policy is None:
+        for name, value in options.items():
+            if name not in method.policy_options:
+                raise UserError(
+                    f"{name}={value} does nothing with method {method.name!r}; remove it or use another method"
+                )
+        if method.policy is None:
+            if kwargs:
+                raise UserError(f"policy_kwargs={kwargs} does nothing: method {method.name!r} rolls nothing out")
+            return None, {}
+        own = make_policy(
+            method.policy,
+            method.name,
+            length_limit=limit,
+            options=options,
+            policy_kwargs=kwargs,
+            defaults=method.policy_defaults,
+        )
+        return own, method.default_options(limit) | options
+    if not isinstance(given, Policy | None):
+        raise UserError(f"policy must be a switchkd.Policy or, in the configuration, a name; got {given!r}")
+    name = type(given).__name__ if args.policy is None else args.policy
+    if given is not None and (args.policy is not None or kwargs):
+        raise UserError("policy is given as an object and in the configuration too; remove it and policy_kwargs there")
+    if not method.may_roll_out or method.policy_gradient:
+        why = "weighs tokens by its own mixture" if method.policy_gradient else "has no steps that roll out"
+        raise UserError(f"policy {name} does nothing: method {method.name!r} {why}; use another method, e.g. switch")
+    if options:
+        option, value = next(iter(options.items()))
+        where = "give it to the policy" if given is not None else "put it into policy_kwargs"
+        raise UserError(f"{option}={value} belongs to the policy of method {method.name!r}, not to {name}; {where}")
+    if given is None:
+        given = make_policy(find_policy(name), name, length_limit=limit, options={}, policy_kwargs=kwargs)
+    return given, {}
 
 
 def _fraction(method: Method, args: SwitchConfig) -> float:
@@ -165,7 +206,10 @@ def _weights_by_author(plan: Plan, args: SwitchConfig) -> str | None:
 
 
 def _threshold(plan: Plan, args: SwitchConfig) -> str | None:
-    return None if isinstance(plan.policy, ThresholdPolicy) else f"method {plan.method.name!r} has no threshold to move"
+    if isinstance(plan.policy, ThresholdPolicy):
+        return None
+    who = f"method {plan.method.name!r}" if args.policy is None else f"policy {args.policy}"
+    return f"{who} has no threshold to move"
 
 
 def _schedule(plan: Plan, args: SwitchConfig) -> str | None:
@@ -207,6 +251,8 @@ def _teacher_text(plan: Plan, args: SwitchConfig) -> str | None:
 #: Option -> everything that must be there for it to do something.
 USED_BY: dict[str, tuple[Reason, ...]] = {
     **dict.fromkeys(POLICY_OPTIONS, (_steps_that_roll_out,)),
+    "policy": (_steps_that_roll_out,),
+    "policy_kwargs": (_any_rollout,),
     "final_ratio": (_steps_that_roll_out, _schedule),
     "horizon": (_steps_that_roll_out, _schedule),
     "truncation_start": (_steps_that_roll_out,),

@@ -22,6 +22,7 @@ from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
+from switchkd.policies import Policy
 from switchkd.rollout import Prompts, Rollout
 from switchkd.training.callback import LoopCallback
 from switchkd.training.config import SwitchConfig
@@ -62,6 +63,7 @@ class SwitchTrainer(Trainer):
         peft_config: A `peft` config: only an adapter of the student is trained.
         callbacks: `transformers.TrainerCallback` objects.
         lm_dataset: Rows with a column `text`, for `lm_weight`.
+        policy: Who writes the rolled-out text, instead of the method's own policy.
         kwargs: Passed on to `transformers.Trainer`, e.g. `optimizers`.
 
     Raises:
@@ -83,13 +85,14 @@ class SwitchTrainer(Trainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         lm_dataset: Dataset | None = None,
+        policy: Policy | None = None,
         **kwargs: Any,
     ) -> None:
         args = SwitchConfig() if args is None else args
         refuse_arguments(args, kwargs)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
-        self.plan = resolve(args)
+        self.plan = resolve(args, policy)
         self.text = make_text_source(self.plan, args)
         tokenizer = processing_class
         if tokenizer is None:
@@ -140,7 +143,7 @@ class SwitchTrainer(Trainer):
         self._guard = StepGuard()
         self._checked_at: int | None = None  # the step whose weights were last found finite
         self.teacher_passes = 0
-        self._means = RunningMeans()
+        self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
         self._unlogged_rollout: Rollout | None = None
         self._training_since = time.perf_counter()
         self._reference = ReferenceTotals()
