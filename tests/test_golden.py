@@ -47,7 +47,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "sft": {},
     "kd": {},
     "gkd": {},
-    "switch": {"draft_length": "4"},  # a fixed length makes runs repeat: "auto" follows the clock
+    # A fixed draft length makes runs repeat: "auto" follows the clock. The threshold is the one the pins were made with.
+    "switch": {"draft_length": "4", "initial_threshold": 0.3},
     "distillm": {"on_policy_fraction": 0.5, "replay_capacity": 16, "eval_strategy": "steps", "eval_steps": 5},
     "minillm": {"draft_length": "4"},
 }

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from switchkd.__main__ import main
 from switchkd.cli.run_folder import OWN_FILES, read_config
 from switchkd.commands import rollout
+from switchkd.divergences import LN_2
 from switchkd.training.trainer import SwitchTrainer
 
 # ---- train
@@ -35,8 +36,12 @@ def test_train_writes_the_model_and_what_it_did(models: Path, tmp_path: Path, ru
     assert all({"rollout/teacher_share", "rollout/tokens_per_s"} <= set(row) for row in rows if "loss" in row)
     config = read_config(folder)
     assert config is not None and config["seed"] == 42 and config["max_completion_length"] == 8
-    # Resolved: the method's own values stand there, not "null".
-    assert (config["divergence"], config["initial_threshold"], config["horizon"]) == ("reverse_kl", 0.3, 8)
+    # Resolved: the method's own values stand there, not "null", and the threshold that was found.
+    assert (config["divergence"], config["target_teacher_share"], config["horizon"]) == ("reverse_kl", 0.5, 8)
+    assert (
+        config["initial_threshold"] == pytest.approx(LN_2)
+        and "calibrated: a teacher share of 50% was not reached" in out
+    )
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (models / "student", folder))
     assert any(not torch.equal(*pair) for pair in zip(before.parameters(), after.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == build_tokenizer().get_vocab()

@@ -168,7 +168,7 @@ def test_words_that_yaml_reads_as_truth_values_reach_the_option(home):
         ({"baseline": "kd"}, "no run 'kd'; the runs are sft, switch"),
         ({"pairs": ["sft"]}, "pairs are two runs joined by a colon"),
         ({"jobs": 0}, "jobs must be >= 1, got 0"),
-        ({"trian": {}}, "unknown key 'trian'; the nearest valid one is 'train'"),
+        ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_trained(home, tmp_path, capfd, change, message):

@@ -17,7 +17,7 @@ from switchkd.methods import METHODS
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import refuse_launch
 from switchkd.training.options import own_fields
-from switchkd.training.resolve import resolve
+from switchkd.training.resolve import resolve, written_out
 from switchkd.training.trainer import SwitchTrainer
 
 MIDDLE = {"initial_threshold": 0.42, "schedule": "constant"}
@@ -351,7 +351,7 @@ def test_a_runs_own_resolved_options_are_not_refused_by_the_next_run(name):
     for fraction in (0.0, 1.0):
         options = {"use_cpu": True, "method": name, "on_policy_fraction": fraction}
         plan = resolve(SwitchConfig(**options))
-        written = {**options, **plan.policy_options, **plan.objective.options, "divergence": plan.objective.name}
+        written = {**options, **written_out(plan)}
         assert resolve(SwitchConfig(**written)) == plan
 
 

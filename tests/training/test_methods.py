@@ -234,6 +234,7 @@ def test_rollouts_stay_short_with_an_endless_warmup_which_is_a_loss_on_the_first
 
 def test_any_policy_can_be_truncated_and_its_schedule_still_ends_at_the_full_length(train):
     options = {"method": "switch", "truncation_start": 0.5, "max_completion_length": 12, "max_steps": 1}
+    options["initial_threshold"] = 0.3
     rollout = train(build_gpt2(), build_gpt2(seed=1), **options).rollouts[0]
     expected = SwitchPolicy(0.3, horizon=12).threshold(torch.arange(6))
     assert rollout.threshold.shape[1] == 6

@@ -23,6 +23,7 @@ from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.rollout import label_of, unit_of
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
+from switchkd.training.resolve import written_out
 from switchkd.training.trainer import SwitchTrainer
 
 # A resumed run may change these: its length, what it logs and saves, and how fast it reads.
@@ -52,7 +53,10 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     quiet_libraries(options.verbose)
     if config.log_level == "passive" and not options.verbose:
         config.log_level = "error"  # the Trainer sets the level of transformers again
+    started = time.perf_counter()
     trainer = _trainer(run_args, config, folder)
+    if checkpoint is None:
+        trainer.find_threshold()
     resolved = _resolved(run_args, trainer)
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
@@ -62,12 +66,13 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.say(f"student: {_size(trainer.model)}")
     if trainer.teacher_model is not None:
         console.say(f"teacher: {_size(trainer.teacher_model)}")
+    if trainer.calibration is not None:
+        console.say(f"calibrated: {trainer.calibration.note}")
 
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     measured = None if trainer.plan.policy is None else trainer.plan.policy.measured
     trainer.add_callback(RunCallback(folder, show_bar=not config.disable_tqdm, measured=measured))
-    started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -193,9 +198,9 @@ def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     """Every option with its final value, the method's defaults included; `--config` reads it again."""
     config = trainer.args
     values = config.to_dict()  # type: ignore[no-untyped-call]
-    plan = trainer.plan
-    values |= {"divergence": plan.objective.name, "on_policy_fraction": plan.fraction}
-    values |= {**plan.objective.options, **plan.policy_options}
+    values |= written_out(trainer.plan)
+    if trainer.calibration is not None:
+        values["initial_threshold"] = trainer.calibration.initial_threshold
     own = {name: values[name] for name in own_fields() if name in values}
     return {**dataclasses.asdict(args), **own, **values}
 
@@ -204,6 +209,8 @@ def _check_same_run(resolved: dict[str, Any], checkpoint: str) -> None:
     """Refuse to resume with options that make it another run."""
     saved = read_config(Path(checkpoint).resolve().parent)
     for name, value in (saved or {}).items():
+        if name == "initial_threshold" and resolved.get(name) is None and resolved.get("target_teacher_share"):
+            resolved[name] = value  # found before the first step; where it stands now is in the checkpoint
         free = name in RESUME_MAY_CHANGE or name.startswith(RESUME_MAY_CHANGE_PREFIXES)
         if name in resolved and not free and plain(resolved[name]) != value:
             raise UserError(

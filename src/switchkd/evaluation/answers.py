@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from switchkd.evaluation.metrics import (
     mean_with_interval,
     repetition,
     rouge_l,
+    unseen_by_rouge,
 )
 from switchkd.evaluation.scorers import Scorer
 from switchkd.models.forward import context_length, device_of, eval_mode
@@ -140,6 +142,12 @@ def evaluate(
         check_warping(temperature, top_k, top_p)
     except ValueError as error:
         raise UserError(str(error)) from error
+    unseen = unseen_by_rouge(dataset["references"])
+    if unseen > len(dataset) / 10:
+        warnings.warn(
+            f"{unseen} of {len(dataset)} references have no letter a-z and no digit: ROUGE-L scores any answer to them "
+            "0; read exact_match, or give a scorer"
+        )
     eos = require_eos(tokenizer, model)
     settings: dict[str, Any] = {
         "temperature": temperature,

@@ -1,6 +1,7 @@
 """Scores of generated text: ROUGE-L, exact match, buckets of reference length, mean and deviation over seeds."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,11 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         raise ValueError("rouge_l needs at least one reference")
     scorer = _scorer()
     return 100.0 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+
+
+def unseen_by_rouge(references: Sequence[Sequence[str]]) -> int:
+    """Return how many examples ROUGE-L scores 0 whatever the answer is: no reference has a letter a-z or a digit."""
+    return sum(not any(re.search("[a-z0-9]", text.lower()) for text in accepted) for accepted in references)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:

@@ -51,7 +51,12 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
     place = {name: init_kwargs[name] for name in _PLACE if name in init_kwargs}
     adapter = _reading(f"{role} {name_or_path!r}", lambda: _adapter_config(source, place))
     if adapter is None:
-        return _complete_model(source, init_kwargs, f"{role} {name_or_path!r}")
+        model = _complete_model(source, init_kwargs, f"{role} {name_or_path!r}")
+        if next(model.parameters()).dtype == torch.float16 and default_device().type == "cpu":
+            warnings.warn(
+                f"{role} is in float16, which a CPU computes slowly and which overflows: use float32 or bfloat16"
+            )
+        return model
     if not is_peft_available():
         raise UserError(f"{role} {name_or_path!r} is an adapter, which needs peft: pip install 'switchkd[peft]'")
     named = f"adapter {name_or_path!r}"

@@ -33,6 +33,7 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int
     Raises:
         UserError: The first ids that differ are named; or the student's end of sequence is unknown to the teacher.
     """
+    _compare_habits(student_tokenizer, teacher_tokenizer)
     student, teacher = _Names.of(student_tokenizer), _Names.of(teacher_tokenizer)
     if student.token_of == teacher.token_of:
         return []
@@ -67,6 +68,23 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int
         parts.append(f"{len(renamed)} reserved on one side, compared by id: {_listed(renamed, shown)}")
     warnings.warn(f"the tokenizers of student and teacher differ in special ids: {'; '.join(parts)}")
     return excluded
+
+
+def _compare_habits(student: Any, teacher: Any) -> None:
+    """Say where one side would end a text, or write a conversation, in a way that the other was not trained on."""
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (student, teacher)]
+    if None not in templates and templates[0] != templates[1]:
+        warnings.warn(
+            "the chat templates of student and teacher differ: conversations are written with the student's, so that "
+            "the teacher reads prompts of a form that it may not know; save one chat_template with both tokenizers"
+        )
+    ends = [tokenizer.eos_token_id for tokenizer in (student, teacher)]
+    if None not in ends and ends[0] != ends[1]:
+        tokens = [tokenizer.eos_token for tokenizer in (student, teacher)]
+        warnings.warn(
+            f"the student ends its texts with {tokens[0]!r} (id {ends[0]}), the teacher with {tokens[1]!r} (id "
+            f"{ends[1]}): a rollout ends at either"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the trainer logs besides the Trainer's own keys: means since the last log, over all processes."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,36 @@ class RunningMeans:
         self._sums = {name: [0.0, 0.0] for name in self._names}
         pairs = zip(self._names, sums.tolist(), strict=True)
         return {name: total / count for name, (total, count) in pairs if count}
+
+
+class ShareWatch:
+    """Says once that a policy which chooses between two writers has left all tokens to one of them.
+
+    Args:
+        way_out: What to do about it, after a colon.
+    """
+
+    #: How many rollouts are looked at together, and the shares that count as one writer alone.
+    ROLLOUTS, LOW, HIGH = 5, 0.02, 0.98
+
+    def __init__(self, way_out: str) -> None:
+        self.way_out = way_out
+        self._counts: deque[tuple[int, int]] = deque(maxlen=self.ROLLOUTS)
+        self._said = False
+
+    def add(self, rollout: Rollout) -> str | None:
+        """Return the warning that a further rollout calls for, or None.
+
+        Args:
+            rollout: Of this process.
+        """
+        tokens, by_teacher = int(rollout.completion_mask.sum()), int((rollout.author == Author.TEACHER).sum())
+        self._counts.append((by_teacher, tokens))
+        share = sum(count for count, _ in self._counts) / max(sum(count for _, count in self._counts), 1)
+        if self._said or len(self._counts) < self.ROLLOUTS or self.LOW <= share <= self.HIGH:
+            return None
+        self._said = True
+        return f"the teacher wrote {share:.1%} of the tokens of the last {self.ROLLOUTS} rollouts: {self.way_out}"
 
 
 class ReferenceTotals:

@@ -98,7 +98,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
 
     target_teacher_share: float | None = field(
         default=None,
-        metadata={"help": "Keep the teacher's share of rolled-out tokens here by moving the threshold, in (0, 1)."},
+        metadata={
+            "help": "Keep the teacher's share of rolled-out tokens here by moving the threshold, in (0, 1). Default: "
+            "0.5 where no initial_threshold is given either."
+        },
     )
     max_prompt_length: int = field(
         default=256, metadata={"help": "Longer prompts are dropped and counted, never cut. Tokens."}

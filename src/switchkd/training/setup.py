@@ -20,8 +20,10 @@ from switchkd.models.loading import excluded_with, load_model
 from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
+from switchkd.policies import ThresholdPolicy
 from switchkd.rollout import Author
 from switchkd.training.config import SwitchConfig
+from switchkd.training.log import ShareWatch
 from switchkd.training.resolve import Plan
 from switchkd.training.text import TextSource
 
@@ -221,7 +223,7 @@ def make_text_source(plan: Plan, args: SwitchConfig) -> TextSource:
         seed=args.seed,
         adaptive=method.adaptive_fraction,
         replay_capacity=capacity if method.replay else None,
-        target_teacher_share=args.target_teacher_share,
+        target_teacher_share=plan.target_teacher_share,
     )
 
 
@@ -237,6 +239,24 @@ def make_step_loss(plan: Plan, args: SwitchConfig, excluded_ids: Sequence[int] =
         lm_weight=args.lm_weight,
         minillm=plan.minillm,
     )
+
+
+def make_share_watch(plan: Plan) -> ShareWatch | None:
+    """Return what watches the teacher's share of a policy that compares something; None for every other."""
+    if not plan.teacher_writes or plan.policy is None or plan.policy.measured is None:
+        return None
+    if plan.target_teacher_share is not None:
+        return ShareWatch(
+            f"no threshold reaches the {plan.target_teacher_share:.0%} of target_teacher_share; the two models agree "
+            "or differ nearly everywhere, look at both with `switchkd diagnose`"
+        )
+    if isinstance(plan.policy, ThresholdPolicy):
+        return ShareWatch(
+            f"initial_threshold {plan.policy.initial_threshold:.4g} does not fit this pair; remove it, so that "
+            "target_teacher_share finds one, or look for one with `switchkd calibrate`"
+        )
+    options = ", ".join(plan.policy_options) or "its options"
+    return ShareWatch(f"the policy leaves every token to one writer; change {options}")
 
 
 def make_plain_text(data: Dataset | None, tokenizer: Any, args: SwitchConfig) -> PlainText | None:

@@ -13,7 +13,7 @@ from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.rollout import Author, Rollout
-from switchkd.training.calibration import ShareController, calibrate, scaled_divergences
+from switchkd.training.calibration import Calibration, ShareController, calibrate, scaled_divergences
 from switchkd.training.replay import AdaptiveFraction, ReplayStore
 
 Source = Literal["dataset", "fresh", "replay"]
@@ -160,8 +160,8 @@ class TextSource:
 
     def calibrate_on(
         self, student: nn.Module, teacher: nn.Module, data: Dataset, *, max_new_tokens: int, **rollout_options: Any
-    ) -> float:
-        """Begin at the threshold that gives the wanted share on the first prompts of the data, and return it, nats.
+    ) -> Calibration:
+        """Begin at the threshold that gives the wanted share on the first prompts of the data; return what was found.
 
         Args:
             student: As `roll_out` takes it.
@@ -183,7 +183,7 @@ class TextSource:
             **rollout_options,
         )
         self.controller.threshold = found.initial_threshold
-        return found.initial_threshold
+        return found
 
     def observe_share(self, rollout: Rollout, gather: Callable[[Tensor], Tensor] | None = None) -> None:
         """Take note of a fresh rollout, so that the teacher's share is held in the next.

@@ -1,9 +1,10 @@
 """`SwitchTrainer`: transformers' Trainer whose training text is written by a policy."""
 
-import contextlib
 import itertools
+import logging
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,28 +13,29 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from switchkd.data.batches import Rows, dataset_batches, padded_batch, rollout_batches
+from switchkd.data.batches import Rows, dataset_batches, rollout_batches
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
-from switchkd.evaluation import evaluate
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
 from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
 from switchkd.policies import Policy
 from switchkd.rollout import Prompts, Rollout
+from switchkd.training.calibration import Calibration
 from switchkd.training.callback import LoopCallback
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
-from switchkd.training.log import ReferenceTotals, RunningMeans, append_completions
+from switchkd.training.log import RunningMeans, append_completions
+from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
 from switchkd.training.setup import (
-    at_hand,
     frozen,
     load_models,
     make_plain_text,
+    make_share_watch,
     make_step_loss,
     make_text_source,
     prepare_data,
@@ -43,8 +45,10 @@ from switchkd.training.setup import (
 from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
 
+logger = logging.getLogger(__name__)
 
-class SwitchTrainer(Trainer):
+
+class SwitchTrainer(ReferenceTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
@@ -71,8 +75,6 @@ class SwitchTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    args: SwitchConfig
-    model: nn.Module
 
     def __init__(
         self,
@@ -139,14 +141,15 @@ class SwitchTrainer(Trainer):
                     require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
+        self.calibration: Calibration | None = None
         self.add_callback(LoopCallback(self))
         self._guard = StepGuard()
         self._checked_at: int | None = None  # the step whose weights were last found finite
         self.teacher_passes = 0
         self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
+        self._share_watch = make_share_watch(self.plan)
         self._unlogged_rollout: Rollout | None = None
         self._training_since = time.perf_counter()
-        self._reference = ReferenceTotals()
 
     @property
     def _is_sharded(self) -> bool:
@@ -155,15 +158,13 @@ class SwitchTrainer(Trainer):
 
     # ---- set-up
 
-    def _teacher_at_hand(self, used: bool = True) -> contextlib.AbstractContextManager[Any]:
-        return at_hand(self.teacher_model, self.args.device, offload=self.args.offload_teacher and used)
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does; what a method needs beforehand is made first."""
         if self.plan.method.teacher_text:
             self._write_teacher_text()
-        if self.args.target_teacher_share is not None and self.args.initial_threshold is None:
-            self._calibrate()
+        resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
+        if not resumed:  # a checkpoint holds the threshold that was reached
+            self.find_threshold()
         self._checked_at = None
         result = super().train(*args, **kwargs)
         # A checkpoint of the last step was read already.
@@ -208,11 +209,16 @@ class SwitchTrainer(Trainer):
                 **self._sampling(),
             )
 
-    def _calibrate(self) -> None:
-        """Begin at the threshold that gives the wanted share before the first step."""
+    def find_threshold(self) -> None:
+        """Search for the threshold that gives the wanted teacher share, where one is wanted; `train` does it first."""
+        if not self.plan.finds_threshold or self.calibration is not None:
+            return
         with self._teacher_at_hand() as teacher, self.accelerator.autocast():
             student = self.accelerator.unwrap_model(self.model)
-            self.text.calibrate_on(student, teacher, self.train_dataset, **self._sampling())
+            self.calibration = self.text.calibrate_on(student, teacher, self.train_dataset, **self._sampling())
+        logger.info(self.calibration.note)
+        if not self.calibration.reached:
+            warnings.warn(f"{self.calibration.note}; training begins there", stacklevel=2)
 
     # ---- writing the training text
 
@@ -269,6 +275,8 @@ class SwitchTrainer(Trainer):
             )
         self._means.add_rollout(rollout, time.perf_counter() - started)
         self.teacher_passes += rollout.stats["teacher_passes"]
+        if self._share_watch is not None and (warning := self._share_watch.add(rollout)):
+            warnings.warn(warning, stacklevel=2)
         self._unlogged_rollout = rollout
         self.text.observe_share(rollout, self._gathered if args.world_size > 1 else None)
         if rollout.teacher_hidden is not None:
@@ -313,62 +321,6 @@ class SwitchTrainer(Trainer):
             # DDP averages gradients over ranks; the count is global, so the sum is what is wanted.
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
-
-    # ---- evaluation on reference text
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Return the metrics of an evaluation set, which may be raw: it is prepared as the one of the training."""
-        return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
-
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Return the metrics of a data set, raw or prepared; there are no predictions, because no logits are held."""
-        return super().predict(self._prepared(test_dataset), ignore_keys, metric_key_prefix)
-
-    def _prepared(self, data: Any) -> Any:
-        if data is None or isinstance(data, str):  # the trainer's own set, or one of them by its name
-            return data
-        readers = {"student": self.accelerator.unwrap_model(self.model), "teacher": self.teacher_model}
-        return prepare_data(None, data, self.processing_class, self.args, readers, plan=self.plan)[1]
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add one batch of reference text to the evaluation totals; the loss is weighted by tokens afterwards."""
-        batch = self._prepare_inputs(padded_batch(inputs, self.pad_token_id))
-        mask = batch["completion_mask"]
-        with torch.no_grad(), self.compute_loss_context_manager(), self._teacher_at_hand() as teacher:
-            self.teacher_passes += self.step_loss.needs_teacher_pass(batch)
-            by_student, by_teacher = self.step_loss.predictions(model, teacher, batch)
-            losses = self.step_loss.compare(by_student, by_teacher, batch)
-            reads_teacher = self.step_loss.reads_teacher
-            cross_entropy = self.step_loss.cross_entropy(by_student, batch) if reads_teacher else losses
-        # Rows that fill up the last batch of a distributed run are counted once.
-        per_row = ReferenceTotals.per_row(losses.token_losses, cross_entropy.token_losses, mask)
-        self._reference.add(self.accelerator.gather_for_metrics(per_row))
-        return losses.loss.detach(), None, None
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
-        self._reference = ReferenceTotals()
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
-        for name, value in self._reference.means().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        if self.args.eval_rouge_l_samples:
-            data = dataloader.dataset
-            scores = evaluate(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
-                seeds=(self.args.seed,),
-                max_completion_length=self.args.max_completion_length,
-                batch_size=self.args.per_device_eval_batch_size,
-                progress=False,
-            )
-            output.metrics[f"{metric_key_prefix}_rouge_l"] = scores.rouge_l
-        return output
 
     # ---- checkpoints and logging
 
