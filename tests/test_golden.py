@@ -47,7 +47,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "sft": {},
     "kd": {},
     "gkd": {},
-    # A fixed draft length makes runs repeat: "auto" follows the clock. The threshold is the one the pins were made with.
+    # A fixed draft length makes runs repeat: "auto" follows the clock. The pins were made with this threshold.
     "switch": {"draft_length": "4", "initial_threshold": 0.3},
     "distillm": {"on_policy_fraction": 0.5, "replay_capacity": 16, "eval_strategy": "steps", "eval_steps": 5},
     "minillm": {"draft_length": "4"},
