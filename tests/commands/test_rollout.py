@@ -21,7 +21,7 @@ def test_rollout_prints_the_text_and_a_line_of_numbers(models: Path, run: Run) -
 
 
 def test_rollout_json_is_what_was_printed(models: Path, run: Run) -> None:
-    options = rollout_options(models, "--prompt", "Hello", "Bye", "--num_samples", 2, "--batch_size", 3)
+    options = rollout_options(models, "--prompt", "Hello", "--prompt", "Bye", "--num_samples", 2, "--batch_size", 3)
     code, out, err = run(*options, "--json")
     assert code == 0 and out.count("\n") == 1
     result = json.loads(out)

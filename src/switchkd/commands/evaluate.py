@@ -7,7 +7,7 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser, integers, is_terminal
 from switchkd.cli.run_folder import RunFolder
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_warping
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -149,8 +149,6 @@ def check(options: argparse.Namespace) -> list[int]:
     Raises:
         UserError: Names the option.
     """
-    from switchkd.sampling import check_warping
-
     for name, meaning in (("model_name_or_path", "the model to score"), ("dataset_name", "the data to answer")):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
@@ -160,10 +158,7 @@ def check(options: argparse.Namespace) -> list[int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
-    try:
-        check_warping(options.temperature, options.top_k, options.top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_warping(options.temperature, options.top_k, options.top_p)
     seeds = integers(options.seeds, "seeds") or []
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be one or more different integers, got {seeds}")

@@ -28,7 +28,9 @@ def parser() -> OptionParser:
     models.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
     models.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     prompts = result.add_argument_group("prompts")
-    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt, in quotes; may be given several times"
+    )
     prompts.add_argument(
         "--template", default="none", help="template around the prompt: none, alpaca, or chat (the tokenizer's)"
     )
