@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -186,7 +187,9 @@ def _check(args: RunArguments, teacher: str | None) -> None:
 
 def _config(options: argparse.Namespace) -> "SwitchConfig":
     from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.utils import is_torch_bf16_gpu_available
 
+    from switchkd.models.loading import default_device
     from switchkd.training.config import SwitchConfig
 
     values = _fields_of(SwitchConfig, options)
@@ -198,6 +201,12 @@ def _config(options: argparse.Namespace) -> "SwitchConfig":
             raise UserError(f"{name} must be >= 1, got {values[name]}")
     if values["max_steps"] == 0 or (values["max_steps"] < 0 and not values["num_train_epochs"] > 0):
         raise UserError("nothing to train: give max_steps or num_train_epochs > 0")
+    half = [name for name in ("bf16", "bf16_full_eval") if values[name]]
+    if half and not values["use_cpu"] and not is_torch_bf16_gpu_available() and default_device().type == "cpu":
+        warnings.warn(
+            f"{' and '.join(half)} need a GPU, and there is none here: this run computes in float32 on the CPU"
+        )
+        values |= dict.fromkeys(half, False)
     if isinstance(values["report_to"], str) and "," in values["report_to"]:
         values["report_to"] = values["report_to"].split(",")
     try:

@@ -12,8 +12,8 @@ from huggingface_hub.utils import get_session
 
 #: How long to wait for the hub, seconds. `huggingface_hub` asks for every file six times, which takes half a minute.
 PATIENCE = 4.0
-# What the client of `huggingface_hub` raises without an answer; the library that it is from has changed before.
-_NO_ANSWER: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
+#: What `huggingface_hub` raises without an answer; the library that its client is from has changed before.
+NO_ANSWER: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 
 
 def problem() -> str | None:
@@ -29,7 +29,7 @@ def _asked(endpoint: str, minute: int) -> str | None:
         get_session().head(endpoint, timeout=PATIENCE)
     except HfHubHTTPError:
         return None  # an answer, whatever it says
-    except _NO_ANSWER as error:
+    except NO_ANSWER as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
