@@ -1,10 +1,10 @@
 """Pushing a trained model to the hub without losing it where the hub cannot be reached."""
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import HfHubHTTPError
 
 from switchkd.errors import UserError
 from switchkd.models import hub
@@ -39,9 +39,10 @@ def push(trainer: Any) -> str | None:
     if problem is None:
         try:
             trainer.push_to_hub()
-        except (hub.NO_ANSWER, HfHubHTTPError, ValueError) as error:
+        except (*hub.NO_ANSWER, ValueError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
     if problem is None:
         return None
-    name, folder = trainer.args.hub_model_id or "NAME", trainer.args.output_dir
+    folder = Path(trainer.args.output_dir)
+    name = trainer.args.hub_model_id or folder.absolute().name
     return f"the model is saved in {folder}, but pushing it failed ({problem}); push it with: hf upload {name} {folder}"

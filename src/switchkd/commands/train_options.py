@@ -203,9 +203,7 @@ def _config(options: argparse.Namespace) -> "SwitchConfig":
         raise UserError("nothing to train: give max_steps or num_train_epochs > 0")
     half = [name for name in ("bf16", "bf16_full_eval") if values[name]]
     if half and not values["use_cpu"] and not is_torch_bf16_gpu_available() and default_device().type == "cpu":
-        warnings.warn(
-            f"{' and '.join(half)} need a GPU, and there is none here: this run computes in float32 on the CPU"
-        )
+        warnings.warn(f"no GPU for {' and '.join(half)} here: this run computes in float32 on the CPU")
         values |= dict.fromkeys(half, False)
     if isinstance(values["report_to"], str) and "," in values["report_to"]:
         values["report_to"] = values["report_to"].split(",")

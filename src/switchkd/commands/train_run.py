@@ -56,7 +56,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         config.log_level = "error"  # the Trainer sets the level of transformers again
     pushes = check_hub(config)
     trainer = _trainer(run_args, config, folder)
-    resolved = _resolved(run_args, trainer)
+    resolved = {**_resolved(run_args, trainer), "push_to_hub": pushes}
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
     folder.claim(resolved, keep=resumes)
@@ -88,9 +88,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if text := _table(trainer):
         console.say(f"\n{text}")
     if best := summary.get("best"):
-        console.say(
-            f"\nbest: step {best['step']}, {best['metric']} {best['value']:.4g}; its weights are the saved ones"
-        )
+        console.say(f"\nbest: step {best['step']}, {best['metric']} {best['value']:.4g}; loaded and saved")
     console.say(f"\n{summary['steps']} steps in {seconds:.0f} s; model, config.yaml, metrics.jsonl in {folder.path}")
     result = {**summary, "output_dir": str(folder.path)}
     if pushes and (failure := push(trainer)):
