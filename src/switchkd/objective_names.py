@@ -9,6 +9,7 @@ CROSS_ENTROPY = "cross_entropy"
 
 #: Name -> its keyword options: the divergences of `switchkd.divergences.DIVERGENCES` and the cross-entropy.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
+    CROSS_ENTROPY: (),
     "forward_kl": (),
     "reverse_kl": (),
     "generalized_jsd": ("teacher_weight",),
@@ -16,7 +17,6 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "skewed_reverse_kl": ("skew",),
     "total_variation": (),
     "adaptive_kl": ("head_mass",),
-    CROSS_ENTROPY: (),
 }
 
 

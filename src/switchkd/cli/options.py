@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -236,11 +235,6 @@ def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
 def is_terminal(stream: Any) -> bool:
     """Return whether this stream is a terminal."""
     return bool(getattr(stream, "isatty", lambda: False)())
-
-
-def wants_color(choice: str) -> bool:
-    """Return whether standard output gets colours: `always`, `never`, or `auto` for a terminal."""
-    return choice == "always" or (choice == "auto" and is_terminal(sys.stdout))
 
 
 def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:

@@ -1,12 +1,15 @@
 """What a running `switchkd train` shows and logs."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from switchkd.cli.console import rendered, terminal
 from switchkd.cli.options import is_terminal
+from switchkd.cli.rollouts import completions_table
 from switchkd.cli.run_folder import RunFolder
 from switchkd.rollout import MEASURED
 
@@ -29,10 +32,12 @@ class RunCallback(ProgressCallback):
     Args:
         folder: Where the log goes.
         show_bar: Whether a terminal gets a bar.
+        completions: Returns the rollouts of the last log, which a terminal gets as a table.
     """
 
-    def __init__(self, folder: RunFolder, show_bar: bool) -> None:
+    def __init__(self, folder: RunFolder, show_bar: bool, completions: Callable[[], list[dict[str, Any]]]) -> None:
         super().__init__()
+        self.completions = completions
         self.folder = folder
         self.show_bar = show_bar and is_terminal(sys.stderr)
 
@@ -73,6 +78,9 @@ class RunCallback(ProgressCallback):
         parts = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
         if parts:
             tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
+        rows, screen = self.completions() if "loss" in logs else [], terminal(sys.stderr)
+        if rows and screen is not None:
+            tqdm.write(rendered(screen, completions_table(rows, state.global_step)), file=sys.stderr)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

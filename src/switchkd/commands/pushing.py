@@ -12,6 +12,9 @@ from switchkd.models import hub
 if TYPE_CHECKING:
     from switchkd.training.config import SwitchConfig
 
+# No answer, a refusal, a name that cannot be one.
+FAILURES: tuple[type[Exception], ...] = (*hub.NO_ANSWER, ValueError)
+
 
 def check_hub(config: "SwitchConfig") -> bool:
     """Return whether the model is to be pushed at the end; pushes during the training need the hub at its start.
@@ -39,7 +42,7 @@ def push(trainer: Any) -> str | None:
     if problem is None:
         try:
             trainer.push_to_hub()
-        except (*hub.NO_ANSWER, ValueError) as error:
+        except FAILURES as error:
             problem = " ".join(str(error).split()) or type(error).__name__
     if problem is None:
         return None

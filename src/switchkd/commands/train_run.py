@@ -68,7 +68,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunCallback(folder, show_bar=not config.disable_tqdm))
+    trainer.add_callback(RunCallback(folder, not config.disable_tqdm, completions=lambda: trainer.logged_completions))
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -145,7 +145,8 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set the student's dropout to 0 while it trains."})
     log_completions: bool = field(
-        default=False, metadata={"help": "Append a few rollouts to completions.jsonl at every logging step."}
+        default=False,
+        metadata={"help": "Append a few rollouts to completions.jsonl at every log; a terminal shows them."},
     )
     num_completions_to_log: int = field(default=4, metadata={"help": "Number of rollouts that log_completions keeps."})
     model_init_kwargs: dict[str, Any] | str | None = field(
