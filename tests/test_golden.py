@@ -109,7 +109,7 @@ def rolled_out(method: str) -> switchkd.Rollout:
         teacher,
         prompts["input_ids"],
         prompts["attention_mask"],
-        policy=METHODS[method].policy.of(**{**METHODS[method].policy_defaults, **ROLLED_OUT[method]}),
+        policy=METHODS[method].policy_class().of(**{**METHODS[method].policy_defaults, **ROLLED_OUT[method]}),
         max_new_tokens=16,
         seed=7,
         temperature=0.7,

@@ -13,7 +13,10 @@ LONGEST_FILE = 420
 
 # Floors of the house, lowest first: files of the root and folders. Imports go down or stay on their floor.
 LAYERS = (
-    ("errors", "chunks", "other_names", "plugins", "policy_options", "rollout", "divergences", "sampling"),
+    (
+        *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names"),
+        *("rollout", "divergences", "sampling"),
+    ),
     ("models", "policies", "cli"),
     ("objective", "data", "methods"),
     ("engine",),

@@ -7,6 +7,7 @@ import torch
 
 from switchkd import sampling
 from switchkd.divergences import generalized_jsd
+from switchkd.errors import check_warping
 from switchkd.policies import RandomPolicy
 from switchkd.sampling import Stream
 from switchkd.training.text import TextSource
@@ -168,7 +169,7 @@ def test_warp_equals_transformers_own_processors(options):
 )
 def test_sampling_options_outside_their_range_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
-        sampling.check_warping(*options)
+        check_warping(*options)
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.1, 0.9])

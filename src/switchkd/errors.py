@@ -1,6 +1,7 @@
 """The one exception for mistakes that a user can correct, and the checks that raise it."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -48,6 +49,22 @@ def check_share_of_training(name: str, value: Any) -> None:
     """Refuse a number outside (0, 1], with one line."""
     if not 0.0 < value <= 1.0:
         raise UserError(f"{name} must lie in (0, 1], a share of the training, got {value}")
+
+
+def check_warping(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse a sampling option outside its range, with one line."""
+    if not (temperature >= 0.0 and math.isfinite(temperature)):
+        raise UserError(f"temperature must be >= 0 (0 is greedy), got {temperature}")
+    if top_k < 0:
+        raise UserError(f"top_k must be >= 0 (0 keeps every id), got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise UserError(f"top_p must lie in (0, 1], got {top_p}")
+
+
+def check_loss_temperature(temperature: float) -> None:
+    """Refuse a temperature that logits cannot be divided by, with one line."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise UserError(f"loss_temperature must be a finite number > 0, got {temperature}")
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:

@@ -1,32 +1,20 @@
-"""The methods as values: exact name -> who writes the training text, how often, and what is learned from it."""
+"""The methods as values: exact name -> who writes the training text, how often, and what is learned from it.
+
+Nothing here imports torch: `switchkd train --help` and a wrong option need not wait for it.
+"""
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from switchkd.divergences import DIVERGENCES
 from switchkd.errors import UserError, check_choice, check_range
-from switchkd.objective import CROSS_ENTROPY
+from switchkd.objective_names import CROSS_ENTROPY, OBJECTIVES
 from switchkd.plugins import announced, is_path, load_announced, load_object
-from switchkd.policies import (
-    AdaSwitchPolicy,
-    BlendPolicy,
-    Policy,
-    RandomPolicy,
-    RelayPolicy,
-    SkdPolicy,
-    StudentConfidencePolicy,
-    StudentEntropyPolicy,
-    StudentFirstPolicy,
-    StudentPolicy,
-    SwitchPolicy,
-    TeacherFirstPolicy,
-    TeacherPolicy,
-    TeacherPrefixPolicy,
-    TrustRegionPolicy,
-)
 from switchkd.policy_options import POLICY_OPTIONS
+
+if TYPE_CHECKING:  # importing them takes torch, which the help and a wrong option need not wait for
+    from switchkd.policies import Policy
 
 
 @dataclass(frozen=True)
@@ -39,7 +27,8 @@ class Method:
         objective: `cross_entropy` or the name of a divergence.
         source: Paper.
         objective_options: Keyword options of that divergence.
-        policy: Class of the rollout policy; None where the text is the dataset's.
+        policy: The rollout policy: a name in `switchkd.policies.POLICIES` or a class; None where the text is the
+            dataset's.
         tunable: Options of the policy that a config may set, each a field of the same name; all of them if None.
         policy_defaults: Arguments of `policy` that differ from its own defaults.
         on_policy_fraction: Share of optimizer steps whose text is rolled out, in [0, 1]; the others use the dataset.
@@ -56,7 +45,7 @@ class Method:
     objective: str
     source: str
     objective_options: Mapping[str, Any] = field(default_factory=dict)
-    policy: type[Policy] | None = None
+    policy: "str | type[Policy] | None" = None
     tunable: tuple[str, ...] | None = None
     policy_defaults: Mapping[str, Any] = field(default_factory=dict)
     on_policy_fraction: float = 0.0
@@ -77,7 +66,7 @@ class Method:
         """Names of the config fields that are passed to the policy; a policy's other options are `policy_kwargs`."""
         if self.tunable is not None or self.policy is None:
             return self.tunable or ()
-        return tuple(name for name in self.policy.options() if name in POLICY_OPTIONS)
+        return tuple(name for name in self._own_defaults(length_limit=None) if name in POLICY_OPTIONS)
 
     def default_options(self, length_limit: Any) -> dict[str, Any]:
         """Return the policy's options with the values that hold where the config has None.
@@ -87,9 +76,27 @@ class Method:
         """
         if self.policy is None:
             return {}
-        defaults = self.policy.options() | dict.fromkeys(self.policy.length_options, length_limit)
-        defaults |= self.policy_defaults
+        defaults = {**self._own_defaults(length_limit), **self.policy_defaults}
         return {name: defaults[name] for name in self.policy_options}
+
+    def _own_defaults(self, length_limit: Any) -> dict[str, Any]:
+        """Option -> default of the policy; those of a named one stand in the table, which needs no torch."""
+        if isinstance(self.policy, str):
+            own = {name: o.default[self.policy] for name, o in POLICY_OPTIONS.items() if self.policy in o.default}
+            return {name: length_limit if value is None else value for name, value in own.items()}
+        if self.policy is None:
+            return {}
+        return self.policy.options() | dict.fromkeys(self.policy.length_options, length_limit)
+
+    def policy_class(self) -> "type[Policy] | None":
+        """Return the class of the policy, None where the text is the dataset's.
+
+        Raises:
+            UserError: There is no policy of that name.
+        """
+        from switchkd.policies import find_policy
+
+        return find_policy(self.policy) if isinstance(self.policy, str) else self.policy
 
 
 #: Entry points under which installed packages announce methods: name -> `Method`.
@@ -114,7 +121,7 @@ METHODS: dict[str, Method] = {
             name="seqkd",
             summary="answers the teacher wrote once before training, cross-entropy",
             objective=CROSS_ENTROPY,
-            policy=TeacherPolicy,
+            policy="teacher",
             teacher_text=True,
             source="Kim and Rush, arXiv 1606.07947",
         ),
@@ -122,7 +129,7 @@ METHODS: dict[str, Method] = {
             name="imitkd",
             summary="student-written text, forward KL",
             objective="forward_kl",
-            policy=StudentPolicy,
+            policy="student",
             on_policy_fraction=1.0,
             source="Lin et al., arXiv 2009.07253",
         ),
@@ -131,7 +138,7 @@ METHODS: dict[str, Method] = {
             summary="student-written text in half of the steps, dataset answers in the others; JSD",
             objective="generalized_jsd",
             objective_options={"teacher_weight": 0.5},
-            policy=StudentPolicy,
+            policy="student",
             on_policy_fraction=0.5,
             source="Agarwal et al., arXiv 2306.13649",
         ),
@@ -139,7 +146,7 @@ METHODS: dict[str, Method] = {
             name="opd",
             summary="student-written text, reverse KL",
             objective="reverse_kl",
-            policy=StudentPolicy,
+            policy="student",
             on_policy_fraction=1.0,
             source="Thinking Machines Lab, On-Policy Distillation, 2025",
         ),
@@ -147,7 +154,7 @@ METHODS: dict[str, Method] = {
             name="minillm",
             summary="text sampled from 0.8 student + 0.2 teacher, reverse KL of whole texts by policy gradient",
             objective="reverse_kl",
-            policy=BlendPolicy,
+            policy="blend",
             on_policy_fraction=1.0,
             policy_gradient=True,
             source="Gu et al., arXiv 2306.08543",
@@ -156,7 +163,7 @@ METHODS: dict[str, Method] = {
             name="distillm",
             summary="dataset answers, then more and more student-written text through a replay store; skewed KL",
             objective="skewed_reverse_kl",
-            policy=StudentPolicy,
+            policy="student",
             on_policy_fraction=0.0,
             adaptive_fraction=True,
             replay=True,
@@ -166,7 +173,7 @@ METHODS: dict[str, Method] = {
             name="truncated",
             summary="student-written text whose length limit grows over training; reverse KL",
             objective="reverse_kl",
-            policy=StudentPolicy,
+            policy="student",
             on_policy_fraction=1.0,
             truncation_start=0.1,
             source="Ziheng et al., arXiv 2605.27028; Zhang et al., arXiv 2605.31490",
@@ -175,7 +182,7 @@ METHODS: dict[str, Method] = {
             name="teacher_prefix",
             summary="the teacher writes the first tokens, ever fewer over training, the student the rest; reverse KL",
             objective="reverse_kl",
-            policy=TeacherPrefixPolicy,
+            policy="teacher_prefix",
             on_policy_fraction=1.0,
             source="public practice, no paper",
         ),
@@ -183,7 +190,7 @@ METHODS: dict[str, Method] = {
             name="switch",
             summary="the student writes, the teacher takes over where the two differ too much; reverse KL",
             objective="reverse_kl",
-            policy=SwitchPolicy,
+            policy="switch",
             on_policy_fraction=1.0,
             source="Koo et al., arXiv 2410.19503",
         ),
@@ -191,7 +198,7 @@ METHODS: dict[str, Method] = {
             name="skd",
             summary="student-written text; the teacher replaces drafted tokens outside its top K; forward KL",
             objective="forward_kl",
-            policy=SkdPolicy,
+            policy="skd",
             on_policy_fraction=1.0,
             source="Xu et al., arXiv 2410.11325",
         ),
@@ -199,7 +206,7 @@ METHODS: dict[str, Method] = {
             name="adaswitch",
             summary="student up to one position far harder than those before, teacher after it; forward KL",
             objective="forward_kl",
-            policy=AdaSwitchPolicy,
+            policy="adaswitch",
             on_policy_fraction=1.0,
             source="Peng et al., arXiv 2510.07842",
         ),
@@ -208,7 +215,7 @@ METHODS: dict[str, Method] = {
             summary="switch at a constant threshold; the teacher is the student before training, with a richer prompt",
             objective="generalized_jsd",
             objective_options={"teacher_weight": 0.5},
-            policy=SwitchPolicy,
+            policy="switch",
             tunable=("initial_threshold", "minimum_leg"),
             policy_defaults={"schedule": "constant"},
             on_policy_fraction=1.0,
@@ -219,7 +226,7 @@ METHODS: dict[str, Method] = {
             name="relay",
             summary="student-written text with a few short legs of the teacher; reverse KL",
             objective="reverse_kl",
-            policy=RelayPolicy,
+            policy="relay",
             on_policy_fraction=1.0,
             source="Xu et al., arXiv 2607.26057",
         ),
@@ -227,7 +234,7 @@ METHODS: dict[str, Method] = {
             name="trb",
             summary="text sampled from a blend within a KL budget that falls to zero; reverse KL",
             objective="reverse_kl",
-            policy=TrustRegionPolicy,
+            policy="trb",
             on_policy_fraction=1.0,
             source="Plyusov et al., arXiv 2605.31159",
         ),
@@ -235,7 +242,7 @@ METHODS: dict[str, Method] = {
             name="random",
             summary="control: the teacher writes random positions; reverse KL",
             objective="reverse_kl",
-            policy=RandomPolicy,
+            policy="random",
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -243,7 +250,7 @@ METHODS: dict[str, Method] = {
             name="teacher_first",
             summary="control: the teacher writes the first tokens, the student the rest; reverse KL",
             objective="reverse_kl",
-            policy=TeacherFirstPolicy,
+            policy="teacher_first",
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -251,7 +258,7 @@ METHODS: dict[str, Method] = {
             name="student_first",
             summary="control: the student writes the first tokens, the teacher the rest; reverse KL",
             objective="reverse_kl",
-            policy=StudentFirstPolicy,
+            policy="student_first",
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -259,7 +266,7 @@ METHODS: dict[str, Method] = {
             name="student_entropy",
             summary="control: the teacher writes where the student's entropy is high; reverse KL",
             objective="reverse_kl",
-            policy=StudentEntropyPolicy,
+            policy="student_entropy",
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -267,7 +274,7 @@ METHODS: dict[str, Method] = {
             name="student_confidence",
             summary="control: the teacher writes where the student's likeliest token is unlikely; reverse KL",
             objective="reverse_kl",
-            policy=StudentConfidencePolicy,
+            policy="student_confidence",
             on_policy_fraction=1.0,
             source="control of switch",
         ),
@@ -287,7 +294,7 @@ def register_method(method: Method) -> Method:
     """
     if METHODS.get(method.name, method) != method:
         raise UserError(f"a method {method.name!r} exists already; give yours another name")
-    check_choice(f"method {method.name!r}: objective", method.objective, (CROSS_ENTROPY, *DIVERGENCES))
+    check_choice(f"method {method.name!r}: objective", method.objective, tuple(OBJECTIVES))
     check_range(f"method {method.name!r}: on_policy_fraction", method.on_policy_fraction, 0.0, 1.0)
     if method.policy is None and (method.on_policy_fraction > 0 or method.teacher_text or method.replay):
         raise UserError(f"method {method.name!r} rolls text out, but has no policy; give one")

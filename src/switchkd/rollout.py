@@ -156,11 +156,12 @@ class Rollout:
         """Return the ids of every completion without padding, the end of sequence included."""
         return [ids[keep].tolist() for ids, keep in zip(self.completion_ids, self.completion_mask, strict=True)]
 
-    def to_dicts(self, tokenizer: Any = None) -> list[dict[str, Any]]:
+    def to_dicts(self, tokenizer: Any = None, eos_token_id: int | Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return one JSON-ready dict per row; with a tokenizer the text of prompt and tokens is added.
 
         Args:
             tokenizer: A Hugging Face tokenizer, or None for ids only.
+            eos_token_id: Id or ids that end a text; with them `finish_reason` is added: "stop" or "length".
 
         Returns:
             Dicts with `prompt_ids`, `completion_ids`, `author` (lower-case names), `divergence`, `threshold` (None for
@@ -180,6 +181,9 @@ class Rollout:
                 "measured": self.measured,
                 "unit": self.unit,
             }
+            if eos_token_id is not None:
+                ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+                result["finish_reason"] = "stop" if ids and ids[-1] in ends else "length"
             if tokenizer is not None:
                 result["prompt"] = tokenizer.decode(prompt_ids)
                 result["completion"] = tokenizer.decode(ids, skip_special_tokens=True)

@@ -104,16 +104,6 @@ class Warping:
         return out
 
 
-def check_warping(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError where a sampling option lies outside its range."""
-    if not (temperature >= 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be >= 0 (0 is greedy), got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be >= 0 (0 keeps every id), got {top_k}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-
-
 def noise_keys(seed: int, row_ids: Tensor, positions: Tensor, stream: Stream) -> Tensor:
     """Return one 64-bit key for each (seed, row id, position, stream).
 

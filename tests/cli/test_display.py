@@ -9,15 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.cli.display import RESET, TEACHER_STYLE, plot_summary, position_curves, rollout_text, table
+from switchkd.cli.display import plot_summary, position_curves, table
 from switchkd.errors import UserError
 from switchkd.rollout import Author, Rollout, token_texts
-
-RECORD = {
-    "prompt": "Q: ",
-    "tokens": ["one", " two", " three", " four"],
-    "author": ["student", "teacher", "teacher", "student"],
-}
 
 
 def make_rollout(lengths: list[int], teacher_from: int, threshold: float = 0.3) -> Rollout:
@@ -36,36 +30,6 @@ def make_rollout(lengths: list[int], teacher_from: int, threshold: float = 0.3) 
         divergence=values.masked_fill(~mask, math.nan),
         threshold=torch.full_like(values, threshold).masked_fill(~mask, math.nan),
     )
-
-
-def test_without_colour_the_teachers_runs_stand_in_brackets() -> None:
-    assert rollout_text(RECORD, color=False) == "Q: one[ two three] four"
-
-
-def test_colour_changes_nothing_but_the_style() -> None:
-    text = rollout_text(RECORD, color=True)
-    assert f"{TEACHER_STYLE} two three{RESET}" in text
-    plain = text.replace(RESET, "")
-    for style in (TEACHER_STYLE, "\x1b[2m"):
-        plain = plain.replace(style, "")
-    assert plain == "Q: one two three four"
-
-
-def test_newlines_show_as_newlines_and_no_line_ends_inside_a_style() -> None:
-    record = {"prompt": "a\nb", "tokens": ["c\n", "\nd"], "author": ["teacher", "teacher"]}
-    assert rollout_text(record, color=False) == "a\nb[c\n\nd]"
-    for line in rollout_text(record, color=True).split("\n"):
-        assert line.count("\x1b[") == 2 * line.count(RESET)
-
-
-def test_a_model_cannot_steer_the_terminal() -> None:
-    record = {"prompt": "p", "tokens": ["\x1b[2J", "\r", "\x07\t"], "author": ["student"] * 3}
-    assert rollout_text(record, color=False) == "p\\x1b[2J\\r\\x07\t"
-
-
-def test_text_in_any_script_stays_as_it_is() -> None:
-    record = {"prompt": "é", "tokens": ["日本", "🙂"], "author": ["teacher", "student"]}
-    assert rollout_text(record, color=False) == "é[日本]🙂"
 
 
 def test_table_aligns_numbers_right_and_text_left() -> None:

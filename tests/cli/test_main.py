@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,8 @@ from switchkd.__main__ import COMMANDS, main
 from switchkd.cli.console import Console
 from switchkd.cli.run_folder import RunFolder, json_line
 from switchkd.commands import rollout
+from switchkd.methods import METHODS
+from switchkd.training.config import SwitchConfig
 
 # ---- help and start
 
@@ -57,23 +60,55 @@ def test_help_of_train_lists_every_option_of_this_package_once(run: Run) -> None
     assert "TrainingArguments" in out
 
 
-def test_help_and_mistakes_of_train_do_not_wait_for_the_trainer() -> None:
+def test_help_and_mistakes_of_train_do_not_wait_for_torch() -> None:
     """They took 6 seconds: torch, peft and the data sets were imported to list the options."""
     code = (
-        "import sys; from switchkd.__main__ import main; code = main(sys.argv[1:]);"
-        "heavy = ('transformers.training_args', 'transformers.trainer', 'peft', 'datasets', 'accelerate');"
-        "print(code, [name for name in heavy if name in sys.modules], file=sys.stderr)"
+        "import sys, time; from switchkd.__main__ import main; code = main(sys.argv[1:]);"
+        "heavy = ('torch', 'transformers.training_args', 'transformers.trainer', 'peft', 'datasets', 'accelerate');"
+        "print(code, [name for name in heavy if name in sys.modules], time.process_time(), file=sys.stderr)"
     )
-    for arguments, expected in (
-        (["--help"], "0 []"),
-        (["--tempratur", "1"], "2 []"),
-        (["--top_k", "many"], "2 []"),
-        (["--method", "swich"], "2 []"),
-        (["--model_name_or_path", "x"], "2 []"),
+    given = ["--model_name_or_path", "x", "--dataset_name", "y"]
+    for arguments, expected, seconds in (
+        (["--help"], "0 []", 2.5),
+        (["--tempratur", "1"], "2 []", 1.5),
+        (["--top_k", "many"], "2 []", 1.5),
+        ([*given, "--method", "swich"], "2 []", 1.5),
+        ([*given, "--divergence", "rkl"], "2 []", 1.5),
+        ([*given, "--temperature", "-1"], "2 []", 1.5),
     ):
         command = [sys.executable, "-c", code, "train", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.stderr.splitlines()[-1] == expected, done.stderr
+        found, _, used = done.stderr.splitlines()[-1].rpartition(" ")
+        assert found == expected, done.stderr
+        assert float(used) < seconds
+
+
+def test_help_of_train_is_laid_out_by_task_and_by_method(run: Run) -> None:
+    _, out, _ = run("train", "--help")
+    groups = {part.partition(":\n")[0]: part for part in out.split("\n\n")}
+    for title, options in {
+        "models": ("model_name_or_path", "teacher_model_name_or_path"),
+        "only with --method skd": ("teacher_top_k",),
+        "only with --method minillm": ("mixture_weight", "clip_range"),
+        "what is learned": ("divergence", "ce_weight"),
+        "training (transformers.TrainingArguments)": ("learning_rate", "warmup_steps", "weight_decay", "optim"),
+        "evaluation while training": ("eval_strategy", "load_best_model_at_end"),
+        "saving and logging": ("save_strategy", "push_to_hub", "report_to"),
+    }.items():
+        assert all(f"  --{name} " in groups[title] for name in options), title
+    for name, method in METHODS.items():
+        line = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
+        assert line.split(maxsplit=1)[1] in " ".join(method.summary.split()), name
+
+
+def test_help_all_lists_every_option_once(run: Run) -> None:
+    code, out, _ = run("train", "--help-all")
+    assert code == 0
+    for option in dataclasses.fields(SwitchConfig):
+        if option.init:
+            assert len(re.findall(rf"^  --{option.name}\b", out, flags=re.MULTILINE)) == 1, option.name
+    assert "--adam_beta1" not in run("train", "--help")[1]
+    assert run("rollout", "--help_all")[1] == run("rollout", "--help")[1]
 
 
 def test_without_a_command_the_help_goes_to_standard_error(run: Run) -> None:

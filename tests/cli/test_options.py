@@ -7,7 +7,7 @@ import pytest
 from helpers.command_line import Run, one_line_error
 
 from switchkd.cli.options import OptionParser, flag
-from switchkd.commands import train
+from switchkd.commands import rollout, train
 from switchkd.errors import nearest_name
 
 
@@ -87,12 +87,43 @@ def test_every_command_takes_a_config_file(tmp_path: Path, run: Run) -> None:
         (["--top_k", "many"], "--top_k: invalid int value: 'many'"),
         (["--json", "maybe"], "expected true or false, got 'maybe'"),
         (["stray"], "unexpected argument 'stray'"),
+        (["x.yaml"], "unexpected argument 'x.yaml'; give a config file as --config x.yaml"),
+        (["--method", "kd", "runs/a.yml"], "give a config file as --config runs/a.yml"),
+        (["--top_k", "5", "6"], "unexpected argument '6'; --top_k takes one value"),
+        (
+            ["--run_name", "my", "run"],
+            "unexpected argument 'run'; put text with blanks in quotes: --run_name \"my run\"",
+        ),
         (["--top_k"], "--top_k: expected one argument"),
         (["--top"], "unknown option --top"),  # no abbreviations: they change meaning when options are added
     ],
 )
 def test_wrong_flags_are_one_line(run: Run, arguments: list[str], message: str) -> None:
     assert message in one_line_error(*run("train", *arguments))
+
+
+def test_an_unquoted_prompt_is_refused(run: Run) -> None:
+    """`--prompt Once upon` was read as the two prompts "Once" and "upon"."""
+    for words in (["--prompt", "Once", "upon", "a", "--seed", "1"], ["--prompt=Once", "upon", "a"]):
+        error = one_line_error(*run("rollout", *words))
+        assert error == "unexpected argument 'upon'; put text with blanks in quotes: --prompt \"Once upon a\""
+
+
+def test_an_option_that_is_repeated_is_a_list_in_a_file_and_flags_win(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("prompt: [Once upon, a time]\nseed: 3\n")
+    parser = rollout.parser()
+    assert parser.resolve(["--config", str(config)]).prompt == ["Once upon", "a time"]
+    options = parser.resolve(["--prompt", "x", "--config", str(config), "--prompt", "y z"])
+    assert (options.prompt, options.seed) == (["x", "y z"], 3)
+    config.write_text("prompt: Once upon\n")
+    assert parser.resolve(["--config", str(config)]).prompt == ["Once upon"]
+
+
+def test_help_is_as_wide_as_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (72, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, run("train", "--help")[1].splitlines())) <= min(columns, 112)
 
 
 def test_a_switch_is_also_a_key_with_a_value() -> None:

@@ -1,12 +1,35 @@
 """`switchkd evaluate`: scores, rows, one line for a mistake."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.command_line import Run, evaluate_options, write_rows
 
+from switchkd import evaluation
 from switchkd.cli.run_folder import read_config
+from switchkd.evaluation import reference_losses
+
+
+def test_the_pass_over_the_references_has_a_bar_and_counts_in_seconds(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`seconds` were those of the answers alone, and a long silence came before their bar."""
+    spent = []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        time.sleep(1.0)
+        result = reference_losses(*arguments, **{**options, "progress": True})
+        spent.append(time.perf_counter() - started)
+        return result
+
+    monkeypatch.setattr(evaluation, "reference_losses", slow)
+    code, out, err = run(*evaluate_options(models, models / "student", tmp_path / "a", "--max_samples", 2, "--json"))
+    assert code == 0 and json.loads(out)["seconds"] > spent[0] > 1.0
+    assert "references: " in err
 
 
 def test_evaluate_writes_summary_and_rows(models: Path, tmp_path: Path, run: Run) -> None:

@@ -1,14 +1,15 @@
 """`switchkd rollout`: what it prints and writes, every policy, one line for a mistake."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.command_line import Run, one_line_error, rollout_options
-from helpers.tiny import RAGGED_ROWS
+from helpers.tiny import RAGGED_ROWS, build_tokenizer
 
-from switchkd.cli import display as report
+from switchkd.cli.rollouts import rollout_text
 from switchkd.cli.run_folder import read_config
 
 
@@ -21,7 +22,7 @@ def test_rollout_prints_the_text_and_a_line_of_numbers(models: Path, run: Run) -
 
 
 def test_rollout_json_is_what_was_printed(models: Path, run: Run) -> None:
-    options = rollout_options(models, "--prompt", "Hello", "Bye", "--num_samples", 2, "--batch_size", 3)
+    options = rollout_options(models, "--prompt", "Hello", "--prompt", "Bye", "--num_samples", 2, "--batch_size", 3)
     code, out, err = run(*options, "--json")
     assert code == 0 and out.count("\n") == 1
     result = json.loads(out)
@@ -29,7 +30,7 @@ def test_rollout_json_is_what_was_printed(models: Path, run: Run) -> None:
     authors = [author for row in result["rollouts"] for author in row["author"]]
     assert result["teacher_share"] == pytest.approx(authors.count("teacher") / len(authors))
     for row in result["rollouts"]:
-        assert report.rollout_text(row, color=False) in err
+        assert rollout_text(row) in err
     # The same rows whatever the batch.
     again = json.loads(run(*options, "--json", "--batch_size", 1)[1])
     for one, other in zip(again["rollouts"], result["rollouts"], strict=True):
@@ -102,8 +103,49 @@ def test_colour_is_for_terminals_unless_asked_for(models: Path, run: Run) -> Non
     # Threshold 0: the teacher writes everything, so there is something to colour.
     options = rollout_options(models, "--prompt", "Hello", "--initial_threshold", 0)
     assert "\x1b[" not in run(*options)[1]
-    assert report.TEACHER_STYLE in run(*options, "--color", "always")[1]
+    assert "\x1b[1;4;" in run(*options, "--color", "always")[1]
     assert "\x1b[" not in "".join(run(*options, "--color", "always", "--json")[1:])
+
+
+def test_a_terminal_gets_a_legend_and_a_header_for_every_completion(
+    models: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options = rollout_options(models, "--prompt", "Hello", "--prompt", "Bye", "--color", "always")
+    lines = re.sub(r"\x1b\[[\d;]*m", "", run(*options)[1]).splitlines()
+    assert "written by: student  teacher" in lines[0] and sum("written by" in line for line in lines) == 1
+    for number, prompt in enumerate(("Hello", "Bye"), start=1):
+        place = next(place for place, line in enumerate(lines) if line.startswith(f"{number} of 2: "))
+        assert "the teacher wrote" in lines[place]
+        assert re.search(r", (cut at the limit of 12 tokens|ended with <eos>)$", lines[place])
+        assert lines[place + 1].split() == ["prompt", prompt] and lines[place + 2].startswith("completion")
+    assert "teacher wrote" in lines[-1]
+
+
+def test_the_end_of_a_completion_is_in_the_results(models: Path, run: Run) -> None:
+    options = rollout_options(models, "--prompt", "a", "--num_samples", 40, "--batch_size", 40, "--json")
+    rows = json.loads(run(*options)[1])["rollouts"]
+    eos = build_tokenizer().eos_token_id
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    for row in rows:
+        assert (row["completion_ids"][-1] == eos) == (row["finish_reason"] == "stop")
+
+
+def test_top_tokens_are_shown_and_written(models: Path, tmp_path: Path, run: Run) -> None:
+    options = rollout_options(models, "--prompt", "Hello", "--initial_threshold", 0.4, "--top_tokens", 3)
+    out = run(*options)[1]
+    code, line, err = run(*options, "--json", "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    row = json.loads(line)["rollouts"][0]
+    assert row == json.loads((tmp_path / "run" / "rollouts.jsonl").read_text())
+    assert len(row["top_tokens"]) == len(row["completion_ids"])
+    for token, divergence in zip(row["top_tokens"], row["divergence"], strict=True):
+        assert len(token["student"]) == len(token["teacher"]) == 3
+        assert token["jsd_nats"] == pytest.approx(divergence, abs=1e-5)
+    table = out.splitlines()[2:]
+    assert table[0].split()[:3] == ["#", "token", "writer"] and table[0].endswith("jsd [nats]  threshold [nats]")
+    assert [line.split()[0] for line in table[2 : 2 + len(row["tokens"])]] == [*map(str, range(len(row["tokens"])))]
+    assert "top_tokens must be an integer >= 0" in one_line_error(*run(*options, "--top_tokens", -1))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,11 @@ def test_hub_id_that_cannot_be_loaded_says_what_was_tried(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = refusal(load_records, "owner/name:config", split="test")
-    assert "not a local file or folder" in message and "hub data set 'owner/name'" in message and "Couldn't" in message
+    assert (
+        "not a local file or folder" in message
+        and "hub data set 'owner/name'" in message
+        and "cannot be reached" in message
+    )
     assert seen == [(("owner/name", "config"), {"split": "test"})]
     assert "or a hub id" in refusal(load_records, "two words")
     assert len(seen) == 1

@@ -15,6 +15,7 @@ from switchkd.objective import (
     reduce_losses,
     token_losses,
 )
+from switchkd.objective_names import OBJECTIVES
 
 NAMES = [CROSS_ENTROPY, *DIVERGENCES]
 ROWS, PROMPT, COMPLETION, SIZE = 3, 4, 5, 7
@@ -258,3 +259,8 @@ def test_unknown_or_idle_options_are_refused_in_one_line(objective, options, mes
         check_objective(objective, options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_torch_free_table_of_objectives_is_that_of_the_functions():
+    expected = {CROSS_ENTROPY: ()} | {name: tuple(objective_options(name)) for name in DIVERGENCES}
+    assert expected == OBJECTIVES

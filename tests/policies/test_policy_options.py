@@ -53,3 +53,17 @@ def test_the_help_of_train_states_the_value_that_holds_for_each_method(method):
         help = fields[name].metadata["help"]
         shown = f"{value:.4g}" if isinstance(value, float) else value
         assert method.name in help.split(":")[0].lower() and f"{shown}" in help.split("(default: ")[1]
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS.values() if method.policy is not None])
+def test_the_policy_of_a_method_is_one_of_the_table(method):
+    assert method.policy in POLICIES
+    assert method.policy_class() is POLICIES[method.policy]
+
+
+def test_a_method_may_have_a_policy_of_ones_own():
+    """Methods name their policies; a class works as well."""
+    named = METHODS["skd"]
+    own = dataclasses.replace(named, policy=POLICIES["skd"])
+    assert own.policy_options == named.policy_options and own.default_options(64) == named.default_options(64)
+    assert own.policy_class() is named.policy_class()

@@ -7,9 +7,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from switchkd.cli.run_folder import is_main_process, json_line
+
+if TYPE_CHECKING:  # only a terminal needs it
+    import rich.console
 
 
 @dataclass
@@ -71,6 +74,32 @@ def quiet_libraries(verbose: bool) -> None:
     datasets.logging.set_verbosity_error()
     # A download of gigabytes should have a bar; transformers' switch turned that one off as well.
     enable_progress_bars()
+
+
+def terminal(stream: TextIO, color: str = "auto") -> "rich.console.Console | None":
+    """Return rich's console of a stream that can show marks; None where text must stay plain.
+
+    Args:
+        stream: Where the text goes.
+        color: "auto" for a terminal (rich knows NO_COLOR, FORCE_COLOR and dumb terminals), "always" or "never".
+    """
+    if color == "never":
+        return None
+    from rich.console import Console as RichConsole
+
+    always = color == "always"
+    options: dict[str, Any] = {"file": stream, "highlight": False, "markup": False, "emoji": False}
+    console = RichConsole(**options, force_terminal=always or None, no_color=False if always else None)
+    if always and console.color_system is None:
+        console = RichConsole(**options, force_terminal=True, no_color=False, color_system="256")
+    return console if console.is_terminal and console.color_system is not None else None
+
+
+def rendered(console: "rich.console.Console", renderable: Any) -> str:
+    """Return what a console would print, without the last line break: who writes it knows of readers that leave."""
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().removesuffix("\n")
 
 
 def write(stream: TextIO, text: str) -> None:

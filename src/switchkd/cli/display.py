@@ -1,4 +1,4 @@
-"""How a run is shown: rollouts in the terminal, plain tables, and the summary picture."""
+"""How a run is shown: tables, and the summary picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,35 +9,9 @@ from switchkd.errors import UserError
 if TYPE_CHECKING:  # torch and matplotlib are slow to import and not needed to print a table
     from switchkd.rollout import Rollout
 
-TEACHER_STYLE = "\x1b[1;38;5;208m"  # bold orange: readable on dark and light backgrounds
-PROMPT_STYLE = "\x1b[2m"  # faint
-RESET = "\x1b[0m"
-
 # Okabe and Ito's palette: distinguishable with every common colour vision deficiency, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 SERIES_COLOURS = ("#B8B8B8", ORANGE, BLUE, GREEN, "#CC79A7", "#D55E00")
-
-
-def rollout_text(row: Mapping[str, Any], color: bool) -> str:
-    """Return a rollout as text to print: the prompt, then the completion with the teacher's tokens marked.
-
-    Args:
-        row: One of `Rollout.to_dicts(tokenizer)`: `prompt`, `tokens` and `author` are read.
-        color: Mark the prompt faint and the teacher's tokens in colour; otherwise each run of the teacher's tokens
-            stands in [brackets].
-    """
-    runs: list[tuple[bool, str]] = []
-    for token, author in zip(row["tokens"], row["author"], strict=True):
-        by_teacher = author == "teacher"
-        if runs and runs[-1][0] == by_teacher:
-            runs[-1] = (by_teacher, runs[-1][1] + _printable(token))
-        else:
-            runs.append((by_teacher, _printable(token)))
-    prompt = _printable(row["prompt"])
-    if not color:
-        return prompt + "".join(f"[{text}]" if by_teacher else text for by_teacher, text in runs)
-    pieces = [_styled(prompt, PROMPT_STYLE)]
-    return "".join([*pieces, *(_styled(text, TEACHER_STYLE) if by_teacher else text for by_teacher, text in runs)])
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
@@ -47,15 +21,15 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
         rows: Cells of any type; floats get four significant digits and None becomes "-".
         headers: One per column.
     """
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     columns = list(zip(headers, *cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    numeric = [all(map(_is_number, column[1:])) for column in columns]
     lines = [list(headers), ["-" * width for width in widths], *cells]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
         ).rstrip()
         for line in lines
     )
@@ -63,8 +37,8 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
 
 def markdown_table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     """Return the same cells as a table of Markdown."""
-    lines = [list(headers), ["---"] * len(headers), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [list(headers), ["---"] * len(headers), *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def position_curves(rollouts: Sequence["Rollout"], min_rows: int = 1) -> dict[str, list[float]]:
@@ -214,28 +188,16 @@ def _draw_scores(axes: Any, scores: Mapping[str, Mapping[str, tuple[float, float
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, columnspacing=1.5, handlelength=1.2)
 
 
-def _styled(text: str, style: str) -> str:
-    """Text in a style that ends before every line break, so that pagers and `head` never cut a style open."""
-    return "\n".join(f"{style}{line}{RESET}" if line else "" for line in text.split("\n"))
-
-
-def _printable(text: str) -> str:
-    """Text without characters that move the cursor or change colours; line breaks and tabs stay."""
-    kept = text.replace("\r\n", "\n")
-    return "".join(
-        character if character in "\n\t" or character.isprintable() else ascii(character)[1:-1] for character in kept
-    )
-
-
-def _is_number(cell: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        float(cell.replace(",", "").removesuffix("%"))
+        float(text.replace(",", "").removesuffix("%"))
     except ValueError:
-        return cell == "-"
+        return text == "-"
     return True
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return the text of a table's cell: floats with four significant digits, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -84,7 +84,10 @@ def _run(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> int:
     command = cast(Command, import_module(commands[name][0]))
     parser: OptionsMixin = command.parser()
     if "-h" in rest or "--help" in rest:
-        write(sys.stdout, cast(argparse.ArgumentParser, parser).format_help())
+        write(sys.stdout, parser.format_help())
+        return 0
+    if "--help-all" in rest or "--help_all" in rest:
+        write(sys.stdout, parser.full_help())
         return 0
     options = parser.resolve(rest)
     console = Console(json=options.json, verbose=options.verbose)

@@ -2,10 +2,12 @@
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import re
-import sys
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +16,8 @@ import yaml
 
 from switchkd.errors import UserError, UserErrors, nearest_name
 from switchkd.other_names import changes_nothing, way_out
+
+WIDEST_HELP = 110
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,7 +33,18 @@ class HelpFormatter(argparse.HelpFormatter):
     """Help that shows the defaults that matter."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
+        # As wide as the terminal, but lines longer than 110 characters are hard to read; 110 without a terminal.
+        columns = shutil.get_terminal_size((WIDEST_HELP + 2, 24)).columns
+        super().__init__(prog, max_help_position=34, width=max(min(columns - 2, WIDEST_HELP), 40))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # A description of several lines is a list: its lines stay, and a long one goes on below its second column.
+        lines = text.splitlines()
+        if len(lines) < 2:
+            return super()._fill_text(text, width, indent)
+        column = " " * re.match(r"\S*\s*", lines[0]).end()  # type: ignore[union-attr]
+        fill = functools.partial(textwrap.fill, width=width, initial_indent=indent, subsequent_indent=indent + column)
+        return "\n".join(map(fill, lines))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == []
@@ -72,6 +87,10 @@ class OptionsMixin(_Parser):
         group.add_argument("--json", **flag("end standard output with one compact JSON object"))
         group.add_argument("--verbose", **flag("show the messages of transformers and datasets too"))
 
+    def full_help(self) -> str:
+        """Return the help with every option; the same as `--help` where that leaves none out."""
+        return self.format_help()
+
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print with its usage as one `UserError`."""
         # "argument --top_k/--top-k: invalid ..." names an option twice.
@@ -100,7 +119,12 @@ class OptionsMixin(_Parser):
         options = self._parse(flags)
         if options.config is None:
             return options
-        return self._parse([*self._config_flags(options.config), *flags])
+        of_file = self._parse(self._config_flags(options.config))
+        for action in self._actions:
+            # Flags win: a list that they give is not added to that of the file.
+            if isinstance(action, argparse._AppendAction) and getattr(options, action.dest) is not None:
+                setattr(of_file, action.dest, None)
+        return self._parse(flags, of_file)
 
     def _known_flags(self, argv: Sequence[str]) -> list[str]:
         """The arguments with `--top-k=5` as `--top_k=5`; unknown options that would change nothing are left out."""
@@ -134,11 +158,28 @@ class OptionsMixin(_Parser):
         hint = way_out(name, self._names())
         problems.append(f"{what}; {hint}" if hint else what)
 
-    def _parse(self, flags: list[str]) -> argparse.Namespace:
-        options, rest = self.parse_known_args(flags)
+    def _parse(self, flags: list[str], known: argparse.Namespace | None = None) -> argparse.Namespace:
+        options, rest = self.parse_known_args(flags, known)
         if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}; every option is given as --name value")
+            raise UserError(f"unexpected argument {rest[0]!r}; {self._way_out(flags, rest[0])}")
         return options
+
+    def _way_out(self, flags: list[str], stray: str) -> str:
+        """How to give a word that belongs to no option."""
+        if stray.lower().endswith((".yaml", ".yml")):
+            return f"give a config file as --config {stray}"
+        before = flags[: flags.index(stray)]
+        start = max(
+            (place for place, flag in enumerate(before) if flag.startswith("--") and flag != "--"), default=None
+        )
+        if start is None:
+            return "every option is given as --name value"
+        action = self._known()[before[start].partition("=")[0]]
+        if action.type not in (None, str) or action.choices is not None:
+            return f"--{action.dest} takes one value, and every option is given as --name value"
+        after = next((place for place, flag in enumerate(flags) if place > start and flag.startswith("--")), len(flags))
+        inline = [value for value in [before[start].partition("=")[2]] if value]
+        return f'put text with blanks in quotes: --{action.dest} "{" ".join([*inline, *flags[start + 1 : after]])}"'
 
     def _config_flags(self, path: str) -> list[str]:
         """The keys of a YAML file as flags, so that a value is read in one way only."""
@@ -157,7 +198,7 @@ class OptionsMixin(_Parser):
                 problems.append(f"{where}: duplicate key {name!r}")
                 continue
             seen.add(name)
-            tokens = _flag_tokens(f"--{name}", value_node, takes_list=action.nargs == "+")
+            tokens = _flag_tokens(f"--{name}", value_node, action)
             try:
                 self._parse(tokens)
             except UserError as error:
@@ -228,11 +269,6 @@ def is_terminal(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)())
 
 
-def wants_color(choice: str) -> bool:
-    """Return whether standard output gets colours: `always`, `never`, or `auto` for a terminal."""
-    return choice == "always" or (choice == "auto" and is_terminal(sys.stdout))
-
-
 def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -254,8 +290,9 @@ def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     return root.value
 
 
-def _flag_tokens(flag_name: str, node: yaml.Node, takes_list: bool) -> list[str]:
+def _flag_tokens(flag_name: str, node: yaml.Node, action: argparse.Action) -> list[str]:
     """The command-line words for a key's value; none for an empty value, which leaves the default."""
+    takes_list = action.nargs == "+"
     if isinstance(node, yaml.ScalarNode):
         if node.tag == "tag:yaml.org,2002:null":
             return []
@@ -264,6 +301,8 @@ def _flag_tokens(flag_name: str, node: yaml.Node, takes_list: bool) -> list[str]
         values = [item.value for item in node.value]
         if not values:
             return []
+        if isinstance(action, argparse._AppendAction):
+            return [f"{flag_name}={value}" for value in values]
         return [flag_name, *values] if takes_list else [f"{flag_name}={','.join(values)}"]
     return [f"{flag_name}={json.dumps(_construct(node))}"]
 

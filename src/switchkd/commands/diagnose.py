@@ -7,7 +7,7 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser, integers
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.policy_options import OPTIONS
-from switchkd.errors import UserError, check_range
+from switchkd.errors import UserError, check_range, check_warping
 
 if TYPE_CHECKING:
     from switchkd.policies import SwitchPolicy
@@ -169,8 +169,6 @@ def _calibrated(pair: Any, policy: "SwitchPolicy", share: float, console: Consol
 
 def _check(options: argparse.Namespace) -> list[int] | None:
     """Refuse options out of range, and return the positions where they are given."""
-    from switchkd.sampling import check_warping
-
     for name, meaning in (
         ("model_name_or_path", "the student"),
         ("teacher_model_name_or_path", "the teacher"),
@@ -186,10 +184,7 @@ def _check(options: argparse.Namespace) -> list[int] | None:
     check_range("harm_probability", options.harm_probability, 0.0, 1.0)
     if not 0.0 < options.target_teacher_share < 1.0:
         raise UserError(f"target_teacher_share must lie in (0, 1), got {options.target_teacher_share}")
-    try:
-        check_warping(options.temperature, options.top_k, options.top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_warping(options.temperature, options.top_k, options.top_p)
     positions = integers(options.positions, "positions")
     if positions is not None:
         inside = [0 <= position < options.max_completion_length for position in positions]

@@ -1,13 +1,14 @@
 """`switchkd evaluate`: score a model's own answers."""
 
 import argparse
+import time
 from typing import Any
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser, integers, is_terminal
 from switchkd.cli.run_folder import RunFolder
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_warping
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,9 +91,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
         teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     model = load_model(options.model_name_or_path, kwargs).to(device)
-    losses = reference_losses(
-        model, tokenizer, data, teacher=teacher, batch_size=options.batch_size, excluded_ids=excluded_ids
-    )
+    started, progress = time.perf_counter(), is_terminal(console.stream)
+    shared: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
+    losses = reference_losses(model, tokenizer, data, teacher=teacher, excluded_ids=excluded_ids, **shared)
     result = evaluate(
         model,
         tokenizer,
@@ -102,10 +103,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        batch_size=options.batch_size,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         scorer=load_scorer(options.scorer) if options.scorer is not None else None,
-        progress=is_terminal(console.stream),
+        **shared,
     )
     summary = {
         "model_name_or_path": options.model_name_or_path,
@@ -123,8 +123,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             [(row["index"], ids) for row, ids in zip(result.rows, result.completion_ids, strict=True)],
             max_completion_length=options.max_completion_length,
             seed=seeds[0],
-            batch_size=options.batch_size,
             excluded_ids=excluded_ids,
+            **shared,
         )
         for row, value in zip(result.rows, divergences["reverse_sequence_kl"].pop("of_answers"), strict=True):
             row["reverse_sequence_kl"] = value
@@ -132,6 +132,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "answers_sample_the_model": samples_the_model(result.decoding),
             **divergences,
         }
+    summary["seconds"] = time.perf_counter() - started  # the passes over references and answers as well
     console.say("\n" + _tables(summary))
     folder.claim({**vars(options), "seeds": seeds})
     folder.append("rows.jsonl", result.rows)
@@ -149,8 +150,6 @@ def check(options: argparse.Namespace) -> list[int]:
     Raises:
         UserError: Names the option.
     """
-    from switchkd.sampling import check_warping
-
     for name, meaning in (("model_name_or_path", "the model to score"), ("dataset_name", "the data to answer")):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
@@ -160,10 +159,7 @@ def check(options: argparse.Namespace) -> list[int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
-    try:
-        check_warping(options.temperature, options.top_k, options.top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_warping(options.temperature, options.top_k, options.top_p)
     seeds = integers(options.seeds, "seeds") or []
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be one or more different integers, got {seeds}")

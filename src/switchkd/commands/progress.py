@@ -1,12 +1,15 @@
 """What a running `switchkd train` shows and logs."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from switchkd.cli.console import rendered, terminal
 from switchkd.cli.options import is_terminal
+from switchkd.cli.rollouts import completions_table
 from switchkd.cli.run_folder import RunFolder
 from switchkd.rollout import label_of
 
@@ -29,15 +32,24 @@ class RunCallback(ProgressCallback):
         folder: Where the log goes.
         show_bar: Whether a terminal gets a bar.
         measured: What the policy compares, if anything; it stands beside the teacher's share.
+        completions: Returns the rollouts of the last log, which a terminal gets as a table.
     """
 
-    def __init__(self, folder: RunFolder, show_bar: bool, measured: str | None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        show_bar: bool,
+        *,
+        measured: str | None,
+        completions: Callable[[], list[dict[str, Any]]],
+    ) -> None:
         super().__init__()
         self.shown: dict[str, str] = {}
         for key, text in SHOWN.items():
             self.shown[key] = text
             if key == "rollout/teacher_share" and measured is not None:
                 self.shown[f"rollout/{measured}"] = f"{label_of(measured)} {{:.3f}}"
+        self.completions = completions
         self.folder = folder
         self.show_bar = show_bar and is_terminal(sys.stderr)
 
@@ -78,6 +90,9 @@ class RunCallback(ProgressCallback):
         parts = [text.format(logs[key]) for key, text in self.shown.items() if key in logs]
         if parts:
             tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
+        rows, screen = self.completions() if "loss" in logs else [], terminal(sys.stderr)
+        if rows and screen is not None:
+            tqdm.write(rendered(screen, completions_table(rows, state.global_step)), file=sys.stderr)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

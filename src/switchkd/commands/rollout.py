@@ -3,9 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from switchkd.cli.console import Console, quiet_libraries
-from switchkd.cli.display import rollout_text
-from switchkd.cli.options import OptionParser, wants_color
+from switchkd.cli.console import Console, quiet_libraries, rendered, terminal
+from switchkd.cli.options import OptionParser
+from switchkd.cli.rollouts import legend, rollout_block, rollout_text, tokens_block, tokens_text
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.policy_options import (
     NAMES,
@@ -14,7 +14,7 @@ from switchkd.commands.policy_options import (
     check_policy_options,
     make_policy,
 )
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_count
 
 if TYPE_CHECKING:
     from switchkd.policies import Policy
@@ -26,7 +26,7 @@ def parser() -> OptionParser:
     result = OptionParser(
         prog="switchkd rollout",
         usage="switchkd rollout --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --prompt TEXT ...",
-        description="Write completions with the teacher in the loop. The teacher's tokens are coloured, or in "
+        description="Write completions with the teacher in the loop. The teacher's tokens are marked, or in "
         "[brackets] where the output is not a terminal.",
     )
     models = result.add_argument_group("models")
@@ -34,7 +34,9 @@ def parser() -> OptionParser:
     models.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
     models.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     prompts = result.add_argument_group("prompts")
-    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt, in quotes; may be given several times"
+    )
     prompts.add_argument(
         "--template", default="none", help="template around the prompt: none, alpaca, or chat (the tokenizer's)"
     )
@@ -55,8 +57,12 @@ def parser() -> OptionParser:
         "--draft_length", default="auto", metavar="N", help="tokens drafted per teacher pass, or auto"
     )
     sampling.add_argument("--batch_size", type=int, default=8, metavar="N", help="completions written at once")
-    result.add_argument_group("output").add_argument(
-        "--color", default="auto", metavar="WHEN", help="auto (a terminal gets colours), always or never"
+    output = result.add_argument_group("output")
+    output.add_argument(
+        "--top_tokens", type=int, default=0, metavar="K", help="also show both models' K likeliest tokens at each token"
+    )
+    output.add_argument(
+        "--color", default="auto", metavar="WHEN", help="auto (a terminal gets marks and colours), always or never"
     )
     result.add_shared_options("also write the rollouts, config and versions there; nothing is written without it")
     return result
@@ -69,22 +75,38 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
+    from switchkd.models.vocabulary import require_eos
+
     quiet_libraries(options.verbose)
     policy = make_policy(options)
     if policy.needs_teacher and options.teacher_model_name_or_path is None:
         raise UserError(f"policy {options.policy} needs --teacher_model_name_or_path")
     student, teacher, tokenizer, excluded_ids = _models(options, policy)
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
+    eos = require_eos(tokenizer, student, teacher)
+    screen = terminal(console.stream, "never" if console.json else options.color)
     rollouts, rows = [], []
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
-        rollout = _roll_out(options, policy, student, teacher, tokenizer, batch, start, excluded_ids)
+        rollout = _roll_out(options, policy, student, teacher, batch, start, eos, excluded_ids)
         rollouts.append(rollout)
         if folder is not None and start == 0:
             folder.claim(vars(options))
-        for row in rollout.to_dicts(tokenizer):
-            console.say(rollout_text(row, color=not console.json and wants_color(options.color)) + "\n")
+        seen = _top_tokens(options, student, teacher, rollout, tokenizer, excluded_ids) if options.top_tokens else None
+        for number, row in enumerate(rollout.to_dicts(tokenizer, eos)):
             rows.append(row)
+            if seen is not None:
+                row["top_tokens"] = seen[number]
+            if screen is not None and len(rows) == 1:
+                console.say(rendered(screen, legend()) + "\n")
+            if screen is None:
+                console.say(rollout_text(row) + "\n")
+            else:
+                console.say(rendered(screen, rollout_block(row, len(rows), len(prompts))))
+            if seen is not None:
+                console.say(
+                    f"{tokens_text(row)}\n" if screen is None else rendered(screen, tokens_block(row, screen.width))
+                )
             if folder is not None:
                 folder.append("rollouts.jsonl", [row])
     summary = {"policy": options.policy, "seed": options.seed, **_totals(rollouts)}
@@ -115,6 +137,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
     if options.draft_length != "auto" and not options.draft_length.isdecimal():
         raise UserError(f'draft_length must be "auto" or an integer >= 1, got {options.draft_length!r}')
+    check_count("top_tokens", options.top_tokens, 0)
     check_policy_options(options)
 
 
@@ -153,15 +176,14 @@ def _roll_out(
     policy: "Policy",
     student: Any,
     teacher: Any,
-    tokenizer: Any,
     prompts: list[list[int]],
     first: int,
+    eos: list[int],
     excluded_ids: list[int],
 ) -> "Rollout":
     import torch
 
     from switchkd.engine import roll_out
-    from switchkd.models.vocabulary import require_eos
 
     return roll_out(
         student,
@@ -174,8 +196,26 @@ def _roll_out(
         top_k=options.top_k,
         top_p=options.top_p,
         draft_length="auto" if options.draft_length == "auto" else int(options.draft_length),
-        eos_token_id=require_eos(tokenizer, student, teacher),
+        eos_token_id=eos,
         row_ids=torch.arange(first, first + len(prompts)),
+        excluded_ids=excluded_ids,
+    )
+
+
+def _top_tokens(
+    options: argparse.Namespace, student: Any, teacher: Any, rollout: "Rollout", tokenizer: Any, excluded_ids: list[int]
+) -> list[list[dict[str, Any]]]:
+    from switchkd.evaluation.top_tokens import top_tokens
+
+    return top_tokens(
+        student,
+        teacher,
+        rollout,
+        tokenizer,
+        count=options.top_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
         excluded_ids=excluded_ids,
     )
 

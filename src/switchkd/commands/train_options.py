@@ -2,51 +2,24 @@
 
 import argparse
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from switchkd.cli.options import OptionsMixin, json_object, truth
+from switchkd.commands.train_help import arrange
 from switchkd.commands.training_arguments import UNREAD, training_arguments
 from switchkd.errors import UserError
 from switchkd.methods import get_method
-from switchkd.policy_options import POLICY_OPTIONS
 from switchkd.training.options import DistillationOptions, own_fields
 
 if TYPE_CHECKING:  # it takes seconds to import, which the help and a wrong option need not wait for
     from switchkd.training.config import SwitchConfig
 
-# Of transformers' 120 options `--help` lists those that every run thinks about.
-SHOWN_TRAINING_ARGUMENTS = (
-    "output_dir",
-    "learning_rate",
-    "lr_scheduler_type",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "logging_steps",
-    "eval_strategy",
-    "save_steps",
-    "seed",
-    "report_to",
-    "resume_from_checkpoint",
-)
-
 # Of TrainingArguments, but with the one value that works here.
 FIXED = {"remove_unused_columns", "logging_nan_inf_filter"}
-
-OWN_HELP = {
-    "output_dir": "Folder of the run. Default: the first free one of runs/train, runs/train-2, ...",
-    "resume_from_checkpoint": "Resume from the last checkpoint in output_dir, or from the one that is named.",
-    "report_to": "Further loggers: tensorboard, wandb, ... joined by commas, none or all.",
-    "max_steps": "Number of optimizer steps; overrides num_train_epochs where it is > 0.",
-    "gradient_accumulation_steps": "Micro-batches per optimizer step.",
-    "save_steps": "Save a checkpoint every this many steps.",
-    "lr_scheduler_type": "Schedule of the learning rate.",
-}
 
 LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
@@ -100,6 +73,19 @@ class RunArguments:
 class TrainParser(OptionsMixin, HfArgumentParser):
     """The options of `RunArguments` and `SwitchConfig`."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Of transformers' 120 options `--help` lists those that many runs set.
+        self.rare = argparse._ArgumentGroup(self, "all other options of transformers.TrainingArguments")
+
+    def full_help(self) -> str:
+        """Return the help with every option of `transformers.TrainingArguments`."""
+        self._action_groups.insert(-1, self.rare)
+        try:
+            return self.format_help()
+        finally:
+            self._action_groups.remove(self.rare)
+
 
 def parser(arguments: type | None = None) -> TrainParser:
     """Return the options of `switchkd train`.
@@ -113,35 +99,19 @@ def parser(arguments: type | None = None) -> TrainParser:
         prog="switchkd train",
         usage="switchkd train [--config FILE] [--option VALUE ...]",
         description="Distil a student. Every option of transformers.TrainingArguments is accepted; "
-        "only the most common are listed.",
+        "--help lists the common ones, --help-all every one.",
     )
-    method = result.add_argument_group("method and rollouts")
-    policy = result.add_argument_group("who writes (each option belongs to the methods named first)")
-    training = result.add_argument_group("training (transformers.TrainingArguments)")
-    own = set(own_fields())
-    # HfArgumentParser puts every option of a dataclass into one group; help is easier to read in three.
-    options: Any = result._optionals._group_actions
-    for action in list(options):
-        if action.dest == "help":
-            continue
-        options.remove(action)
+    # HfArgumentParser makes one group of a dataclass; help is easier to read by task.
+    actions = {}
+    for action in result._actions:
         if action.type is string_to_bool:
             action.type = truth  # transformers' own does not know on and off, which YAML has
-        if action.choices is None:
-            action.metavar = "BOOL" if action.nargs == "?" else "VALUE"
-        if action.option_strings[0].startswith("--no_"):
-            action.help = argparse.SUPPRESS
-        elif action.dest in SHOWN_TRAINING_ARGUMENTS:
-            training._group_actions.append(action)
-        elif action.dest in POLICY_OPTIONS:
-            policy._group_actions.append(action)
-        elif action.dest in own - FIXED:
-            method._group_actions.append(action)
-        else:
-            action.help = argparse.SUPPRESS
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
-        action.help = OWN_HELP.get(action.dest, action.help)
+        if action.dest != "help" and not action.option_strings[0].startswith("--no_"):
+            actions[action.dest] = action
+    result._action_groups.clear()
+    arrange(result, actions, own={*own_fields(), *_fields(RunArguments)} - FIXED, rare=result.rare)
     result.add_shared_options(None)
     return result
 
@@ -159,16 +129,21 @@ def check_options(options: argparse.Namespace) -> RunArguments:
     """Return the models and data that a run takes; nothing heavy is imported for it.
 
     Raises:
-        UserError: Options that are missing or do not fit together, or an unknown method.
+        UserError: Options that are missing, out of range or do not fit together, or an unknown method.
     """
     run_args = RunArguments(**_fields_of(RunArguments, options))
     _check(run_args, options.teacher_model_name_or_path)
     get_method(options.method)
+    DistillationOptions(**_fields_of(DistillationOptions, options)).check_ranges()
     return run_args
 
 
+def _fields(dtype: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(dtype) if item.init]
+
+
 def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
-    values = {item.name: getattr(options, item.name) for item in dataclasses.fields(dtype) if item.init}
+    values = {name: getattr(options, name) for name in _fields(dtype)}
     return {name: value for name, value in values.items() if value is not UNREAD}
 
 
@@ -196,7 +171,9 @@ def _check(args: RunArguments, teacher: str | None) -> None:
 
 def _config(options: argparse.Namespace) -> "SwitchConfig":
     from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.utils import is_torch_bf16_gpu_available
 
+    from switchkd.models.loading import default_device
     from switchkd.training.config import SwitchConfig
 
     values = _fields_of(SwitchConfig, options)
@@ -208,6 +185,10 @@ def _config(options: argparse.Namespace) -> "SwitchConfig":
             raise UserError(f"{name} must be >= 1, got {values[name]}")
     if values["max_steps"] == 0 or (values["max_steps"] < 0 and not values["num_train_epochs"] > 0):
         raise UserError("nothing to train: give max_steps or num_train_epochs > 0")
+    half = [name for name in ("bf16", "bf16_full_eval") if values[name]]
+    if half and not values["use_cpu"] and not is_torch_bf16_gpu_available() and default_device().type == "cpu":
+        warnings.warn(f"no GPU for {' and '.join(half)} here: this run computes in float32 on the CPU")
+        values |= dict.fromkeys(half, False)
     if isinstance(values["report_to"], str) and "," in values["report_to"]:
         values["report_to"] = values["report_to"].split(",")
     try:

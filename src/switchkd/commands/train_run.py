@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
@@ -15,9 +16,10 @@ from switchkd.cli.display import table
 from switchkd.cli.options import integers, json_object
 from switchkd.cli.run_folder import RunFolder, plain, read_config
 from switchkd.commands.progress import RunCallback
+from switchkd.commands.pushing import check_hub, push
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, read_options
 from switchkd.data import load_records
-from switchkd.errors import UserError
+from switchkd.errors import UserError, UserErrors
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.rollout import label_of, unit_of
@@ -53,11 +55,12 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     quiet_libraries(options.verbose)
     if config.log_level == "passive" and not options.verbose:
         config.log_level = "error"  # the Trainer sets the level of transformers again
+    pushes = check_hub(config)
     started = time.perf_counter()
     trainer = _trainer(run_args, config, folder)
     if checkpoint is None:
         trainer.find_threshold()
-    resolved = _resolved(run_args, trainer)
+    resolved = {**_resolved(run_args, trainer), "push_to_hub": pushes}
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
     folder.claim(resolved, keep=resumes)
@@ -66,13 +69,16 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.say(f"student: {_size(trainer.model)}")
     if trainer.teacher_model is not None:
         console.say(f"teacher: {_size(trainer.teacher_model)}")
-    if trainer.calibration is not None:
+    if trainer.calibration is not None and trainer.calibration.reached:  # else a warning has said so
         console.say(f"calibrated: {trainer.calibration.note}")
 
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     measured = None if trainer.plan.policy is None else trainer.plan.policy.measured
-    trainer.add_callback(RunCallback(folder, show_bar=not config.disable_tqdm, measured=measured))
+    shown = RunCallback(
+        folder, not config.disable_tqdm, measured=measured, completions=lambda: trainer.logged_completions
+    )
+    trainer.add_callback(shown)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -84,15 +90,19 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if trainer.eval_dataset is not None and config.eval_strategy == "no":
         trainer.evaluate()
+    config.push_to_hub = False  # saving would push as well, and lose the rest where that fails
     trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
     summary = _summary(trainer, seconds)
     folder.write_json("summary.json", summary)
     if text := _table(trainer):
         console.say(f"\n{text}")
+    if best := summary.get("best"):
+        console.say(f"\nbest: step {best['step']}, {best['metric']} {best['value']:.4g}; loaded and saved")
     console.say(f"\n{summary['steps']} steps in {seconds:.0f} s; model, config.yaml, metrics.jsonl in {folder.path}")
-    return {**summary, "output_dir": str(folder.path)}
+    result = {**summary, "output_dir": str(folder.path)}
+    if pushes and (failure := push(trainer)):
+        raise UserErrors([failure], result)
+    return result
 
 
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
@@ -114,7 +124,7 @@ def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> Swi
         )
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, HfHubHTTPError) as error:
         # transformers, accelerate and peft refuse options with a ValueError; --verbose shows where.
         raise UserError(str(error)) from error
 
@@ -239,20 +249,34 @@ TABLE_ROWS = (
 )
 
 
-def _logged(trainer: SwitchTrainer, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
+def _logged(trainer: SwitchTrainer, key: str, step: int | None = None) -> list[float]:
+    """What was logged under a key, at one step or at all."""
+    entries = [entry for entry in trainer.state.log_history if step is None or entry["step"] == step]
+    return [entry[key] for entry in entries if key in entry]
+
+
+def _best(trainer: SwitchTrainer) -> dict[str, Any] | None:
+    """The step whose weights were loaded at the end, and what made it the best; None where the last were kept."""
+    state, name = trainer.state, trainer.args.metric_for_best_model
+    if not trainer.args.load_best_model_at_end or state.best_global_step is None or name is None:
+        return None
+    metric = name if name.startswith("eval_") else f"eval_{name}"
+    return {"step": state.best_global_step, "metric": metric, "value": state.best_metric}
 
 
 def _table(trainer: SwitchTrainer) -> str:
-    rows, shown = [], list(TABLE_ROWS)
+    rows, best, shown = [], _best(trainer), list(TABLE_ROWS)
     if trainer.plan.policy is not None and (measured := trainer.plan.policy.measured) is not None:
         at = next(index for index, row in enumerate(shown) if row[0] == "rollout/teacher_share")
         shown.insert(at + 1, (f"rollout/{measured}", f"{label_of(measured)} [{unit_of(measured)}]", 1))
     for key, name, factor in shown:
         values = _logged(trainer, key)
         if values:
-            rows.append((name, factor * values[0], factor * values[-1]))
-    return table(rows, ("", "start", "end")) if rows else ""
+            row = (name, factor * values[0], factor * values[-1])
+            of_best = _logged(trainer, key, best["step"]) if best else []
+            rows.append((*row, *([factor * of_best[-1] if of_best else None] if best else [])))
+    headers = ("", "start", "end", *([f"best: step {best['step']}"] if best else []))
+    return table(rows, headers) if rows else ""
 
 
 def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:
@@ -270,7 +294,11 @@ def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "data": {name: dataclasses.asdict(report) for name, report in trainer.prepare_reports.items()},
     }
+    best = _best(trainer)
+    if best is not None:
+        summary["best"] = best
+    # Of the weights that are saved.
     for key in ("eval_loss", "eval_cross_entropy", "eval_rouge_l"):
-        if values := _logged(trainer, key):
+        if values := _logged(trainer, key, best["step"] if best else None):
             summary[key] = values[-1]
     return summary

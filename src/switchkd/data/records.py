@@ -14,11 +14,14 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict
 
 from switchkd.errors import UserError
+from switchkd.models.hub import cache_only_if_unreachable, unreachable_reason
 
 READ_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "teacher_prompt")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SPLIT_WORDS = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing", "eval")}
-_PATH_LIKE = re.compile(r"^[./~]|\\|/.*/|\.(jsonl?|parquet|csv|tsv|txt|arrow|ya?ml|gz|zip|zst|xz|bz2)$", re.IGNORECASE)
+_PATH_LIKE = re.compile(
+    r"^([./~]|runs/)|\\|/.*/|\.(jsonl?|parquet|csv|tsv|txt|arrow|ya?ml|gz|zip|zst|xz|bz2)$", re.IGNORECASE
+)
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
@@ -178,11 +181,12 @@ def _load_from_hub(name: str, split: str | None) -> Dataset:
         raise UserError(f"{name!r} is not a file, a folder or a hub id (owner/name or owner/name:config)")
     repository, _, configuration = name.partition(":")
     try:
-        loaded = datasets.load_dataset(repository, configuration or None, split=split)
+        with cache_only_if_unreachable():
+            loaded = datasets.load_dataset(repository, configuration or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{name!r} is not a local file or folder, and loading it as hub data set {repository!r} "
-            f"(split {split}) failed: {_first_line(error)}"
+            f"(split {split}) failed: {unreachable_reason(error) or _first_line(error)}"
         ) from error
     return _one_split(loaded, name, split)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from switchkd.cli.display import plot_summary, position_curves, rollout_text
+from switchkd.cli.display import plot_summary, position_curves
+from switchkd.cli.rollouts import rollout_text
 from switchkd.cli.run_folder import RunFolder
 from switchkd.compare.findings import Comparison, find, sentences
 from switchkd.compare.report import tables
@@ -181,7 +182,7 @@ def _say_findings(
     folder: Path, comparison: Comparison, summary: Mapping[str, Any], example: dict[str, Any], say: Say
 ) -> None:
     say("\nA rollout before distillation, the teacher's tokens in [brackets]:")
-    say(rollout_text(example, color=False))
+    say(rollout_text(example))
     comparisons, pairs = {ONE_SET: comparison}, [("SWITCH", "student only"), ("SWITCH", "SFT")]
     findings = find(comparisons, pairs)
     say(f"\n{tables(comparisons, findings, {})}\n")

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_warping
 from switchkd.models.forward import context_length, device_of
 from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.policies import Policy
 from switchkd.rollout import Prompts
-from switchkd.sampling import check_warping
 
 #: Ids or a mask: a tensor, an array or lists; prompts as lists may differ in length.
 IdsLike = Tensor | np.ndarray | Sequence[Any]
@@ -52,10 +51,7 @@ def checked_sampling(temperature: Any, top_k: Any, top_p: Any) -> tuple[float, i
             raise UserError(f"{name} must be a number, got {_shown(value)}")
         numbers_found.append(float(found))
     top_k = checked_integer("top_k", top_k)
-    try:
-        check_warping(numbers_found[0], top_k, numbers_found[1])
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_warping(numbers_found[0], top_k, numbers_found[1])
     return numbers_found[0], top_k, numbers_found[1]
 
 

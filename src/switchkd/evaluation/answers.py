@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from switchkd.engine import roll_out
 from switchkd.engine.readable import require_readable
-from switchkd.errors import UserError, check_count
+from switchkd.errors import UserError, check_count, check_warping
 from switchkd.evaluation.losses import check_prepared, reference_ids
 from switchkd.evaluation.metrics import (
     bucket_names,
@@ -36,7 +36,6 @@ from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.policies import StudentPolicy
 from switchkd.rollout import Prompts
-from switchkd.sampling import check_warping
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,7 @@ def evaluate(
             no end-of-sequence token is known, or a setting is out of range.
     """
     _check(model, dataset, seeds, max_completion_length, batch_size, no_repeat_ngram_size)
-    try:
-        check_warping(temperature, top_k, top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_warping(temperature, top_k, top_p)
     unseen = unseen_by_rouge(dataset["references"])
     if unseen > len(dataset) / 10:
         warnings.warn(

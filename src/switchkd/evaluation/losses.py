@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from switchkd.data.batches import Rows, padded_batch
 from switchkd.engine import roll_out
@@ -31,6 +32,7 @@ def reference_losses(
     teacher: nn.Module | None = None,
     batch_size: int = 8,
     excluded_ids: Sequence[int] = (),
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Return losses on the reference completions, means over their tokens, the end of sequence included, in nats.
 
@@ -41,6 +43,7 @@ def reference_losses(
         teacher: Compared with the model at every token, on the ids both have.
         batch_size: Rows read at once; affects only speed.
         excluded_ids: Left out of the comparison, see `switchkd.models.vocabulary.check_tokenizers`.
+        progress: Whether to show a progress bar on standard error.
 
     Returns:
         `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and
@@ -57,7 +60,8 @@ def reference_losses(
         raise UserError(f"row {empty} of the prepared data set has no reference completion: losses need an answer")
     compared = {} if teacher is None else {"forward_kl": "forward_kl", "jsd": "generalized_jsd"}
     pad = readable_pad_id(tokenizer.pad_token_id, require_eos(tokenizer, model), model, teacher)
-    sums, counts = _read(model, teacher, rows, compared, pad=pad, batch_size=batch_size, excluded_ids=excluded_ids)
+    options: dict[str, Any] = {"pad": pad, "batch_size": batch_size, "excluded_ids": excluded_ids}
+    sums, counts = _read(model, teacher, rows, compared, **options, title="references" if progress else None)
     kinds = np.array([length_bucket(len(ids)) for ids in reference_ids(tokenizer, dataset)])
     result = _means(sums, counts)
     result["by_length"] = {
@@ -79,6 +83,7 @@ def sequence_divergences(
     seed: int = 0,
     batch_size: int = 8,
     excluded_ids: Sequence[int] = (),
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Return how far a model is from its teacher as a writer, on the model's own text and on the teacher's, in nats.
 
@@ -104,6 +109,7 @@ def sequence_divergences(
         batch_size: Rows read or written at once; affects only speed.
         excluded_ids: Left out of the comparison, see `switchkd.models.vocabulary.check_tokenizers`. A text is read up
             to its first token that only one of the models knows.
+        progress: Whether to show progress bars on standard error.
 
     Returns:
         `reverse_sequence_kl`, `forward_sequence_kl`, `teacher_cross_entropy` (mean of -ln teacher on the model's text):
@@ -124,7 +130,8 @@ def sequence_divergences(
     def read(texts: Sequence[tuple[int, Sequence[int]]], divergence: str) -> tuple[Sums, np.ndarray]:
         rows = [{**data[index], "completion_ids": known_part(ids, known, unknown)} for index, ids in texts]
         compared = {divergence: divergence, "teacher_cross_entropy": CROSS_ENTROPY}
-        return _read(model, teacher, rows, compared, pad=pad, batch_size=batch_size, excluded_ids=excluded_ids)
+        options: dict[str, Any] = {"pad": pad, "batch_size": batch_size, "excluded_ids": excluded_ids}
+        return _read(model, teacher, rows, compared, **options, title="divergences" if progress else None)
 
     def divergence(values: np.ndarray, counts: np.ndarray, texts: Sequence[tuple[int, Sequence[int]]]) -> Any:
         return _divergence(_by_prompt(values, texts), _by_prompt(counts, texts), texts)
@@ -186,6 +193,7 @@ def _read(
     pad: int,
     batch_size: int,
     excluded_ids: Sequence[int],
+    title: str | None = None,
 ) -> tuple[Sums, np.ndarray]:
     """Return the sums of losses over the completions of rows, and the tokens counted, both `[rows, ranges]`.
 
@@ -197,6 +205,7 @@ def _read(
         pad: Any id the models can read.
         batch_size: Rows read at once.
         excluded_ids: Left out of the divergences.
+        title: Of a progress bar on standard error; None for no bar.
     """
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
     readers = (("model", model), ("teacher", teacher))
@@ -214,6 +223,7 @@ def _read(
     with eval_mode(model, teacher):
         for role, reader in readers:
             require_readable(reader, role, padded=batch_size > 1)
+        bar = tqdm(total=len(order), desc=title, unit="row", disable=title is None, leave=False)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             losses, mask = _batch_losses(model, teacher, [rows[i] for i in batch], compared, pad, tuple(excluded_ids))
@@ -223,6 +233,8 @@ def _read(
             counts[batch] = (mask.double() @ member).numpy()
             for name, values in losses.items():
                 sums[name][batch] = (torch.where(mask, values, 0.0).double() @ member).numpy()
+            bar.update(len(batch))
+        bar.close()
     return sums, counts
 
 

@@ -1,5 +1,6 @@
 """Loading models and tokenizers, with one clear line where that fails."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -16,6 +17,7 @@ from transformers.utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.errors import UserError
+from switchkd.models.hub import cache_only_if_unreachable, unreachable_reason
 from switchkd.models.vocabulary import check_tokenizers
 
 Loaded = TypeVar("Loaded")
@@ -49,7 +51,7 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
     source = str(path or name_or_path)
     # Where an adapter's files are looked for, as for those of a model.
     place = {name: init_kwargs[name] for name in _PLACE if name in init_kwargs}
-    adapter = _reading(f"{role} {name_or_path!r}", lambda: _adapter_config(source, place))
+    adapter = _reading(f"{role} {name_or_path!r}", source, lambda: _adapter_config(source, place))
     if adapter is None:
         model = _complete_model(source, init_kwargs, f"{role} {name_or_path!r}")
         if next(model.parameters()).dtype == torch.float16 and default_device().type == "cpu":
@@ -66,7 +68,9 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
         model = _complete_model(source, alone, f"{role} {name_or_path!r}")
     else:
         model = _base_of(adapter, init_kwargs, named)
-    found = _reading(named, lambda: model.load_adapter(source, adapter_kwargs=place, ignore_mismatched_sizes=True))
+    found = _reading(
+        named, source, lambda: model.load_adapter(source, adapter_kwargs=place, ignore_mismatched_sizes=True)
+    )
     _check_complete(model, vars(found), named, "save the adapter again with the version of peft that reads it here")
     return model
 
@@ -78,7 +82,7 @@ def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
         UserError: The tokenizer cannot be found or read.
     """
     source = str(local_folder(name_or_path, role) or name_or_path)
-    tokenizer = _reading(f"{role} {name_or_path!r}", lambda: AutoTokenizer.from_pretrained(source))
+    tokenizer = _reading(f"{role} {name_or_path!r}", source, lambda: AutoTokenizer.from_pretrained(source))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -126,19 +130,23 @@ def local_folder(name_or_path: str, role: str) -> Path | None:
         UserError: The name is that of a folder, and there is none.
     """
     path = Path(name_or_path).expanduser()
-    looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "runs/")) or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
         raise UserError(f"{role} folder {name_or_path} does not exist; give a model folder or a hub id")
     return path if path.is_dir() else None
 
 
-def _reading(what: str, read: Callable[[], Loaded]) -> Loaded:
+def _reading(what: str, source: str, read: Callable[[], Loaded]) -> Loaded:
     """Return what `read` returns; an error is reported in one line."""
+    from_hub = not Path(source).is_dir()
     try:
-        return read()
+        with cache_only_if_unreachable() if from_hub else contextlib.nullcontext():
+            return read()
     except UserError:
         raise
     except _UNREADABLE as error:
+        if from_hub and (unreachable := unreachable_reason(error)):
+            raise UserError(f"cannot load {what}: no such folder here, {unreachable}") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
             reason = f"its weight file is damaged ({reason}); copy or download it again"
@@ -149,7 +157,7 @@ def _complete_model(source: str, init_kwargs: dict[str, Any], what: str) -> Any:
     """Load a model without adapters and refuse it unless every weight came from its file."""
     # Other shapes are listed like the rest, instead of an error that names none.
     options = {**init_kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded: Any = _reading(what, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    loaded: Any = _reading(what, source, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
     model, found = loaded
     remedy = (
         "config.json and the weight file do not belong together or the file is not whole: copy both again, or load the "

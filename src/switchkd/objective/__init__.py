@@ -3,7 +3,6 @@
 from switchkd.objective.loss import (
     CROSS_ENTROPY,
     Objective,
-    check_loss_temperature,
     check_objective,
     completion_logits,
     objective_options,
@@ -14,7 +13,6 @@ from switchkd.objective.loss import (
 __all__ = [
     "CROSS_ENTROPY",
     "Objective",
-    "check_loss_temperature",
     "check_objective",
     "completion_logits",
     "objective_options",

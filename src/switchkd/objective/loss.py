@@ -1,7 +1,6 @@
 """What is learned from a completion: the only shift, the only mask and the only reduction of the package."""
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 
 from switchkd.divergences import DIVERGENCES
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_loss_temperature
+from switchkd.objective_names import CROSS_ENTROPY, check_objective_name
 from switchkd.sampling import restricted
-
-CROSS_ENTROPY = "cross_entropy"
 
 
 def completion_logits(logits: Tensor, completion_length: int) -> Tensor:
@@ -145,25 +143,13 @@ def per_token(total: Tensor, count: Tensor | float) -> Tensor:
     return total / torch.clamp(torch.as_tensor(count, device=total.device), min=1)
 
 
-def check_loss_temperature(temperature: float) -> None:
-    """Refuse a temperature that logits cannot be divided by.
-
-    Raises:
-        UserError: It is not a finite number above 0.
-    """
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UserError(f"loss_temperature must be a finite number > 0, got {temperature}")
-
-
 def check_objective(objective: str, options: Mapping[str, Any]) -> None:
     """Refuse an unknown objective and options it does not take.
 
     Raises:
         UserError: Names the valid choices.
     """
-    known = [CROSS_ENTROPY, *DIVERGENCES]
-    if objective not in known:
-        raise UserError(f"unknown divergence {objective!r}; choose one of {', '.join(known)}")
+    check_objective_name(objective)
     accepted = objective_options(objective)
     for name, value in options.items():
         if name not in accepted:

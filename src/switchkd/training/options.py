@@ -1,11 +1,12 @@
 """The training options that this package adds to transformers' own, without importing those."""
 
+import math
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any
 
-from switchkd.divergences import DIVERGENCES
+from switchkd.errors import UserError, check_loss_temperature, check_warping
 from switchkd.methods import METHODS
-from switchkd.objective import CROSS_ENTROPY
+from switchkd.objective_names import OBJECTIVES, check_objective_name
 from switchkd.policy_options import POLICY_OPTIONS
 
 
@@ -53,7 +54,7 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
     divergence: str | None = field(
         default=None,
-        metadata={"help": f"What is learned: {', '.join(DIVERGENCES)} or {CROSS_ENTROPY}. Default: the method's."},
+        metadata={"help": f"What is learned: one of {', '.join(OBJECTIVES)}. Default: the method's."},
     )
     teacher_weight: float | None = field(
         default=None, metadata={"help": "Teacher weight of generalized_jsd, in (0, 1); TRL's beta."}
@@ -157,7 +158,8 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set the student's dropout to 0 while it trains."})
     log_completions: bool = field(
-        default=False, metadata={"help": "Append a few rollouts to completions.jsonl at every logging step."}
+        default=False,
+        metadata={"help": "Append a few rollouts to completions.jsonl at every log; a terminal shows them."},
     )
     num_completions_to_log: int = field(default=4, metadata={"help": "Number of rollouts that log_completions keeps."})
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -168,6 +170,49 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for the teacher, JSON on the command line."},
     )
+
+    def check_ranges(self) -> None:
+        """Refuse the first of these options that lies outside its range.
+
+        Raises:
+            UserError: Names the option and the range.
+        """
+        if self.divergence is not None:
+            check_objective_name(self.divergence)
+        check_loss_temperature(self.loss_temperature)
+        for name in ("max_prompt_length", "max_completion_length", "num_completions_to_log"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in (
+            "ce_weight",
+            "lm_weight",
+            "student_token_weight",
+            "teacher_token_weight",
+            "eval_rouge_l_samples",
+            "clip_range",
+            "replay_capacity",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be a finite number >= 0, got {value}")
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise UserError(f"rollout_batch_size must be >= 1, got {self.rollout_batch_size}")
+        if self.on_policy_fraction is not None and not 0.0 <= self.on_policy_fraction <= 1.0:
+            raise UserError(f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}")
+        if self.truncation_start is not None and not 0.0 < self.truncation_start <= 1.0:
+            raise UserError(f"truncation_start must lie in (0, 1], got {self.truncation_start}")
+        if not self.truncation_warmup > 0.0:
+            raise UserError(f"truncation_warmup must be > 0, a share of the training, got {self.truncation_warmup}")
+        if self.target_teacher_share is not None and not 0.0 < self.target_teacher_share < 1.0:
+            raise UserError(f"target_teacher_share must lie in (0, 1), got {self.target_teacher_share}")
+        if self.teacher_hidden_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise UserError(
+                f"teacher_hidden_dtype must be float32, bfloat16 or float16, got {self.teacher_hidden_dtype!r}"
+            )
+        self.draft_length = str(self.draft_length)
+        if self.draft_length != "auto" and not (self.draft_length.isdecimal() and int(self.draft_length) >= 1):
+            raise UserError(f'draft_length must be "auto" or an integer >= 1, got {self.draft_length!r}')
+        check_warping(self.temperature, self.top_k, self.top_p)
 
 
 def own_fields() -> list[str]:

@@ -139,12 +139,13 @@ def _policy(method: Method, args: SwitchConfig, given: Policy | None) -> tuple[P
                 raise UserError(
                     f"{name}={value} does nothing with method {method.name!r}; remove it or use another method"
                 )
-        if method.policy is None:
+        own_class = method.policy_class()
+        if own_class is None:
             if kwargs:
                 raise UserError(f"policy_kwargs={kwargs} does nothing: method {method.name!r} rolls nothing out")
             return None, {}
         own = make_policy(
-            method.policy,
+            own_class,
             method.name,
             length_limit=limit,
             options=options,

@@ -149,6 +149,7 @@ class SwitchTrainer(ReferenceTrainer):
         self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
         self._share_watch = make_share_watch(self.plan)
         self._unlogged_rollout: Rollout | None = None
+        self.logged_completions: list[dict[str, Any]] = []  # those of the last log, see log_completions
         self._training_since = time.perf_counter()
 
     @property
@@ -360,8 +361,10 @@ class SwitchTrainer(ReferenceTrainer):
         super().log(logs, start_time)
 
     def _append_completions(self) -> None:
+        self.logged_completions = []
         if self._unlogged_rollout is None or not self.is_world_process_zero():
             return
-        rows = self._unlogged_rollout.to_dicts(self.processing_class)[: self.args.num_completions_to_log]
+        rows = self._unlogged_rollout.to_dicts(self.processing_class, self.eos_token_id)
         self._unlogged_rollout = None
-        append_completions(Path(str(self.args.output_dir)), self.state.global_step, rows)
+        self.logged_completions = rows[: self.args.num_completions_to_log]
+        append_completions(Path(str(self.args.output_dir)), self.state.global_step, self.logged_completions)
