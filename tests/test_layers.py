@@ -13,7 +13,7 @@ LONGEST_FILE = 420
 
 # Floors of the house, lowest first: files of the root and folders. Imports go down or stay on their floor.
 LAYERS = (
-    ("errors", "chunks", "policy_options", "rollout", "divergences", "sampling"),
+    ("errors", "chunks", "policy_options", "data_options", "rollout", "divergences", "sampling"),
     ("models", "policies", "cli"),
     ("objective", "data", "methods"),
     ("engine",),
