@@ -46,7 +46,7 @@ def as_messages(value: Any, column: str, where: str) -> Messages:
         if "from" in message and "role" not in message:
             speaker = as_text(message["from"], f"{column}.from", where)
             if speaker not in ROLES:
-                raise UserError(f"{where}: `{column}.from` is {speaker!r}; known: {', '.join(ROLES)}")
+                raise UserError(f"{where}: `from` is {speaker!r} in `{column}`; known: {', '.join(ROLES)}")
             messages[place] = message = {"role": ROLES[speaker], "content": message.get("value")}
         if message.get("tool_calls"):
             message.setdefault("content", "")

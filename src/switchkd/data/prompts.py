@@ -116,7 +116,7 @@ def prepare(
     if len(records) == 0:
         raise UserError("the data set holds no records: check the file and the split")
     special = special_tokens(tokenizer) if split_special_tokens else None
-    reader = Reader(tokenizer, chosen.names, template, supervise, special)
+    reader = Reader(tokenizer, chosen.names, chosen.sources, template, supervise, special)
     lengths: list[int] = []
     spelled: list[str] = []
     tables, cut, row = [], 0, 0
@@ -172,7 +172,7 @@ def _warn(lengths: list[int], limit: int, spelled: list[str]) -> None:
         )
     if spelled:
         warnings.warn(
-            f"{len(spelled):,} of {len(lengths):,} records spell special tokens such as {spelled[0]!r}, which are text; "
+            f"{len(spelled):,} of {len(lengths):,} records spell special tokens such as {spelled[0]!r}: they are text; "
             "split_special_tokens=False reads them as the tokens",
             stacklevel=3,
         )
@@ -197,5 +197,5 @@ def encode_prompt(
         UserError: The prompt is empty, or it is a chat and the tokenizer has no chat template.
     """
     where, special = "this prompt", special_tokens(tokenizer) if split_special_tokens else None
-    reader = Reader(tokenizer, ("prompt",), template, "last", special)
+    reader = Reader(tokenizer, ("prompt",), {}, template, "last", special)
     return encode_prompts([reader.prompt_of({"prompt": prompt}, "prompt", where)], tokenizer, [where])[0]

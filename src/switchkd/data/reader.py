@@ -1,6 +1,7 @@
 """Records as text: what is the prompt, what is the answer, and what stands around them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class Reader:
     Attributes:
         tokenizer: The student's.
         names: The column set.
+        called: Name in this package -> name of the column, for errors.
         template: As `prepare` takes it.
         supervise: Likewise.
         special: Finds special tokens that are only text where a record spells them; None reads them as tokens.
@@ -65,6 +67,7 @@ class Reader:
 
     tokenizer: Any
     names: tuple[str, ...]
+    called: Mapping[str, str]
     template: str
     supervise: str
     special: re.Pattern[str] | None
@@ -77,17 +80,17 @@ class Reader:
     def read(self, record: dict[str, Any], where: str) -> Example:
         """Return one record as text."""
         if self.names == ("text",):
-            text = as_text(record["text"], "text", where)
+            text = as_text(record["text"], self.called["text"], where)
             return Example(Text(""), self._text(text), [text])
         if self.names == ("messages",):
             self._refuse_template(where)
-            messages = as_messages(record["messages"], "messages", where)
+            messages = as_messages(record["messages"], self.called["messages"], where)
             answers: list[Any] = messages[-1:] if messages[-1]["role"] == "assistant" else []
             prompt: Any = messages[:-1] if answers else messages
         else:
             prompt = self._wrapped(record, where)
             column = next((name for name in ("output", "completion") if name in self.names), None)
-            answers = [] if column is None else _answers(record[column], column, where)
+            answers = [] if column is None else _answers(record[column], self.called[column], where)
         if not isinstance(prompt, list):
             if as_tools(record.get("tools"), where):
                 raise UserError(f"{where} has tools, which only a chat can show: use template=chat, or remove them")
@@ -124,10 +127,10 @@ class Reader:
     def _wrapped(self, record: dict[str, Any], where: str) -> Any:
         """The prompt of a record inside the template that was asked for."""
         if self.names[0] == "instruction":
-            instruction = as_text(record["instruction"], "instruction", where)
+            instruction = as_text(record["instruction"], self.called["instruction"], where)
             if not instruction.strip():
-                raise UserError(f"{where}: `instruction` is empty; remove the record or fill it")
-            input = as_text(record.get("input") or "", "input", where)
+                raise UserError(f"{where}: `{self.called['instruction']}` is empty; remove the record or fill it")
+            input = as_text(record.get("input") or "", self.called.get("input", "input"), where)
             if self.template in ("auto", "alpaca"):
                 filled = alpaca_prompt(instruction, input)
                 if record.get("prompt") not in (None, filled):
