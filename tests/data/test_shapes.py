@@ -106,7 +106,7 @@ def test_every_usual_shape_trains_two_steps_at_the_first_try(run, pair, tmp_path
     assert "2 steps in" in out
     data, _ = prepare(load_records(str(path)), chat_tokenizer(), plain_text=True)
     assert data[0]["references"] == ([] if answer is None else [answer])
-    assert f"first prompt, {len(data[0]['prompt_ids'])} tokens: " in out
+    assert f"first prompt, {len(data[0]['prompt_ids'])} tokens (" in out
 
 
 @pytest.mark.parametrize(
@@ -246,5 +246,5 @@ def test_first_prompt_shows_its_special_tokens_and_stays_off_the_standard_output
     _, out, err = run(*train(pair, path, tmp_path / "run", "switch", *more, "--json"))
     assert "first prompt" not in out and json.loads(out)["steps"] == 2
     shown = next(line for line in err.splitlines() if line.startswith("first prompt"))
-    assert "tokens: <user>Hi?\\n<assistant>Ho.<eos>\\n<user>xxx" in shown and " ... " in shown and len(shown) < 450
+    assert "tokens (1 special): <user>Hi?\\n<assistant>Ho.<eos>\\n<user>xxx" in shown and " ... " in shown and len(shown) < 450
     assert shown.endswith("xxx\\n<assistant>")

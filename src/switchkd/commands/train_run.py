@@ -172,7 +172,8 @@ def _first_prompt(trainer: SwitchTrainer) -> str:
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
         text = f"{text[:half]} ... {text[-half:]}"
-    return f"first prompt, {len(row['prompt_ids'])} tokens: {text}"
+    special = sum(token in tokenizer.all_special_ids for token in row["prompt_ids"])
+    return f"first prompt, {len(row['prompt_ids'])} tokens ({special} special): {text}"
 
 
 def _peft_config(args: RunArguments) -> Any:

@@ -142,7 +142,7 @@ def prepare(
             part["teacher_prompt_ids"] = encode_prompts(texts, tokenizer, [places[i] for i in fits])
         if supervise == "all":
             part["earlier_answers"] = [reader.earlier_answers(example) for example in kept]
-        # Tables of numbers take a tenth of the memory of lists.
+        # Tables of numbers take a fraction of the memory of lists.
         tables.append(pa.table({name: pa.array(value, type=_TYPES[name]) for name, value in part.items()}))
         row += len(examples)
     long = sum(length > max_prompt_length for length in lengths)
