@@ -24,7 +24,7 @@ import transformers
 from helpers.tiny import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "examples/README.md")
+DOCUMENTS = ("README.md", "docs/data.md", "examples/README.md")
 PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git")
 SHELLS = ("bash", "sh", "shell", "console")
 
@@ -85,13 +85,17 @@ RUN: dict[str, Run | Look] = {
     ),
     "switchkd calibrate --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl "
     "--target_teacher_share 0.53": Run("--max_completion_length 8 --tolerance 0.5"),
+    "switchkd train --model_name_or_path S --teacher_model_name_or_path T --dataset_name qa.csv "
+    "--columns prompt=query,completion=reply --output_dir runs/qa": Run(TRAIN),
+    "switchkd train --model_name_or_path S --teacher_model_name_or_path T "
+    "--dataset_mixture chats.jsonl=0.7 questions.csv=0.3 --output_dir runs/mixture": Run(f"{TRAIN} --template none"),
     'zcat stories.txt.gz | awk \'BEGIN { RS = "<[|]endoftext[|]>" } { gsub(/[[:space:]]+/, " "); gsub(/^ | $/, ""); '
     'gsub(/[\\\\"]/, "") if (length($0) > 200) printf "{\\"prompt\\": \\"<s>%s\\"}\\n", substr($0, 1, 40) }\' '
     "> stories.jsonl": Run(),
     "switchkd train --config examples/tinystories_switch.yaml --teacher_model_name_or_path TEACHER "
     "--dataset_name stories.jsonl --output_dir runs/tinystories": Run(TRAIN),
     "switchkd rollout --model_name_or_path runs/tinystories --teacher_model_name_or_path TEACHER "
-    '--prompt "<s>Once upon a time" --max_completion_length 100': Run(),
+    '--prompt "<s>Once upon a time" --split_special_tokens false --max_completion_length 100': Run(),
     "switchkd train --config examples/gpt2_small_teacher_sft.yaml --tokenizer_name_or_path TOKENIZER "
     "--dataset_name dolly/train.jsonl.gz": Run(f"{TRAIN} --max_prompt_length 400"),
     "switchkd train --config examples/gpt2_small_switch.yaml --dataset_name dolly/train.jsonl.gz": Run(
@@ -107,6 +111,7 @@ RUN: dict[str, Run | Look] = {
 IN_PYTHON = {
     '"Qwen/Qwen3-0.6B"': '"S"',
     '"Qwen/Qwen3-4B"': '"T"',
+    'template="chat"': 'template="none"',
     "bf16=True": "use_cpu=True, max_steps=1, max_completion_length=8, per_device_train_batch_size=2",
     'load_dataset("databricks/databricks-dolly-15k", split="train")': (
         'load_dataset("json", data_files="dolly/train.jsonl.gz", split="train")'
@@ -177,6 +182,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "dolly/valid.jsonl": instructions,
         "dolly/dev.jsonl": instructions,
         "dolly/train.jsonl.gz": instructions,
+        "chats.jsonl": answers,
+        "qa.csv": "query,reply\nHow many?,2\nWhy not?,no reason\n",
+        "questions.csv": "question,answer\nHow many?,2\nWhy not?,no reason\n",
         "stories.txt.gz": "<|endoftext|>".join(f"Story {n}. " + "Once there was a fox. " * 12 for n in range(4)),
     }.items():
         path = tmp_path / name

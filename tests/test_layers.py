@@ -14,7 +14,7 @@ LONGEST_FILE = 420
 # Floors of the house, lowest first: files of the root and folders. Imports go down or stay on their floor.
 LAYERS = (
     (
-        *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names"),
+        *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names", "data_options"),
         *("rollout", "divergences", "sampling"),
     ),
     ("models", "policies", "cli"),

@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see of the table below; "as" marks a name as public
+    from switchkd.data import Mixture as Mixture
     from switchkd.data import prepare as prepare
     from switchkd.engine import check_policy as check_policy
     from switchkd.engine import roll_out as roll_out
@@ -41,7 +42,7 @@ __version__ = version("switchkd")
 
 # Module -> its public names, imported on first use: `switchkd --help` must not wait for torch.
 _NAMES = {
-    "data": ("prepare",),
+    "data": ("Mixture", "prepare"),
     "engine": ("check_policy", "roll_out"),
     "errors": ("UserError",),
     "evaluation": ("evaluate",),

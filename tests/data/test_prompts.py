@@ -119,13 +119,19 @@ def test_prompt_ids_are_those_of_encode_prompt_and_never_end_with_an_added_eos(t
 
 @pytest.mark.parametrize("template", ["$A", "$A </s>", "</s> $A"])
 def test_eos_that_the_text_itself_spells_stays(template):
-    ids = encode_prompt("first</s>", byte_tokenizer(template))
+    tokenizer = byte_tokenizer(template)
+    ids = encode_prompt("first</s>", tokenizer, split_special_tokens=False)
     assert ids[-1] == 2 and ids[-2] != 2
+    # As text it is five letters, between the special tokens that the tokenizer adds in front.
+    plain = encode_prompt("first</s>", tokenizer)
+    start = [] if template.startswith("$A") else [2]
+    assert plain[: len(start)] == start and 2 not in plain[len(start) :]
+    assert tokenizer.decode(plain[len(start) :]) == "first</s>"
 
 
 def test_answer_gets_exactly_one_eos_and_ends_at_the_first(tokenizer):
     records = rows(*({"prompt": "p", "completion": text} for text in ["a", "a</s>", "a</s>b</s>", ""]))
-    data, _ = prepare(records, tokenizer)
+    data, _ = prepare(records, tokenizer, split_special_tokens=False)
     assert [tokenizer.decode(ids) for ids in data["completion_ids"]] == ["a</s>", "a</s>", "a</s>", "</s>"]
     assert data["references"][3] == [""]
 
@@ -244,7 +250,8 @@ def test_the_border_of_published_tokenizers_keeps_the_text(shared_dir, name):
 
 def test_over_long_prompts_are_dropped_and_counted_never_cut(tokenizer):
     records = rows(*({"prompt": "x" * length, "completion": "y"} for length in (3, 8, 9, 20)))
-    data, report = prepare(records, tokenizer, max_prompt_length=8)
+    with pytest.warns(UserWarning, match="2 of 4 records .50%. are dropped"):
+        data, report = prepare(records, tokenizer, max_prompt_length=8)
     assert data["prompt"] == ["xxx", "x" * 8]
     assert (report.kept, report.dropped_over_long) == (2, 2)
     message = refusal(prepare, records, tokenizer, max_prompt_length=2)
@@ -263,7 +270,8 @@ def test_long_completions_are_cut_without_eos_and_counted(tokenizer):
 def test_teacher_prompt_is_encoded_like_a_prompt():
     tokenizer = byte_tokenizer("<s> $A </s>")
     records = rows(*({"prompt": "x" * n, "teacher_prompt": "document " * n} for n in (9, 1, 2)))
-    data, _ = prepare(records, tokenizer, max_prompt_length=5)
+    with pytest.warns(UserWarning, match="1 of 3 records"):
+        data, _ = prepare(records, tokenizer, max_prompt_length=5)
     assert data["teacher_prompt_ids"] == [encode_prompt("document " * n, tokenizer) for n in (1, 2)]
     message = refusal(
         prepare, rows({"prompt": "x", "teacher_prompt": "y"}, {"prompt": "x", "teacher_prompt": " "}), tokenizer
@@ -274,8 +282,8 @@ def test_teacher_prompt_is_encoded_like_a_prompt():
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"question": "x", "answer": "y"}], "unknown columns (question, answer)"),
-        ([{"instruction": "x", "response": "y"}], "unknown columns (instruction, response)"),
+        ([{"question": "x", "answers": "y"}], "unknown columns (question, answers)"),
+        ([{"query": "x", "response": "y"}], "unknown columns (query, response)"),
         ([{"prompt": "x"}, {"prompt": " \n"}], "row 2: the prompt is empty"),
         ([{"prompt": "x"}, {"prompt": None}], "row 2: `prompt` must be text, found null"),
         ([{"prompt": "x", "completion": "a"}, {"prompt": "y", "completion": None}], "row 2: `completion` must be text"),
@@ -305,8 +313,9 @@ def test_row_numbers_count_over_batches(tokenizer):
 
 
 def test_accepted_column_sets_are_listed(tokenizer):
-    message = refusal(prepare, rows({"text": "x"}), tokenizer)
-    assert message.endswith("instruction + output; prompt + completion; messages; prompt")
+    message = refusal(prepare, rows({"body": "x"}), tokenizer)
+    accepted = "instruction + output; prompt + completion; messages; prompt; instruction + response; conversations; "
+    assert f"{accepted}question + answer; instruction; text" in message
 
 
 def test_no_records_and_no_eos_are_refused(tokenizer):

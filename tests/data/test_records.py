@@ -161,7 +161,12 @@ def test_bad_lines_are_named_with_file_and_number(tmp_path, content, where):
         ("bad.jsonl.gz", b"not gzip", "cannot read"),
         ("bad.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50)[:30], "cannot read"),
         ("bad.parquet", b"not parquet", "cannot read"),
-        ("bad.csv", b"prompt\nx\n", "give a .jsonl, .json or .parquet file"),
+        ("bad.txt", b"prompt\nx\n", "give a .jsonl, .json, .csv, .tsv or .parquet file"),
+        ("bad.csv", b'prompt,completion\n"a, b",2\nNA,x,y\n', "Expected 2 fields in line 3, saw 3"),
+        ("bad.csv", b"", "the first line must name the columns, each once"),
+        ("bad.csv", b"prompt,prompt\n1,2\n", "the first line must name the columns, each once"),
+        ("bad.csv", b"prompt\n\xff\xff\n", "cannot read"),
+        ("bad.csv.gz", b"not gzip", "cannot read"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, where):
@@ -172,4 +177,4 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, where):
 
 
 def test_folder_without_data_is_refused(tmp_path):
-    assert "holds no .jsonl" in refusal(load_records, str(tmp_path))
+    assert "holds no data: it needs a .jsonl, .json, .csv" in refusal(load_records, str(tmp_path))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers.tiny import EOS_ID, RAGGED_ROWS, TINY_VOCABULARY, build_gpt2, build_llama, build_tokenizer
+from helpers.training import watch_batches
 from transformers import TrainingArguments
 
 from switchkd.data import prepare
@@ -46,6 +47,24 @@ def _thresholds(trainer):
 
 def _kept_rows(trainer):
     return len(trainer.train_dataset)
+
+
+def _prompt_ids(trainer):
+    return trainer.train_dataset["prompt_ids"][:]
+
+
+def _supervised_tokens(trainer):
+    seen = watch_batches(trainer)
+    trainer.train()
+    return [int(inputs["completion_mask"].sum()) for inputs, _ in seen]
+
+
+TWO_TURNS = [{"messages": [{"role": role, "content": "Hi."} for role in ("user", "assistant") * 2]}]
+CHAT_TOKENIZER = build_tokenizer()
+CHAT_TOKENIZER.chat_template = (
+    "{% for message in messages %}{{ message.content + eos_token if message.role == 'assistant' else message.content }}"
+    "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 def _teacher_passes(trainer):
@@ -182,6 +201,14 @@ EFFECTS = {
     "eval_rouge_l_samples": ((0, 2), _evaluation_keys, {"method": "kd"}),
     "head_mass": ((0.1, 0.9), _weights, {"method": "kd", "divergence": "adaptive_kl"}),
     "max_prompt_length": ((5, 50), _kept_rows, {}),
+    "columns": ((None, "prompt=completion,completion=prompt"), _prompt_ids, {"method": "kd"}),
+    "template": (("none", "chat"), _prompt_ids, {"processing_class": CHAT_TOKENIZER}),
+    "split_special_tokens": ((True, False), _prompt_ids, {"train_dataset": [{"prompt": "a<eos>b"}]}),
+    "supervise": (
+        ("last", "all"),
+        _supervised_tokens,
+        {"method": "kd", "train_dataset": TWO_TURNS, "processing_class": CHAT_TOKENIZER},
+    ),
     "max_completion_length": ((4, 12), _weights, {"method": "kd"}),
     "temperature": ((1.0, 0.5), _weights, {}),
     "top_k": ((0, 3), _weights, {}),
@@ -391,13 +418,12 @@ def test_lists_torch_and_pandas_data_train_as_a_dataset_does(make_trainer, shape
     assert trainer.train_dataset.to_list() == expected
 
 
-def test_data_that_cannot_be_read_at_random_are_refused_in_one_line(make_trainer):
+def test_data_that_are_no_records_are_refused_in_one_line(make_trainer):
     rows = Dataset.from_list(RAGGED_ROWS)
     for data, message in (
-        (rows.to_iterable_dataset(), "train_dataset is a IterableDataset, which has no random access"),
         (DatasetDict(train=rows, test=rows), "train_dataset holds several splits (train, test)"),
         ([1, 2], "train_dataset: record 0 is a int, not a dict"),
-        ("rows.jsonl", "train_dataset is a str"),
+        ("rows.jsonl", "train_dataset is a str, not records"),
     ):
         make = lambda data=data: make_trainer(build_gpt2(), build_gpt2(seed=1), train_dataset=data)  # noqa: E731
         assert message in refusal(make)

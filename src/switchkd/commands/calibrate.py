@@ -8,6 +8,7 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser
 from switchkd.cli.run_folder import RunFolder
+from switchkd.commands.data import add_data_options, check_data_options, prepare_data
 from switchkd.commands.policy_options import (
     OPTIONS,
     add_policy_choice,
@@ -40,6 +41,7 @@ def parser() -> OptionParser:
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id to take prompts from")
     inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
+    add_data_options(inputs)
     inputs.add_argument("--max_samples", type=int, default=64, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     share = result.add_argument_group("the share")
@@ -69,7 +71,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import load_records, prepare
     from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
     from switchkd.models.vocabulary import readable_pad_id, require_eos
     from switchkd.policies import ThresholdPolicy
@@ -87,10 +88,11 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     kwargs, device = {"dtype": options.dtype}, default_device()
     teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
     student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
-    records = load_records(options.dataset_name, split=options.dataset_train_split)
-    data, report = prepare(
-        records.select(range(min(options.max_samples, len(records)))),
+    data, report = prepare_data(
+        options,
+        options.dataset_train_split,
         tokenizer,
+        answers=False,
         max_prompt_length=options.max_prompt_length,
         max_completion_length=options.max_completion_length,
     )
@@ -132,6 +134,7 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
+    check_data_options(options)
     for name in ("max_samples", "max_prompt_length", "max_completion_length", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser, integers
 from switchkd.cli.run_folder import RunFolder
+from switchkd.commands.data import add_data_options, check_data_options, prepare_data
 from switchkd.commands.policy_options import OPTIONS
 from switchkd.errors import UserError, check_range, check_warping
 
@@ -32,6 +33,7 @@ def parser() -> OptionParser:
     inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
     inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
+    add_data_options(inputs)
     inputs.add_argument("--max_samples", type=int, default=64, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     inputs.add_argument(
@@ -86,7 +88,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from switchkd.commands.diagnose_picture import plot_diagnosis
     from switchkd.commands.diagnose_report import report, rows, summary
-    from switchkd.data import load_records, prepare
     from switchkd.evaluation.diagnosis import diagnose
     from switchkd.evaluation.guidance import Pair, Quality, positions_below, require_answers
     from switchkd.evaluation.scorers import load_scorer
@@ -98,11 +99,11 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     given = {name: value for name, value in flags.items() if value is not None}
     policy = SwitchPolicy(**({"horizon": options.max_completion_length} | given))
     scorer = load_scorer(options.scorer) if options.scorer is not None else None
-    records = load_records(options.dataset_name, split=options.dataset_train_split)
     tokenizer = load_tokenizer(options.model_name_or_path)
     excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
-    data, found = prepare(
-        records.select(range(min(options.max_samples, len(records)))),
+    data, found = prepare_data(
+        options,
+        options.dataset_train_split,
         tokenizer,
         max_prompt_length=options.max_prompt_length,
         max_completion_length=options.max_completion_length,
@@ -176,6 +177,7 @@ def _check(options: argparse.Namespace) -> list[int] | None:
     ):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
+    check_data_options(options)
     for name in ("max_samples", "max_prompt_length", "max_completion_length", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")

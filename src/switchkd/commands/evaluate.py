@@ -8,6 +8,7 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser, integers, is_terminal
 from switchkd.cli.run_folder import RunFolder
+from switchkd.commands.data import add_data_options, check_data_options, prepare_data
 from switchkd.errors import UserError, check_warping
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,6 +35,7 @@ def parser() -> OptionParser:
     inputs.add_argument(
         "--dataset_test_split", default="test", metavar="SPLIT", help="split to use; a file has only one"
     )
+    add_data_options(inputs)
     inputs.add_argument("--max_samples", type=int, metavar="N", help="use only the first N records")
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     inputs.add_argument(
@@ -67,19 +69,16 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = RunFolder(options.output_dir, "evaluate")
     folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.data import load_records, prepare
     from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
     from switchkd.evaluation.losses import samples_the_model
     from switchkd.evaluation.scorers import load_scorer
     from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
 
     quiet_libraries(options.verbose)
-    records = load_records(options.dataset_name, split=options.dataset_test_split)
-    if options.max_samples is not None:
-        records = records.select(range(min(options.max_samples, len(records))))
     tokenizer = load_tokenizer(options.tokenizer_name_or_path or options.model_name_or_path)
-    data, report = prepare(
-        records,
+    data, report = prepare_data(
+        options,
+        options.dataset_test_split,
         tokenizer,
         max_prompt_length=options.max_prompt_length,
         max_completion_length=options.max_completion_length,
@@ -153,6 +152,7 @@ def check(options: argparse.Namespace) -> list[int]:
     for name, meaning in (("model_name_or_path", "the model to score"), ("dataset_name", "the data to answer")):
         if getattr(options, name) is None:
             raise UserError(f"give --{name}, {meaning}")
+    check_data_options(options)
     if options.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     for name in ("max_samples", "max_completion_length", "max_prompt_length", "batch_size"):

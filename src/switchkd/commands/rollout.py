@@ -7,6 +7,7 @@ from switchkd.cli.console import Console, quiet_libraries, rendered, terminal
 from switchkd.cli.options import OptionParser
 from switchkd.cli.rollouts import legend, rollout_block, rollout_text, tokens_block, tokens_text
 from switchkd.cli.run_folder import RunFolder
+from switchkd.commands.data import add_data_options, check_data_options, prepare_data
 from switchkd.commands.policy_options import (
     NAMES,
     add_policy_choice,
@@ -37,11 +38,9 @@ def parser() -> OptionParser:
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt, in quotes; may be given several times"
     )
-    prompts.add_argument(
-        "--template", default="none", help="template around the prompt: none, alpaca, or chat (the tokenizer's)"
-    )
     prompts.add_argument("--dataset_name", metavar="DATA", help="take prompts from this file, folder or hub id instead")
     prompts.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
+    add_data_options(prompts)
     prompts.add_argument("--max_samples", type=int, default=4, metavar="N", help="use only the first N records")
     prompts.add_argument("--num_samples", type=int, default=1, metavar="N", help="completions per prompt")
     policy = result.add_argument_group("who writes")
@@ -119,8 +118,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    choices = {"template": ["none", "alpaca", "chat"]}
-    choices |= {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
+    choices = {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
     for name, valid in choices.items():
         if getattr(options, name) not in valid:
             raise UserError(f"{name} must be one of {', '.join(valid)}, got {getattr(options, name)!r}")
@@ -130,8 +128,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"policy {options.policy} needs --teacher_model_name_or_path; or use --policy student")
     if (options.prompt is None) == (options.dataset_name is None):
         raise UserError("give either --prompt or --dataset_name")
-    if options.dataset_name is not None and options.template != "none":
-        raise UserError("template needs --prompt: prompts of a data set are used as they are")
+    check_data_options(options)
     for name in ("max_samples", "num_samples", "max_completion_length", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
@@ -155,18 +152,12 @@ def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, An
 
 
 def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -> list[list[int]]:
-    from switchkd.data import alpaca_prompt, encode_prompt, load_records, prepare
+    from switchkd.data import encode_prompt
 
     if options.prompt is not None:
-        texts = options.prompt
-        if options.template == "alpaca":
-            texts = [alpaca_prompt(text) for text in texts]
-        elif options.template == "chat":
-            texts = [[{"role": "user", "content": text}] for text in texts]
-        return [encode_prompt(text, tokenizer) for text in texts]
-    records = load_records(options.dataset_name, split=options.dataset_train_split)
-    wanted = min(options.max_samples, len(records))
-    data, report = prepare(records.select(range(wanted)), tokenizer)
+        reading = {"template": options.template, "split_special_tokens": options.split_special_tokens}
+        return [encode_prompt(text, tokenizer, **reading) for text in options.prompt]
+    data, report = prepare_data(options, options.dataset_train_split, tokenizer, answers=False)
     console.progress(f"prompts: {report}")
     return list(data["prompt_ids"])
 

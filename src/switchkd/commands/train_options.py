@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 from switchkd.cli.options import OptionsMixin, json_object, truth
 from switchkd.commands.train_help import arrange
 from switchkd.commands.training_arguments import UNREAD, training_arguments
+from switchkd.data_options import parse_mixture
 from switchkd.errors import UserError
 from switchkd.methods import get_method
 from switchkd.training.options import DistillationOptions, own_fields
@@ -49,6 +50,14 @@ class RunArguments:
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Training data: file, folder or hub id."})
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={"help": "Several training sets instead, each as name=weight: a.jsonl=0.7 owner/name=0.3."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read only the records that max_train_samples or max_steps ask for."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Data for the evaluation loss. Default: dataset_name, if a split is given."}
@@ -150,8 +159,7 @@ def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
 def _check(args: RunArguments, teacher: str | None) -> None:
     if args.student_config is not None and args.student_layers is not None:
         raise UserError("student_config and student_layers exclude each other; give only one")
-    if args.dataset_name is None:
-        raise UserError("give --dataset_name, the training data: a file, a folder or a hub id")
+    _check_data(args)
     made = args.student_config is not None or args.student_layers is not None
     if args.model_name_or_path is None and not made:
         raise UserError("give --model_name_or_path, the student; or make one with --student_config or --student_layers")
@@ -167,6 +175,18 @@ def _check(args: RunArguments, teacher: str | None) -> None:
     for name in (*LORA_DEFAULTS, "lora_target_modules"):
         if not args.use_peft and getattr(args, name) is not None:
             raise UserError(f"{name} does nothing without use_peft; add --use_peft or remove it")
+
+
+def _check_data(args: RunArguments) -> None:
+    if args.dataset_mixture is not None:
+        parse_mixture(args.dataset_mixture)
+        for name in ("dataset_name", "dataset_config"):
+            if getattr(args, name) is not None:
+                raise UserError(f"dataset_mixture and {name} exclude each other; in a mixture write owner/name:config")
+        if args.dataset_test_split is not None and args.eval_dataset_name is None:
+            raise UserError("dataset_test_split with dataset_mixture needs --eval_dataset_name")
+    elif args.dataset_name is None:
+        raise UserError("give --dataset_name, the training data: a file, a folder or a hub id")
 
 
 def _config(options: argparse.Namespace) -> "SwitchConfig":

@@ -19,6 +19,8 @@ from switchkd.commands.progress import RunCallback
 from switchkd.commands.pushing import check_hub, push
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, read_options
 from switchkd.data import load_records
+from switchkd.data.containers import Mixture, first_records
+from switchkd.data_options import parse_mixture
 from switchkd.errors import UserError, UserErrors
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
@@ -36,6 +38,9 @@ RESUME_MAY_CHANGE = (
     "skip_memory_metrics", "local_rank", "prediction_loss_only",
 )  # fmt: skip
 RESUME_MAY_CHANGE_PREFIXES = ("save_", "logging_", "log_", "eval_", "hub_", "dataloader_", "ddp_", "do_", "trackio_")
+
+# Of the first prompt: its beginning and its end are shown.
+SHOWN_CHARACTERS = 400
 
 
 def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -66,6 +71,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder.claim(resolved, keep=resumes)
     for name, report in trainer.prepare_reports.items():
         console.say(f"{name} data: {report}")
+    console.say(_first_prompt(trainer))
     console.say(f"student: {_size(trainer.model)}")
     if trainer.teacher_model is not None:
         console.say(f"teacher: {_size(trainer.teacher_model)}")
@@ -145,7 +151,14 @@ def load_datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
     Raises:
         UserError: A data set cannot be found or read, or the evaluation has none.
     """
-    train = _first(load_records(str(args.dataset_name), split=args.dataset_train_split), args.max_train_samples)
+    if args.dataset_streaming and args.max_train_samples is None and config.max_steps <= 0:
+        raise UserError("dataset_streaming needs max_train_samples or max_steps: the number of records to take")
+    train: Any
+    if args.dataset_mixture is not None:
+        weights = parse_mixture(args.dataset_mixture)
+        train = Mixture({name: _train_records(name, args) for name in weights}, weights)
+    else:
+        train = _train_records(str(args.dataset_name), args)
     if args.eval_dataset_name is None and args.dataset_test_split is None:
         if config.eval_strategy != "no":
             strategy = IntervalStrategy(config.eval_strategy).value
@@ -154,11 +167,29 @@ def load_datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
     name = args.eval_dataset_name or str(args.dataset_name)
     if args.eval_dataset_name is None and Path(name).expanduser().is_file():
         raise UserError(f"{name} is a file, which has only one split; give --eval_dataset_name")
-    return train, _first(load_records(name, split=args.dataset_test_split or "test"), args.max_eval_samples)
+    configuration = args.dataset_config if args.eval_dataset_name is None else None
+    records = load_records(name, split=args.dataset_test_split or "test", configuration=configuration)
+    return train, first_records(records, args.max_eval_samples)
 
 
-def _first(records: Any, limit: int | None) -> Any:
-    return records if limit is None else records.select(range(min(limit, len(records))))
+def _train_records(name: str, args: RunArguments) -> Any:
+    records = load_records(
+        name, split=args.dataset_train_split, configuration=args.dataset_config, streaming=args.dataset_streaming
+    )
+    return first_records(records, args.max_train_samples)
+
+
+def _first_prompt(trainer: SwitchTrainer) -> str:
+    """The first prompt as the student reads it, special tokens and line breaks visible, on one line."""
+    data: Any = trainer.train_dataset
+    tokenizer: Any = trainer.processing_class
+    row = data[0]
+    text = tokenizer.decode(row["prompt_ids"], skip_special_tokens=False).replace("\n", "\\n")
+    if len(text) > SHOWN_CHARACTERS:
+        half = SHOWN_CHARACTERS // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    special = sum(token in tokenizer.all_special_ids for token in row["prompt_ids"])
+    return f"first prompt, {len(row['prompt_ids'])} tokens ({special} special): {text}"
 
 
 def _peft_config(args: RunArguments) -> Any:

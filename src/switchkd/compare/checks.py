@@ -125,7 +125,8 @@ def _try_training(attempt: _Attempts, args: Any, config: Any, plan: Any, *, begu
     """
     from switchkd.commands.train_run import load_datasets
 
-    data = (args.dataset_name, args.dataset_train_split, args.eval_dataset_name, args.dataset_test_split)
+    data: tuple[Hashable, ...] = (args.dataset_name, args.dataset_train_split, args.eval_dataset_name)
+    data += (args.dataset_test_split, tuple(args.dataset_mixture or ()), args.dataset_config, args.dataset_streaming)
     attempt(_silent, load_datasets, args, config, key=("data", *data, str(config.eval_strategy)))
     if args.lm_dataset_name is not None:
         attempt(_records, args.lm_dataset_name, "train", key=("data", args.lm_dataset_name, "train"))
@@ -154,10 +155,11 @@ def _try_student(args: Any, teacher: str | None, attempt: _Attempts) -> None:
 
 
 def _try_scoring(options: Any, attempt: _Attempts) -> None:
+    from switchkd.commands.data import load_data
     from switchkd.evaluation.scorers import load_scorer
 
-    data = options.dataset_name, options.dataset_test_split
-    attempt(_records, *data, key=("data", *data))
+    data = options.dataset_name, options.dataset_test_split, options.dataset_config, options.dataset_streaming
+    attempt(_silent, load_data, options, options.dataset_test_split, key=("data", *data))
     if options.tokenizer_name_or_path is not None:
         _tokenizer(options.tokenizer_name_or_path, attempt)
     teacher = options.teacher_model_name_or_path

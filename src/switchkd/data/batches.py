@@ -21,7 +21,7 @@ class Rows(Sequence[dict[str, Any]]):
 
     Args:
         rows: Dicts with `prompt_ids` and `completion_ids`, the latter possibly empty, and where the teacher sees
-            another prompt `teacher_prompt_ids`; lists of ids.
+            another prompt `teacher_prompt_ids`; lists of ids. `earlier_answers`: see `switchkd.data.prepare`.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -52,22 +52,38 @@ def padded_batch(rows: Rows, pad_token_id: int) -> dict[str, Tensor]:
         pad_token_id: Any id the models can read; masks, never ids, say what is padding.
 
     Returns:
-        `input_ids` and `attention_mask` `[B, P + C]`, `completion_mask` `[B, C]`, C >= 1; where the teacher has other
-        prompts, of length P', `teacher_input_ids` and `teacher_attention_mask` `[B, P' + C]`.
+        `input_ids` and `attention_mask` `[B, P + C]`, `completion_mask` `[B, C]`, C >= 1, True at the tokens that are
+        supervised; where the teacher has other prompts, of length P', `teacher_input_ids` and
+        `teacher_attention_mask` `[B, P' + C]`.
     """
-    lengths = torch.tensor([len(row["completion_ids"]) for row in rows])
+    prompts, completions, supervised = zip(*map(_supervised, rows), strict=True)
+    lengths = torch.tensor([len(ids) for ids in completions])
     width = max(int(lengths.max()), 1)
-    completion_mask = torch.arange(width) < lengths.unsqueeze(1)
-    completion_ids = torch.full(completion_mask.shape, pad_token_id, dtype=torch.int64)
-    ids = list(chain.from_iterable(row["completion_ids"] for row in rows))
-    completion_ids[completion_mask] = torch.tensor(ids, dtype=torch.int64)
+    read = torch.arange(width) < lengths.unsqueeze(1)
+    completion_ids = torch.full(read.shape, pad_token_id, dtype=torch.int64)
+    completion_ids[read] = torch.tensor(list(chain.from_iterable(completions)), dtype=torch.int64)
+    completion_mask = read.clone()
+    completion_mask[read] = torch.tensor(list(chain.from_iterable(supervised)), dtype=torch.bool)
     teacher_prompts = rows.teacher_prompts()
-    return _model_inputs(
-        Prompts.of(rows.prompts(), pad_token_id),
+    inputs = _model_inputs(
+        Prompts.of(prompts, pad_token_id),
         None if teacher_prompts is None else Prompts.of(teacher_prompts, pad_token_id),
         completion_ids,
-        completion_mask,
+        read,
     )
+    return {**inputs, "completion_mask": completion_mask}
+
+
+def _supervised(row: dict[str, Any]) -> tuple[list[int], list[int], list[bool]]:
+    """A row's tokens up to the first that is supervised, those from there on, and which of these are supervised."""
+    prompt, completion, places = row["prompt_ids"], row["completion_ids"], row.get("earlier_answers")
+    if not places:
+        return prompt, completion, [True] * len(completion)
+    first = places[0]
+    mask = [False] * (len(prompt) - first) + [True] * len(completion)
+    for start, end in zip(places[::2], places[1::2], strict=True):
+        mask[start - first : end - first] = [True] * (end - start)
+    return prompt[:first], prompt[first:] + completion, mask
 
 
 def dataset_batches(batches: Sequence[Rows], pad_token_id: int) -> list[dict[str, Tensor]]:

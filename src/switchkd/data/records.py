@@ -1,23 +1,29 @@
 """Reading records: a file, a folder or a hub data set becomes a `datasets.Dataset` with its columns as they are."""
 
+import contextlib
+import csv
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, Features, IterableDataset, Value
 
+from switchkd.data_options import READ_COLUMNS
 from switchkd.errors import UserError
 from switchkd.models.hub import cache_only_if_unreachable, unreachable_reason
 
-READ_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "teacher_prompt")
-SUFFIXES = (".jsonl", ".json", ".parquet")
+#: Suffix -> what `datasets` calls the format.
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+ACCEPTED = "a .jsonl, .json, .csv, .tsv or .parquet file, plain or .gz"
 SPLIT_WORDS = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing", "eval")}
 _PATH_LIKE = re.compile(
     r"^([./~]|runs/)|\\|/.*/|\.(jsonl?|parquet|csv|tsv|txt|arrow|ya?ml|gz|zip|zst|xz|bz2)$", re.IGNORECASE
@@ -25,84 +31,115 @@ _PATH_LIKE = re.compile(
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
-def load_records(name_or_path: str, *, split: str | None = "train") -> Dataset:
+def load_records(
+    name_or_path: str, *, split: str | None = "train", configuration: str | None = None, streaming: bool = False
+) -> Any:
     """Return the records of a file, a folder or a hub data set, all their columns as they are.
 
+    Parquet, CSV and saved folders are read by `datasets`, which maps them from disk; JSON is read here, so that errors
+    name the line.
+
     Args:
-        name_or_path: A .jsonl, .json or .parquet file, plain or .gz; a folder written by `save_to_disk`, or of such
-            files with the split in their names; or a hub id, "id" or "id:configuration".
+        name_or_path: A .jsonl, .json, .csv, .tsv or .parquet file, plain or .gz; a folder written by `save_to_disk`, or
+            of such files with the split in their names; or a hub id, "id" or "id:configuration".
         split: The split to take. A file is one split: there it is ignored. None takes all files of a folder, or the
             only split of a saved or hub data set.
+        configuration: Of a hub data set.
+        streaming: Read records as they are asked for; nothing is downloaded or converted as a whole.
 
     Returns:
-        One row per record. A column that `prepare` does not read and whose values have no common type is left out.
+        A `datasets.Dataset`, or with `streaming` a `datasets.IterableDataset`; one row per record. A column that
+        `prepare` does not read and whose values have no common type is left out.
 
     Raises:
         UserError: Nothing is there, or it cannot be read; file and line are named.
     """
     path = Path(name_or_path).expanduser()
+    if path.exists() and configuration is not None:
+        raise UserError(f"dataset_config={configuration} does nothing: {path} is not a hub data set; remove it")
     if path.is_dir():
+        if streaming:
+            raise UserError(f"dataset_streaming reads a file or a hub data set, and {path} is a folder; name its file")
         return _load_folder(path, split)
     if path.exists():
-        return _load_file(path)
+        return _stream_file(path) if streaming else _load_file(path)
     if _PATH_LIKE.search(name_or_path):
         raise UserError(f"no file or folder {name_or_path}: check the path (the current folder is {Path.cwd().name!r})")
-    return _load_from_hub(name_or_path, split)
-
-
-def as_dataset(data: Any, name: str) -> Dataset:
-    """Return records in any of the usual containers as a `datasets.Dataset`.
-
-    Args:
-        data: A `Dataset`, a list of dicts, a pandas data frame, or an object with `__len__` and `__getitem__` that
-            gives dicts (a map-style `torch.utils.data.Dataset`).
-        name: What the data are for, named in errors.
-
-    Raises:
-        UserError: A streaming data set, several splits at once, or something without records.
-    """
-    if isinstance(data, Dataset):
-        return data
-    if isinstance(data, dict):  # a DatasetDict is one
-        raise UserError(f"{name} holds several splits ({', '.join(map(str, data))}); give one of them")
-    if hasattr(data, "iterrows"):
-        return Dataset.from_pandas(data, preserve_index=False)
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str | bytes):
-        raise UserError(
-            f"{name} is a {type(data).__name__}, which has no random access; give a datasets.Dataset, e.g. "
-            "datasets.Dataset.from_list(list(stream.take(1000)))"
-        )
-    rows = [data[index] for index in range(len(data))]
-    wrong = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise UserError(f"{name}: record {wrong} is a {type(rows[wrong]).__name__}, not a dict of columns")
-    try:
-        return Dataset.from_list(rows)
-    except (pa.ArrowException, OverflowError) as error:
-        raise UserError(f"{name}: {_first_line(error)}") from error
+    return _load_from_hub(name_or_path, split, configuration, streaming)
 
 
 def _data_suffix(path: Path) -> str | None:
     name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+
+
+def _known_suffix(path: Path) -> str:
+    suffix = _data_suffix(path)
+    if suffix is None:
+        raise UserError(f"cannot read {path}: give {ACCEPTED}")
+    return suffix
+
+
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, datasets.exceptions.DatasetsError)
 
 
 def _load_file(path: Path) -> Dataset:
-    suffix = _data_suffix(path)
-    if suffix is None:
-        raise UserError(f"cannot read {path}: give a .jsonl, .json or .parquet file, plain or .gz")
+    suffix = _known_suffix(path)
     try:
+        if suffix in (".csv", ".tsv"):
+            return _load_table(path, suffix)
+        if suffix == ".parquet" and path.suffix.lower() == suffix:
+            with _quiet_datasets():
+                return Dataset.from_parquet(str(path))
         data = path.read_bytes()
         if path.name.lower().endswith(".gz"):
             data = gzip.decompress(data)
         if suffix == ".parquet":
             return Dataset(pq.read_table(io.BytesIO(data)))
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+    except _UNREADABLE as error:
+        raise UserError(f"cannot read {path}: {_first_line(error.__cause__ or error)}") from error
     rows = _json_rows(data, path, whole=suffix == ".json")
     if not rows:
         raise UserError(f"{path} is empty: it holds no records")
     return _from_rows(rows, path)
+
+
+def _load_table(path: Path, suffix: str) -> Dataset:
+    """The rows of a CSV or TSV file, every column as text: an answer 42 or NA is one."""
+    with _quiet_datasets():
+        return Dataset.from_csv(str(path), **_table_options(path, suffix))
+
+
+def _table_options(path: Path, suffix: str) -> dict[str, Any]:
+    separator = "," if suffix == ".csv" else "\t"
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator), [])
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path}: the first line must name the columns, each once; found {','.join(names)[:60]!r}")
+    features = Features({name: Value("string") for name in names})
+    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+
+
+def _stream_file(path: Path) -> IterableDataset:
+    """The rows of a file as they are asked for; what cannot be read is found then."""
+    suffix = _known_suffix(path)
+    options = _table_options(path, suffix) if suffix in (".csv", ".tsv") else {}
+    return datasets.load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True, **options)
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keep the bars and the error messages of `datasets` off the terminal; errors are told in one line here."""
+    level, shown = datasets.logging.get_verbosity(), datasets.utils.logging.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _json_rows(data: bytes, path: Path, whole: bool) -> list[dict[str, Any]]:
@@ -157,7 +194,7 @@ def _load_folder(folder: Path, split: str | None) -> Dataset:
         if _data_suffix(path) and path.is_file() and not re.search(r"(^|/)\.|dataset_infos?\.json$", name):
             files[path] = set(re.split(r"[^a-z0-9]+", name.lower()))
     if not files:
-        raise UserError(f"folder {folder} holds no .jsonl, .json or .parquet file (plain or .gz)")
+        raise UserError(f"folder {folder} holds no data: it needs {ACCEPTED}")
     chosen = list(files)
     if split is not None:
         matches = {w: [path for path in files if w in files[path]] for w in (split, *SPLIT_WORDS.get(split, ()))}
@@ -176,13 +213,16 @@ def _load_folder(folder: Path, split: str | None) -> Dataset:
         raise UserError(f"the files of folder {folder} have different columns: {_first_line(error)}") from error
 
 
-def _load_from_hub(name: str, split: str | None) -> Dataset:
+def _load_from_hub(name: str, split: str | None, configuration: str | None, streaming: bool) -> Any:
     if not _HUB_ID.match(name):
         raise UserError(f"{name!r} is not a file, a folder or a hub id (owner/name or owner/name:config)")
-    repository, _, configuration = name.partition(":")
+    repository, _, named = name.partition(":")
+    if named and configuration not in (None, named):
+        raise UserError(f"dataset_config={configuration} and {name!r} name two configurations; remove one")
+    options = {"streaming": True} if streaming else {}
     try:
         with cache_only_if_unreachable():
-            loaded = datasets.load_dataset(repository, configuration or None, split=split)
+            loaded = datasets.load_dataset(repository, named or configuration, split=split, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{name!r} is not a local file or folder, and loading it as hub data set {repository!r} "
@@ -191,8 +231,8 @@ def _load_from_hub(name: str, split: str | None) -> Dataset:
     return _one_split(loaded, name, split)
 
 
-def _one_split(loaded: Dataset | DatasetDict, name: str, split: str | None) -> Dataset:
-    if not isinstance(loaded, DatasetDict):
+def _one_split(loaded: Any, name: str, split: str | None) -> Any:
+    if not isinstance(loaded, dict):  # a DatasetDict is one, an IterableDatasetDict too
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
@@ -201,5 +241,5 @@ def _one_split(loaded: Dataset | DatasetDict, name: str, split: str | None) -> D
     return loaded[split]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

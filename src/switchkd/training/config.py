@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from switchkd.errors import UserError
+from switchkd.data_options import SUPERVISE, TEMPLATES, parse_columns
+from switchkd.errors import UserError, check_choice
 from switchkd.other_names import refuse_unknown
 from switchkd.training.options import DistillationOptions
 
@@ -45,6 +46,9 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
             raise UserError("logging_nan_inf_filter must stay False: it would log a loss that is nan as 0")
         if self.label_smoothing_factor:
             raise UserError(f"label_smoothing_factor={self.label_smoothing_factor} does nothing here; remove it")
+        self.columns = parse_columns(self.columns) or None
+        check_choice("template", self.template, TEMPLATES)
+        check_choice("supervise", self.supervise, SUPERVISE)
         self.check_ranges()
 
     def options_set(self, *names: str) -> dict[str, Any]:

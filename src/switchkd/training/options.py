@@ -4,10 +4,13 @@ import math
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any
 
+from switchkd.data_options import HELP as DATA_HELP
 from switchkd.errors import UserError, check_loss_temperature, check_warping
 from switchkd.methods import METHODS
 from switchkd.objective_names import OBJECTIVES, check_objective_name
 from switchkd.policy_options import POLICY_OPTIONS
+
+_DATA_HELP = {name: f"{text[0].upper()}{text[1:]}." for name, text in DATA_HELP.items()}
 
 
 def _policy_field(name: str) -> tuple[str, Any, Any]:
@@ -104,6 +107,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             "0.5 where no initial_threshold is given either."
         },
     )
+    columns: dict[str, str] | str | None = field(default=None, metadata={"help": _DATA_HELP["columns"]})
+    template: str = field(default="auto", metadata={"help": _DATA_HELP["template"]})
+    supervise: str = field(default="last", metadata={"help": _DATA_HELP["supervise"]})
+    split_special_tokens: bool = field(default=True, metadata={"help": _DATA_HELP["split_special_tokens"]})
     max_prompt_length: int = field(
         default=256, metadata={"help": "Longer prompts are dropped and counted, never cut. Tokens."}
     )

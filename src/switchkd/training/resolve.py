@@ -253,6 +253,12 @@ def _dataset_steps(plan: Plan, args: SwitchConfig) -> str | None:
     return "every step trains on rolled-out text" if plan.fraction == 1 else None
 
 
+def _dataset_answers(plan: Plan, args: SwitchConfig) -> str | None:
+    if plan.method.teacher_text or plan.fraction == 1:
+        return f"method {plan.method.name!r} trains on no answers of the data set"
+    return None
+
+
 def _truncated(plan: Plan, args: SwitchConfig) -> str | None:
     return "rollouts have their full length from the start" if plan.truncation_start == 1 else None
 
@@ -309,6 +315,7 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "log_completions": (_steps_that_roll_out,),
     "num_completions_to_log": (_steps_that_roll_out, _logged_completions),
     "ce_weight": (_dataset_steps,),
+    "supervise": (_dataset_answers,),
     "replay_capacity": (_replay_store,),
     "clip_range": (_policy_gradient,),
     "teacher_text_file": (_teacher_text,),

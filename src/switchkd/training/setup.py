@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers.utils import logging
 
 from switchkd.data import prepare
 from switchkd.data.batches import check_readable
+from switchkd.data.containers import Mixture, as_dataset
 from switchkd.data.plain_text import PlainText
-from switchkd.data.records import as_dataset
+from switchkd.data_options import parse_columns
 from switchkd.errors import UserError
 from switchkd.methods import Method
 from switchkd.models.loading import excluded_with, load_model
@@ -26,6 +28,8 @@ from switchkd.training.config import SwitchConfig
 from switchkd.training.log import ShareWatch
 from switchkd.training.resolve import Plan
 from switchkd.training.text import TextSource
+
+logger = logging.get_logger("switchkd")
 
 # What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the
 # vocabulary (both models' logits and log-probabilities, the noise and a temporary).
@@ -109,7 +113,7 @@ def at_hand(teacher: nn.Module | None, device: torch.device, *, offload: bool) -
 
 
 def prepare_data(
-    train: Dataset | None,
+    train: Any,
     evaluation: Any,
     tokenizer: Any,
     args: SwitchConfig,
@@ -120,7 +124,7 @@ def prepare_data(
     """Return training and evaluation data with token ids, checked, and the reports of what was prepared here.
 
     Args:
-        train: Raw or prepared data, or None.
+        train: Raw or prepared data, a `Mixture` of them, or None.
         evaluation: Likewise, or several by name.
         tokenizer: The student's.
         args: The configuration.
@@ -132,7 +136,7 @@ def prepare_data(
     """
     reports: dict[str, Any] = {}
 
-    def prepared(name: str, data: Dataset) -> Dataset:
+    def prepared(name: str, data: Any, part: str = "") -> Dataset:
         trains = name == "train"
         replaced = plan.method.teacher_text or plan.fraction == 1
         data, report = _prepare_set(
@@ -146,10 +150,15 @@ def prepare_data(
             continued=trains and plan.writes_text,
         )
         if report is not None:
-            reports[name] = report
+            title = f"{name} ({part})" if part else name
+            reports[title] = report
+            logger.info(f"{title} data: {report}")
         return data
 
-    if train is not None:
+    if isinstance(train, Mixture):
+        parts = {name: prepared("train", data, name) for name, data in train.parts.items()}
+        train = train.joined(parts, args.seed)
+    elif train is not None:
         train = prepared("train", train)
     if isinstance(evaluation, dict):
         evaluation = {name: prepared(name, data) for name, data in evaluation.items()}
@@ -160,7 +169,7 @@ def prepare_data(
 
 def _prepare_set(
     name: str,
-    data: Dataset,
+    data: Any,
     tokenizer: Any,
     args: SwitchConfig,
     readers: dict[str, nn.Module | None],
@@ -185,10 +194,21 @@ def _prepare_set(
         UserError: Columns or answers are missing, or a text exceeds a context.
     """
     report = None
-    data = as_dataset(data, f"{name}_dataset")
+    data = as_dataset(data, f"{name}_dataset", records=_records_read(args) if name == "train" else None)
     if "prompt_ids" not in data.column_names:
-        lengths = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
-        data, report = prepare(data, tokenizer, **lengths)
+        data, report = prepare(
+            data,
+            tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            columns=parse_columns(args.columns),
+            template=args.template,
+            supervise=args.supervise,
+            split_special_tokens=args.split_special_tokens,
+            plain_text=answers and not continued and args.eval_rouge_l_samples == 0,
+        )
+        if not answers:
+            report = replace(report, truncated_completions=None)
     own_prompts = "teacher_prompt_ids" in data.column_names
     if readers["teacher"] is None:
         data = data.remove_columns("teacher_prompt_ids") if own_prompts else data
@@ -203,12 +223,20 @@ def _prepare_set(
             "of the prompt"
         )
     if answers:
-        empty = next((row for row, ids in enumerate(data["completion_ids"]) if not ids), None)
+        earlier = data["earlier_answers"] if "earlier_answers" in data.column_names else [()] * len(data)
+        answered = zip(data["completion_ids"], earlier, strict=True)
+        empty = next((row for row, (ids, before) in enumerate(answered) if not ids and not before), None)
         if empty is not None:
             reader = f"method {method.name!r}" if name == "train" else "evaluation"
             raise UserError(f"{reader} reads dataset answers, but row {empty} of the {name} data has none")
     check_readable(data, readers, answers=answers, new_tokens=args.max_completion_length if continued else 0)
     return data, report
+
+
+def _records_read(args: SwitchConfig) -> int | None:
+    """How many records all steps of a training read; None where their number is not set."""
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps * rows if args.max_steps > 0 else None
 
 
 def make_text_source(plan: Plan, args: SwitchConfig) -> TextSource:

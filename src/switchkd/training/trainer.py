@@ -61,7 +61,9 @@ class SwitchTrainer(ReferenceTrainer):
             copies the student.
         args: A `SwitchConfig`.
         train_dataset: Rows of `prompt`, `prompt` + `completion`, `messages` or `instruction`/`input`/`output`, with
-            `teacher_prompt` where the teacher sees another prompt; or a dataset that `switchkd.data.prepare` made.
+            `teacher_prompt` where the teacher sees another prompt; or a dataset that `switchkd.data.prepare` made. A
+            `datasets.Dataset`, a list of dicts, a data frame, a `switchkd.Mixture` of several, or with `max_steps` a
+            stream. docs/data.md shows every shape.
         eval_dataset: Likewise, with answers.
         processing_class: The student's tokenizer; loaded with the student if None and the student is a name.
         peft_config: A `peft` config: only an adapter of the student is trained.
@@ -81,8 +83,8 @@ class SwitchTrainer(ReferenceTrainer):
         model: nn.Module | str,
         teacher_model: nn.Module | str | None = None,
         args: SwitchConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
