@@ -161,3 +161,11 @@ def test_a_terminal_gets_the_same_cells_in_its_width() -> None:
         assert shown[100][place].split() == plain[place].split()
     assert {len(line) for line in shown[100][2:]} == {max(map(len, shown[100][2:]))}  # numbers end in one column
     assert len(shown[24]) > len(shown[100])
+
+
+def test_a_completion_says_whether_it_ended_or_was_cut() -> None:
+    rollout = make_rollout([2, 4], teacher_from=1)
+    rollout.completion_ids[0, 1] = 7
+    for ends in (7, [5, 7]):
+        assert [row["finish_reason"] for row in rollout.to_dicts(eos_token_id=ends)] == ["stop", "length"]
+    assert all("finish_reason" not in row for row in rollout.to_dicts())
