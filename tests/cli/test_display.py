@@ -1,15 +1,17 @@
 """What is printed and drawn: marks where the teacher wrote, tables that align, pictures that hold everything."""
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.cli.display import plot_summary, position_curves, table
+from switchkd.cli.display import plot_summary, position_curves, rich_table, table
 from switchkd.errors import UserError
 from switchkd.rollout import Author, Rollout, token_texts
 
@@ -143,3 +145,27 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "picture.png", tmp_path / "picture.nonsense"):
         with pytest.raises(UserError, match="picture"):
             plot_summary(path, **CURVES)
+
+
+def test_a_terminal_gets_the_same_cells_in_its_width() -> None:
+    rows, headers = [("loss", 1.23456), ("a name of several words", 1234567), ("none", None)], ("what", "value [nats]")
+    shown = {}
+    for width in (24, 100):
+        screen = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+        with screen.capture() as capture:
+            screen.print(rich_table(rows, headers))
+        shown[width] = [line.rstrip() for line in capture.get().splitlines()]
+        assert max(map(len, shown[width])) <= width
+    plain = table(rows, headers).splitlines()
+    for place in (0, 2, 3, 4):
+        assert shown[100][place].split() == plain[place].split()
+    assert {len(line) for line in shown[100][2:]} == {max(map(len, shown[100][2:]))}  # numbers end in one column
+    assert len(shown[24]) > len(shown[100])
+
+
+def test_a_completion_says_whether_it_ended_or_was_cut() -> None:
+    rollout = make_rollout([2, 4], teacher_from=1)
+    rollout.completion_ids[0, 1] = 7
+    for ends in (7, [5, 7]):
+        assert [row["finish_reason"] for row in rollout.to_dicts(eos_token_id=ends)] == ["stop", "length"]
+    assert all("finish_reason" not in row for row in rollout.to_dicts())

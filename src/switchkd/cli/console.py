@@ -4,11 +4,12 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from switchkd.cli.display import rich_table, table
 from switchkd.cli.run_folder import is_main_process, json_line
 
 if TYPE_CHECKING:  # only a terminal needs it
@@ -31,6 +32,11 @@ class Console:
         """Print text for people; a reader that went away (`| head`) does not end the run."""
         if is_main_process():
             write(self.stream, text + "\n")
+
+    def table(self, rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+        """Return a table for people: as wide as the terminal where there is one, else plain text."""
+        screen = terminal(self.stream)
+        return table(rows, headers) if screen is None else rendered(screen, rich_table(rows, headers))
 
     def progress(self, text: str) -> None:
         """Print a passing remark to standard error."""

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import UserError
 
-if TYPE_CHECKING:  # torch and matplotlib are slow to import and not needed to print a table
+if TYPE_CHECKING:  # torch and matplotlib are slow to import and not needed to print a table; rich only on a terminal
+    from rich.table import Table as RichTable
+
     from switchkd.rollout import Rollout
 
 # Okabe and Ito's palette: distinguishable with every common colour vision deficiency, and in grey.
@@ -33,6 +35,22 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def rich_table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> "RichTable":
+    """Return the same table as a terminal shows it: cells are folded where it is too narrow; they may have styles."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[value if isinstance(value, Text) else Text(cell(value)) for value in row] for row in rows]
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column, name in enumerate(headers):
+        numeric = all(_is_number(row[column].plain) for row in cells)
+        result.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        result.add_row(*row)
+    return result
 
 
 def markdown_table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from switchkd.cli.display import table
+from switchkd.cli.display import rich_table, table
 
 if TYPE_CHECKING:  # rich is only needed where a terminal shows something
     from rich.console import RenderableType
@@ -142,25 +142,15 @@ def tokens_block(row: Mapping[str, Any], width: int) -> "RenderableType":
         row: As for `tokens_table`.
         width: Of the terminal, characters; where a line does not fit, a model's tokens stand below each other.
     """
-    from rich import box
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
-
-    from switchkd.cli.display import cell
 
     fits = max(map(len, tokens_text(row).splitlines())) < width
     cells, headers = tokens_table(row, between="  " if fits else "\n")
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style=HEADER_STYLE)
-    for name in headers:
-        words = name.endswith("tokens") or name in ("token", "writer")
-        result.add_column(name, justify="left" if words else "right", overflow="fold")
     for line in cells:
-        texts = [Text(cell(value)) for value in line]
         if line[2] == "teacher":
-            texts[1].stylize(TEACHER_STYLE)
-            texts[2].stylize(TEACHER_STYLE)
-        result.add_row(*texts)
-    return result
+            line[1:3] = (Text(text, TEACHER_STYLE) for text in line[1:3])
+    return Group(rich_table(cells, headers), "")
 
 
 def printable(text: str) -> str:

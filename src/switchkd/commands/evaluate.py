@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 from switchkd.cli.console import Console, quiet_libraries
-from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser, integers, is_terminal
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data
@@ -132,7 +131,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             **divergences,
         }
     summary["seconds"] = time.perf_counter() - started  # the passes over references and answers as well
-    console.say("\n" + _tables(summary))
+    console.say("\n" + _tables(summary, console))
     folder.claim({**vars(options), "seeds": seeds})
     folder.append("rows.jsonl", result.rows)
     folder.append(
@@ -166,7 +165,7 @@ def check(options: argparse.Namespace) -> list[int]:
     return seeds
 
 
-def _tables(summary: dict[str, Any]) -> str:
+def _tables(summary: dict[str, Any], console: Console) -> str:
     decoding, losses, diversity = summary["decoding"], summary["reference_losses"], summary["diversity"]
     measures = {"rouge_l": "ROUGE-L"} | {name: name for name in summary["by_scorer"]}
     compared = {"cross_entropy": "cross-entropy", "forward_kl": "KL(teacher, model)"}
@@ -188,7 +187,7 @@ def _tables(summary: dict[str, Any]) -> str:
     ]
     heads = (*measures.values(), *(head for loss, head in compared.items() if loss in losses))
     lines = [
-        table(scores, ("reference tokens", "examples", *heads)),
+        console.table(scores, ("reference tokens", "examples", *heads)),
         "scores of the answers, losses of the references in nats per token; 95% intervals over prompts",
         "",
         f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over seeds "
@@ -206,11 +205,11 @@ def _tables(summary: dict[str, Any]) -> str:
         + (f", KL(teacher, model) {losses['forward_kl']:.3f}, JSD {losses['jsd']:.3f}" if "jsd" in losses else ""),
     ]
     if "sequence_divergences" in summary:
-        lines += ["", *_sequence_table(summary["sequence_divergences"])]
+        lines += ["", *_sequence_table(summary["sequence_divergences"], console)]
     return "\n".join(lines)
 
 
-def _sequence_table(found: dict[str, Any]) -> list[str]:
+def _sequence_table(found: dict[str, Any], console: Console) -> list[str]:
     """How far the model is from the teacher as a writer: per token by position, and per text."""
     heads = {
         "reverse_sequence_kl": "KL(model, teacher)",
@@ -230,7 +229,7 @@ def _sequence_table(found: dict[str, Any]) -> list[str]:
     ]
     rows.append(("per text", *(at(name, "per_sequence") for name in heads)))
     lines = [
-        table(rows, ("nats", *heads.values())),
+        console.table(rows, ("nats", *heads.values())),
         "the first two on the model's answers, the last on texts that the teacher wrote",
     ]
     if not found["answers_sample_the_model"]:

@@ -12,7 +12,6 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from switchkd.cli.console import Console, quiet_libraries
-from switchkd.cli.display import table
 from switchkd.cli.options import integers, json_object
 from switchkd.cli.run_folder import RunFolder, plain, read_config
 from switchkd.commands.progress import RunCallback
@@ -100,7 +99,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     trainer.save_model()
     summary = _summary(trainer, seconds)
     folder.write_json("summary.json", summary)
-    if text := _table(trainer):
+    if text := _table(trainer, console):
         console.say(f"\n{text}")
     if best := summary.get("best"):
         console.say(f"\nbest: step {best['step']}, {best['metric']} {best['value']:.4g}; loaded and saved")
@@ -295,7 +294,7 @@ def _best(trainer: SwitchTrainer) -> dict[str, Any] | None:
     return {"step": state.best_global_step, "metric": metric, "value": state.best_metric}
 
 
-def _table(trainer: SwitchTrainer) -> str:
+def _table(trainer: SwitchTrainer, console: Console) -> str:
     rows, best, shown = [], _best(trainer), list(TABLE_ROWS)
     if trainer.plan.policy is not None and (measured := trainer.plan.policy.measured) is not None:
         at = next(index for index, row in enumerate(shown) if row[0] == "rollout/teacher_share")
@@ -307,7 +306,7 @@ def _table(trainer: SwitchTrainer) -> str:
             of_best = _logged(trainer, key, best["step"]) if best else []
             rows.append((*row, *([factor * of_best[-1] if of_best else None] if best else [])))
     headers = ("", "start", "end", *([f"best: step {best['step']}"] if best else []))
-    return table(rows, headers) if rows else ""
+    return console.table(rows, headers) if rows else ""
 
 
 def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:
