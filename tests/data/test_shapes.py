@@ -246,5 +246,9 @@ def test_first_prompt_shows_its_special_tokens_and_stays_off_the_standard_output
     _, out, err = run(*train(pair, path, tmp_path / "run", "switch", *more, "--json"))
     assert "first prompt" not in out and json.loads(out)["steps"] == 2
     shown = next(line for line in err.splitlines() if line.startswith("first prompt"))
-    assert "tokens (1 special): <user>Hi?\\n<assistant>Ho.<eos>\\n<user>xxx" in shown and " ... " in shown and len(shown) < 450
+    assert (
+        "tokens (1 special): <user>Hi?\\n<assistant>Ho.<eos>\\n<user>xxx" in shown
+        and " ... " in shown
+        and len(shown) < 450
+    )
     assert shown.endswith("xxx\\n<assistant>")
