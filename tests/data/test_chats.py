@@ -69,6 +69,37 @@ def test_every_turn_of_the_assistant_is_supervised_with_its_eos_and_nothing_else
     assert tokenizer.decode(read) == whole[: whole.rindex("<eos>") + 5]
 
 
+#: Turns end with a token that is not the end of sequence: as Gemma writes them, and as Phi-3, which adds the end of
+#: sequence to a whole conversation.
+OTHER_ENDS = {
+    "gemma": ("{{ '<turn>' + m.role + '\n' + (m.content | trim) + '<end>\n' }}", ""),
+    "phi": ("{{ '<turn>' + m.role + '\n' + m.content + '<end>\n' }}", "{{ eos_token }}"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ENDS)
+def test_a_turn_that_ends_with_another_token_is_supervised_with_that_token(name):
+    turn, whole = OTHER_ENDS[name]
+    waits = "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% else %}" + whole + "{% endif %}"
+    tokenizer = tokenizer_with("{% for m in messages %}" + turn + "{% endfor %}" + waits)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    (turns,), _ = supervised(tokenizer, [{"messages": TALK}], supervise="all")
+    assert turns == ["cd<end>", "ab<end>", "ef<end>\n<eos>"]
+
+
+def test_turns_without_words_of_their_own_end_with_the_token_that_ends_a_last_one():
+    """As in Qwen3: a thought disappears from earlier turns, and a call of tools has no words."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if loop.last %}{{ m.content }}{% else %}"
+        "{{ m.content.split('(/thought)') | last }}{% endif %}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "{{ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    call = {"role": "assistant", "tool_calls": ["add"]}
+    talk = [TALK[0], {"role": "assistant", "content": "hm(/thought)cd"}, TALK[2], call, TALK[4], TALK[5]]
+    (turns,), _ = supervised(tokenizer_with(template), [{"messages": talk}], supervise="all")
+    assert turns == ["cd<eos>", '["add"]<eos>', "ef<eos>"]
+
+
 def test_rollouts_continue_the_prompt_before_the_last_turn_whatever_is_supervised():
     tokenizer = tokenizer_with(TEMPLATES["chatml"])
     for supervise in ("last", "all"):

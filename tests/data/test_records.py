@@ -131,6 +131,28 @@ def test_hub_id_that_cannot_be_loaded_says_what_was_tried(monkeypatch):
     assert len(seen) == 1
 
 
+def test_a_configuration_and_streaming_reach_the_hub(monkeypatch):
+    seen = []
+
+    def load(*arguments, **options):
+        seen.append((arguments, options))
+        return rows(*RECORDS).to_iterable_dataset() if options.get("streaming") else rows(*RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_records("owner/name", configuration="en").to_list() == RECORDS
+    assert list(load_records("owner/name:en", split="test", streaming=True)) == RECORDS
+    assert seen == [
+        (("owner/name", "en"), {"split": "train"}),
+        (("owner/name", "en"), {"split": "test", "streaming": True}),
+    ]
+    assert "name two configurations" in refusal(load_records, "owner/name:de", configuration="en")
+
+
+def test_parquet_is_mapped_from_disk_and_not_held_in_memory(tmp_path):
+    rows(*RECORDS).to_parquet(tmp_path / "a.parquet")
+    assert load_records(str(tmp_path / "a.parquet")).cache_files != []
+
+
 @pytest.mark.parametrize(
     ("content", "where"),
     [

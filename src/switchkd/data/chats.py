@@ -89,14 +89,16 @@ class Chat:
         tokenizer: A Hugging Face tokenizer with a chat template.
         where: How errors call the record.
         tools: JSON schemas that the template shows.
-        special: Finds special tokens that are only text in what the user wrote; None leaves them special.
+        tokens: Finds the tokenizer's special tokens, None if it has none.
+        split: Special tokens are only text in what the user wrote.
     """
 
     messages: Messages
     tokenizer: Any
     where: str
     tools: list[dict[str, Any]] | None = None
-    special: re.Pattern[str] | None = None
+    tokens: re.Pattern[str] | None = None
+    split: bool = True
     _marks: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,13 +116,13 @@ class Chat:
         object.__setattr__(self, "tools", self._hidden(self.tools))
 
     def _hidden(self, value: Any) -> Any:
-        if self.special is None:
+        if self.tokens is None or not self.split:
             return value
         if isinstance(value, Mapping):
             return {key: self._hidden(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._hidden(item) for item in value]
-        return self.special.sub(lambda found: self._mark(found[0]), value) if isinstance(value, str) else value
+        return self.tokens.sub(lambda found: self._mark(found[0]), value) if isinstance(value, str) else value
 
     def _mark(self, token: str) -> str:
         return self._marks.setdefault(token, chr(_MARKS + len(self._marks)))
@@ -184,23 +186,34 @@ class Chat:
 
     def _place(self, prompt: str, turn: int, behind: int) -> tuple[int, int]:
         """Where a turn of the assistant stands in a rendered prompt, behind the turns before it."""
-        eos = str(self.tokenizer.eos_token)
         before = self.render(turn, waits=True) if turn > 0 else ""
-        said = str(self.messages[turn]["content"]).strip()
-        begins = len(before) if turn > 0 and prompt.startswith(before) else None
-        found = prompt.find(said, behind if begins is None else begins)
         through = self.render(turn + 1, waits=False)
+        begins = len(before) if turn > 0 and prompt.startswith(before) else None
         if begins is not None and prompt.startswith(through):
-            end = len(through)
-            ended = prompt.find(eos, begins, end)
-            return begins, len(prompt[:end].rstrip()) if ended < 0 else ended + len(eos)
+            eos = str(self.tokenizer.eos_token)
+            ended = prompt.find(eos, begins, len(through))
+            return begins, len(through.rstrip()) if ended < 0 else ended + len(eos)
+        # The template writes an earlier turn otherwise than a last one: the words themselves are looked for.
+        said = str(self.messages[turn]["content"]).strip()
+        found = prompt.find(said, behind if begins is None else begins)
         if found < 0 or not said:
-            raise UserError(
-                f"{self.where}: the chat template rewrites the assistant's message {turn + 1}, so that its tokens are "
-                "not known; use supervise=last"
-            )
+            # A thought is left out, or a call of tools has no words: the turn ends with the token that ends a last one.
+            last = [match[0] for match in self.tokens.finditer(through)][-1:] if self.tokens is not None else []
+            ended = prompt.find(last[0], begins) if last and begins is not None else -1
+            if ended < 0 or not through.rstrip().endswith(last[0]):
+                raise UserError(
+                    f"{self.where}: the chat template rewrites the assistant's message {turn + 1}, so that its tokens "
+                    "are not known; use supervise=last"
+                )
+            return len(before), ended + len(last[0])
+        # The special token behind them ends the turn where it also stands behind a last turn.
         end = found + len(said)
-        rest = prompt[end:].lstrip()
-        if rest.startswith(eos):
-            end = len(prompt) - len(rest) + len(eos)
-        return found if begins is None else begins, end
+        token = self._token_behind(prompt, end)
+        as_last = self._token_behind(through, through.rfind(said) + len(said))
+        return found if begins is None else begins, end + len(token) if token == as_last else end
+
+    def _token_behind(self, text: str, place: int) -> str:
+        """The special token that stands behind a place, with the blanks before it; nothing if there is none."""
+        blanks = len(text[place:]) - len(text[place:].lstrip())
+        found = self.tokens.match(text, place + blanks) if self.tokens is not None else None
+        return "" if found is None else text[place : found.end()]

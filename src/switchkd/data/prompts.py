@@ -115,8 +115,8 @@ def prepare(
     require_eos(tokenizer)
     if len(records) == 0:
         raise UserError("the data set holds no records: check the file and the split")
-    special = special_tokens(tokenizer) if split_special_tokens else None
-    reader = Reader(tokenizer, chosen.names, chosen.sources, template, supervise, special)
+    tokens = special_tokens(tokenizer)
+    reader = Reader(tokenizer, chosen.names, chosen.sources, template, supervise, tokens, split_special_tokens)
     lengths: list[int] = []
     spelled: list[str] = []
     tables, cut, row = [], 0, 0
@@ -196,6 +196,6 @@ def encode_prompt(
     Raises:
         UserError: The prompt is empty, or it is a chat and the tokenizer has no chat template.
     """
-    where, special = "this prompt", special_tokens(tokenizer) if split_special_tokens else None
-    reader = Reader(tokenizer, ("prompt",), {}, template, "last", special)
+    where, tokens = "this prompt", special_tokens(tokenizer)
+    reader = Reader(tokenizer, ("prompt",), {}, template, "last", tokens, split_special_tokens)
     return encode_prompts([reader.prompt_of({"prompt": prompt}, "prompt", where)], tokenizer, [where])[0]

@@ -62,7 +62,8 @@ class Reader:
         called: Name in this package -> name of the column, for errors.
         template: As `prepare` takes it.
         supervise: Likewise.
-        special: Finds special tokens that are only text where a record spells them; None reads them as tokens.
+        tokens: Finds the tokenizer's special tokens, None if it has none.
+        split: Special tokens that a record spells are only text.
     """
 
     tokenizer: Any
@@ -70,7 +71,8 @@ class Reader:
     called: Mapping[str, str]
     template: str
     supervise: str
-    special: re.Pattern[str] | None
+    tokens: re.Pattern[str] | None
+    split: bool
 
     @property
     def reads_answers(self) -> bool:
@@ -164,7 +166,7 @@ class Reader:
         return self._text(text)
 
     def _text(self, text: str) -> Text:
-        found = () if self.special is None else tuple(match.span() for match in self.special.finditer(text))
+        found = tuple(match.span() for match in self.tokens.finditer(text)) if self.split and self.tokens else ()
         return Text(text, plain=found)
 
     def _chat_prompt(self, prompt: Any, where: str) -> Messages:
@@ -176,7 +178,8 @@ class Reader:
         return messages
 
     def _chat(self, messages: Messages, record: dict[str, Any], where: str) -> Chat:
-        return Chat(messages, self.tokenizer, where, as_tools(record.get("tools"), where), self.special)
+        tools = as_tools(record.get("tools"), where)
+        return Chat(messages, self.tokenizer, where, tools, self.tokens, self.split)
 
     def prompt_ids(self, examples: list[Example], places: list[str]) -> list[list[int]]:
         """Return the ids of each prompt; those of plain text have only the token that begins a text."""
