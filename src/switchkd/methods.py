@@ -215,7 +215,7 @@ METHODS: dict[str, Method] = {
             policy_defaults={"schedule": "constant"},
             on_policy_fraction=1.0,
             own_teacher=True,
-            source="Speculative self-distillation, 2026",
+            source="own formulation, the rule of arXiv 2410.19503",
         ),
         Method(
             name="relay",
@@ -239,7 +239,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy=RandomPolicy,
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="teacher_first",
@@ -247,7 +247,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy=TeacherFirstPolicy,
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="student_first",
@@ -255,7 +255,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy=StudentFirstPolicy,
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="student_entropy",
@@ -263,7 +263,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy=StudentEntropyPolicy,
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="student_confidence",
@@ -271,7 +271,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy=StudentConfidencePolicy,
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
     )
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.display import table
 from switchkd.cli.options import integers
-from switchkd.cli.run_folder import RunFolder, plain, read_config
+from switchkd.cli.run_folder import RunFolder, plain, read_config, without_secrets
 from switchkd.commands.progress import RunCallback
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, json_object, read_options
 from switchkd.data import load_records
@@ -21,6 +22,7 @@ from switchkd.errors import UserError
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.rollout import MEASURED
+from switchkd.training.card import Origin, changed_options, typed
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
 from switchkd.training.trainer import SwitchTrainer
@@ -53,6 +55,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if config.log_level == "passive" and not options.verbose:
         config.log_level = "error"  # the Trainer sets the level of transformers again
     trainer = _trainer(run_args, config, folder)
+    trainer.origin = _origin(run_args, config)
     resolved = _resolved(run_args, trainer)
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
@@ -163,6 +166,28 @@ def _peft_config(args: RunArguments) -> Any:
     )
 
 
+def _origin(args: RunArguments, config: SwitchConfig) -> Origin:
+    """What the model card says of the run's inputs, as they were given; the command names every option that counts."""
+    source, made = args.model_name_or_path or config.teacher_model_name_or_path, None
+    if args.student_config is not None:
+        made = "random weights" + (f", the configuration with {args.student_config}" if source else "")
+    elif args.student_layers is not None:
+        made = f"layers {' '.join(args.student_layers)}"
+    given = {
+        option.name: value
+        for option in dataclasses.fields(args)
+        if (value := getattr(args, option.name)) not in (None, option.default)
+    }
+    given |= {"method": config.method, "teacher_model_name_or_path": config.teacher_model_name_or_path}
+    flags = [
+        f"--{name} {' '.join(map(shlex.quote, typed(value)))}"
+        for name, value in {**given, **changed_options(config)}.items()
+        if value is not None
+    ]
+    command = " \\\n  ".join(["switchkd train", *flags])
+    return Origin(source, config.teacher_model_name_or_path, args.dataset_name, made, command)
+
+
 def _keep_models(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> None:
     """Overwriting a folder must not remove the model that the run starts from."""
     names = ("model_name_or_path", "tokenizer_name_or_path")
@@ -203,10 +228,11 @@ def _check_same_run(resolved: dict[str, Any], checkpoint: str) -> None:
     """Refuse to resume with options that make it another run."""
     saved = read_config(Path(checkpoint).resolve().parent)
     for name, value in (saved or {}).items():
+        now = without_secrets({name: plain(resolved[name])})[name] if name in resolved else None
         free = name in RESUME_MAY_CHANGE or name.startswith(RESUME_MAY_CHANGE_PREFIXES)
-        if name in resolved and not free and plain(resolved[name]) != value:
+        if name in resolved and not free and now != value:
             raise UserError(
-                f"resume_from_checkpoint: the saved run has {name}={value!r}, this one {plain(resolved[name])!r}; "
+                f"resume_from_checkpoint: the saved run has {name}={value!r}, this one {now!r}; "
                 "give the same options, or another output_dir without resuming"
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from switchkd.data.batches import Rows, dataset_batches, padded_batch, rollout_batches
 from switchkd.engine.readable import require_readable
@@ -21,13 +21,15 @@ from switchkd.evaluation import evaluate
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
-from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
+from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.rollout import Prompts, Rollout
 from switchkd.training.callback import LoopCallback
+from switchkd.training.card import Origin
 from switchkd.training.config import SwitchConfig
-from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
+from switchkd.training.guards import StepGuard, refuse_arguments, refuse_launch, require_evaluation
 from switchkd.training.log import ReferenceTotals, RunningMeans, append_completions
 from switchkd.training.resolve import resolve
+from switchkd.training.saving import SavingTrainer
 from switchkd.training.setup import (
     at_hand,
     frozen,
@@ -43,7 +45,7 @@ from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
 
 
-class SwitchTrainer(Trainer):
+class SwitchTrainer(SavingTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
@@ -90,6 +92,7 @@ class SwitchTrainer(Trainer):
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
         self.plan = resolve(args)
+        self.origin = Origin.of(model, teacher_model, train_dataset)
         self.text = make_text_source(self.plan, args)
         tokenizer = processing_class
         if tokenizer is None:
@@ -98,6 +101,7 @@ class SwitchTrainer(Trainer):
             tokenizer = load_tokenizer(model)
         student, teacher, excluded_ids = load_models(model, teacher_model, tokenizer, args, plan=self.plan)
         self.step_loss = make_step_loss(self.plan, args, excluded_ids)
+        self.source_use_cache = getattr(student.config, "use_cache", None)
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
@@ -138,7 +142,6 @@ class SwitchTrainer(Trainer):
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         self.add_callback(LoopCallback(self))
         self._guard = StepGuard()
-        self._checked_at: int | None = None  # the step whose weights were last found finite
         self.teacher_passes = 0
         self._means = RunningMeans()
         self._unlogged_rollout: Rollout | None = None
@@ -163,20 +166,9 @@ class SwitchTrainer(Trainer):
             self._calibrate()
         self._checked_at = None
         result = super().train(*args, **kwargs)
-        # A checkpoint of the last step was read already.
-        if self._checked_at != self.state.global_step:
-            check_student(self.model, self.state.global_step, self.args.learning_rate)
+        if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
+            self._check_weights()
         return result
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student as `transformers.Trainer` does, unless its weights are nan or inf.
-
-        Raises:
-            UserError: They are; what was saved before stays.
-        """
-        check_student(self.model, self.state.global_step, self.args.learning_rate)
-        self._checked_at = self.state.global_step
-        super().save_model(output_dir, _internal_call)
 
     def check_step(self) -> None:
         """Refuse to update the student by a loss that is nan or inf, before the optimizer does; see `StepGuard`."""
@@ -381,10 +373,6 @@ class SwitchTrainer(Trainer):
         path = self._state_file(resume_from_checkpoint)
         if path.exists():
             self.text.load_state_dict(torch.load(path, weights_only=True))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        forget_unreadable_pad(self.accelerator.unwrap_model(self.model))
-        super()._save(output_dir, state_dict)
 
     def finish_step(self) -> None:
         """Stop the clock of the training part of an optimizer step."""
