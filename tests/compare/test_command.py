@@ -17,7 +17,7 @@ from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer
 from switchkd.__main__ import main
 from switchkd.compare import command
 from switchkd.compare.checks import check
-from switchkd.compare.plan import plan
+from switchkd.compare.plan import evaluations, plan
 from switchkd.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_demo.yaml"
@@ -106,6 +106,29 @@ def test_every_run_stands_once_and_the_table_can_be_recomputed(finished):
     report = (finished / "report.txt").read_text(encoding="utf-8")
     assert "small" in report and "wide" in report and "switch" in report
     assert (finished / "comparison.png").stat().st_size > 10_000
+    for name in ("report.txt", "results.md", "results.tex"):
+        text = (finished / name).read_text(encoding="utf-8")
+        assert "too few training seeds (2)" in text or name == "results.tex"
+        assert text.count("sft") >= 4  # in the scores of both students, and in the differences
+
+
+def test_too_few_seeds_is_said_before_the_first_run_too(finished, home, capfd):
+    assert call(finished, config_of(home)) == 0
+    said = capfd.readouterr().err
+    line = "too few training seeds (2): how much a repeated training would differ is hardly known; give 3 or more\n"
+    assert said.startswith(line) and said.count(line) == 2
+    assert "12 of 12 runs are already finished" in said
+
+
+def test_test_sets_in_a_list_have_their_own_names_and_decoding_seeds():
+    sets = ["data/short.test.jsonl", {"dataset_name": "org/long", "decoding_seeds": [1]}]
+    sets.append({"name": "hard", "dataset_name": "data/x.jsonl"})
+    shared = {"decoding_seeds": [10, 20], "max_completion_length": 8}
+    assert evaluations({**shared, "datasets": sets}) == {
+        "short": {**shared, "dataset_name": "data/short.test.jsonl"},
+        "long": {**shared, "dataset_name": "org/long", "decoding_seeds": [1]},
+        "hard": {**shared, "dataset_name": "data/x.jsonl"},
+    }
 
 
 def test_runs_of_two_processes_are_those_of_one(finished, home, tmp_path, capfd):
@@ -240,14 +263,31 @@ def test_a_run_that_fails_alone_gives_a_result_too(in_process, partly_failed, tm
 
 
 def test_every_missing_input_is_one_line_however_many_runs_need_it(home, tmp_path, capfd):
-    config = config_of(home, runs={"sft": None, "kd": None, "gkd": {"tokenizer_name_or_path": "./no/tokenizer"}})
+    config = config_of(home, runs={"sft": None, "kd": None, "gkd": {"tokenizer_name_or_path": "./nowhere/tokenizer"}})
     config["train"] |= {"teacher_model_name_or_path": "./no/teacher", "dataset_name": "no.jsonl"}
     config["evaluate"] = {"datasets": {"one": "no.jsonl", "two": "other.jsonl"}, "scorer": "no.py:accuracy"}
     assert call(tmp_path / "runs", config) == 2
     lines = capfd.readouterr().err.splitlines()
-    for part in ("./no/teacher", "./no/tokenizer", "no.jsonl", "other.jsonl", "no.py"):
+    for part in ("./no/teacher", "./nowhere/tokenizer", "no.jsonl", "other.jsonl", "no.py"):
         assert sum(f" {part}" in line for line in lines) == 1, (part, lines)
     assert len(lines) == 5 and not (tmp_path / "runs").exists()
+
+
+def test_a_missing_folder_is_one_line_and_not_one_for_each_thing_that_it_should_hold(
+    home, tmp_path, capfd, monkeypatch
+):
+    """The usual slip: the demo that makes them has not run, or the command was started somewhere else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    config = config_of(home, seeds=list(range(10)), runs={"sft": None, "kd": None, "gkd": None})
+    config["train"] |= {"teacher_model_name_or_path": "runs/demo/teacher", "dataset_name": "runs/demo/data/train.jsonl"}
+    config["evaluate"] = {"datasets": ["runs/demo/data/test.jsonl"]}
+    assert call(tmp_path / "out", config) == 2
+    assert capfd.readouterr().err == (
+        "switchkd: error: small warm start, seed 0: no folder runs/demo, which should hold teacher, data/train.jsonl, "
+        f"data/test.jsonl: check the path (the current folder is '{tmp_path.name}') (and in 7 other runs)\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

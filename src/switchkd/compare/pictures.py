@@ -15,6 +15,7 @@ from switchkd.errors import UserError
 LABEL_WIDTH = 36
 _STYLE = {
     "text.parse_math": False,
+    "figure.dpi": 120,
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -257,7 +258,7 @@ def _pyplot() -> Any:
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the picture {path}: {error}") from error
     finally:
