@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer
+from huggingface_hub import ModelCard
 
 from switchkd.__main__ import main
 from switchkd.compare import command
@@ -110,6 +112,18 @@ def test_every_run_stands_once_and_the_table_can_be_recomputed(finished):
         text = (finished / name).read_text(encoding="utf-8")
         assert "too few training seeds (2)" in text or name == "results.tex"
         assert text.count("sft") >= 4  # in the scores of both students, and in the differences
+
+
+def test_the_card_of_every_model_has_its_scores(finished):
+    for result in results_of(finished):
+        train = finished / result["student"] / result["run"].replace(" ", "-") / f"seed-{result['seed']}" / "train"
+        text = (train / "README.md").read_text(encoding="utf-8")
+        scored, data = result["evaluate"]["test"], finished.parent / "test.jsonl"
+        how = "8 prompts, decoding seeds 10, 20, temperature 1"
+        assert "Not evaluated" not in text and text.count("## Run it again") == text.count("## Scores") == 1
+        for name, value in (("ROUGE-L", scored["rouge_l"]), ("exact match [%]", scored["exact_match"])):
+            assert re.search(rf"\| {re.escape(name)} \| {value:.1f}.* \| test: `{data}` \| {how} \|", text)
+        assert ModelCard.load(train / "README.md").data.library_name == "transformers"
 
 
 def test_too_few_seeds_is_said_before_the_first_run_too(finished, home, capfd):

@@ -40,6 +40,8 @@ NOT_SHOWN = (
 NOT_SHOWN_PREFIXES = ("hub_", "logging_", "log_", "save_", "dataloader_", "ddp_", "trackio_")
 #: End of the key of an evaluation's metric -> what it is.
 SCORES = {"loss": "loss [nats/token]", "cross_entropy": "cross-entropy [nats/token]", "rouge_l": "ROUGE-L"}
+_NOT_EVALUATED = "Not evaluated during training. `switchkd evaluate` scores this folder."
+_AFTER_SCORES = "\n\n## Run it again\n"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -296,8 +298,35 @@ def _scores(trainer: Any) -> str:
         how = samples if ending == "rouge_l" else "on the reference answers"
         rows.append((SCORES[ending], f"{value:.4g}", data, how, f"{step:,}" + (" (best)" if best else "")))
     if not rows:
-        return "Not evaluated during training. `switchkd evaluate` scores this folder."
+        return _NOT_EVALUATED
     return _table(rows, ("measure", "value", "data", "how", "step"))
+
+
+def add_scores(folder: Path, scored: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the scores of `switchkd evaluate` into the card of a folder, if it has a card of ours.
+
+    Args:
+        folder: Of the model.
+        scored: Test set -> the summary of its evaluation.
+    """
+    path = folder / CARD_FILE
+    if not path.is_file() or _AFTER_SCORES not in (text := path.read_text(encoding="utf-8")):
+        return
+    rows = []
+    for name, summary in scored.items():
+        decoding = summary["decoding"]
+        seeds = ", ".join(map(str, decoding["decoding_seeds"]))
+        how = f"{summary['examples']:,} prompts, decoding seeds {seeds}, temperature {decoding['temperature']:g}"
+        values = {"ROUGE-L": summary["rouge_l"], "exact match [%]": summary["exact_match"], **summary["by_scorer"]}
+        ends = {**summary["intervals"], "ROUGE-L": summary["intervals"].get("rouge_l")}
+        for measure, value in values.items():
+            low_high = ends.get(measure)
+            interval = f" ({low_high[0]:.1f} to {low_high[1]:.1f})" if low_high else ""
+            rows.append((measure, f"{value:.1f}{interval}", f"{name}: `{summary['dataset_name']}`", how))
+    found = _table(rows, ("measure", "value (95% interval over prompts)", "data", "how"))
+    before, _, after = text.partition(_AFTER_SCORES)
+    before = before.replace(_NOT_EVALUATED, "").rstrip()
+    path.write_text(f"{before}\n\nSampled answers:\n\n{found}{_AFTER_SCORES}{after}", encoding="utf-8")
 
 
 def _python_call(origin: Origin, args: SwitchConfig, options: Mapping[str, Any], adapter: Any) -> str:
