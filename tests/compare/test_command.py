@@ -401,14 +401,14 @@ def test_a_grid_is_trained_scored_and_compared_within_its_columns(in_process, ho
 
 
 def test_workers_of_a_comparison_that_was_killed_do_not_go_on_for_ever(tmp_path):
-    """The workers of the pool, with a task that needs no torch: it writes for ever."""
+    """The workers of the pool, with a task that needs no torch: it writes for a minute."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
         "from switchkd.compare.command import worker_pool\n"
         "def write(path):\n"
         "    with open(path, 'w') as file:\n"
-        "        while True:\n"
+        "        for _ in range(6000):\n"
         "            file.write('x')\n"
         "            file.flush()\n"
         "            time.sleep(0.01)\n"

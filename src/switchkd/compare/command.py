@@ -229,6 +229,8 @@ class _Clock:
 
     def left(self, jobs: int) -> str:
         waiting = self.total - self.number
+        if self.ended < jobs:
+            return ""  # the first of several at once says too little
         seconds = waiting * (time.perf_counter() - self.began) / self.ended
         return f", about {seconds / 60:.0f} min left" if waiting and seconds > 90 else ""
 

@@ -96,7 +96,7 @@ def _draw_scores(axes: Any, comparison: Comparison, student: str, labels: Sequen
             axes.plot([sum(scores) / len(scores)], [place], "|", color="black", markersize=9, markeredgewidth=1.6)
             _beside(axes, place, f"{sum(scores) / len(scores):.1f}")
     axes.set_xlabel(
-        f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]\n(dot: training seed, bar: mean)"
+        f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]\n(dot: training seed, bar and number: mean)"
     )
     _rows(axes, len(labels))
 
@@ -173,7 +173,7 @@ def heat_map(comparison: Comparison, findings: Sequence[Finding], against: Mappi
             across,
             figsize=(
                 1.6 + 0.08 * max(map(len, rows)) + across * (0.6 + 1.0 * len(columns)),
-                0.9 + down * (0.9 + 0.07 * max(map(len, columns)) + 0.5 * len(rows)),
+                1.1 + down * (0.9 + 0.07 * max(map(len, columns)) + 0.5 * len(rows)),
             ),
             squeeze=False,
             sharex=True,
@@ -190,10 +190,10 @@ def heat_map(comparison: Comparison, findings: Sequence[Finding], against: Mappi
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         names = list(comparison.axes)
-        figure.supxlabel(names[1], fontsize=10)
+        figure.supxlabel(f"{names[1]}\n(below: minus baseline; * significant, Holm)", fontsize=10)
         figure.supylabel(names[0], fontsize=10)
         bar = figure.colorbar(plt.cm.ScalarMappable(shades[1], shades[0]), ax=grid, shrink=0.8, pad=0.02)
-        bar.set_label(f"{measure_title(comparison.measure)}; below: minus baseline, * significant (Holm)")
+        bar.set_label(f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]")
         bar.outline.set_visible(False)
         _save(plt, figure, path)
     return True

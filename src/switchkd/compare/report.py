@@ -66,7 +66,8 @@ def as_markdown(
     for title, comparison, student, name in _parts(comparisons):
         chosen = _with_baseline(findings, name, student, against)
         planes_found = _planes(comparison, student, chosen)
-        parts += [f"## {title}"] if planes_found else []
+        axes = " and ".join(list(comparison.axes)[:2])
+        parts += [f"## {title}, by {axes}; * significantly different from the baseline"] if planes_found else []
         parts += [markdown_table(rows, headers) for headers, rows in planes_found]
     for title, headers, rows in tables:
         parts += [f"## {title}", markdown_table(rows, headers)]
