@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,18 @@ def test_the_command_of_a_card_makes_the_same_student_again(folders, tmp_path, r
     assert before.stat().st_size == after.stat().st_size
     again = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
     assert again.partition("## Run it again")[2] == text.partition("## Run it again")[2]
+
+
+def test_a_student_of_random_weights_is_not_said_to_be_a_model_that_was_tuned(models, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("switchkd.training.card.hub_id", lambda name: name and "org/" + Path(name).name)
+    for name, options in {"new": ["--student_config", '{"n_embd": 8}'], "cut": ["--student_layers", "0"]}.items():
+        folder = tmp_path / name
+        assert run(*train_options(models, folder, *options, "--save_strategy", "no", "--max_steps", 1))[0] == 0
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model == (None if name == "new" else "org/student")
+        made = f'random weights, the configuration of {models / "student"} with {{"n_embd": 8}}'
+        assert f"| {made if name == 'new' else 'layers 0'} |" in card.text
+        assert shlex.join(options) in card.text
 
 
 def test_use_cache_was_saved_as_false_because_training_switches_it_off(folders, tmp_path):

@@ -170,7 +170,9 @@ def _origin(args: RunArguments, config: SwitchConfig) -> Origin:
     """What the model card says of the run's inputs, as they were given; the command names every option that counts."""
     source, made = args.model_name_or_path or config.teacher_model_name_or_path, None
     if args.student_config is not None:
-        made = "random weights" + (f", the configuration with {args.student_config}" if source else "")
+        of = f" of {source} with" if source is not None else ""
+        # No weights of that model: it is not the base of this one.
+        source, made = None, f"random weights, the configuration{of} {args.student_config}"
     elif args.student_layers is not None:
         made = f"layers {' '.join(args.student_layers)}"
     given = {

@@ -128,7 +128,7 @@ def make_card(trainer: Any, *, model_name: str, dataset: Sequence[str], **metada
         learned=_table(_learned(trainer)),
         share=_share(trainer),
         steps="; ".join(steps) + ".",
-        options=_table([(f"`{name}`", f"`{_shown(value)}`") for name, value in options.items()]) if options else "",
+        options=_table([(f"`{name}`", f"`{_one_line(value)}`") for name, value in options.items()]) if options else "",
         scores=_scores(trainer),
         is_command=origin.command is not None,
         command=without_secrets(origin.command or _python_call(origin, args, options, adapter)),
@@ -194,7 +194,8 @@ def _usage(name: str) -> str:
 def _models(trainer: Any, adapter: Any) -> str:
     origin = trainer.origin
     student = trainer.accelerator.unwrap_model(trainer.model)
-    rows = [("student", _named(origin.student), origin.made or "", _size(student))]
+    start = "-" if origin.student is None and origin.made else _named(origin.student)
+    rows = [("student", start, origin.made or "", _size(student))]
     if adapter:
         kinds = {str(plain(one.peft_type)): one for one in adapter.values()}
         said = ", ".join(
@@ -395,6 +396,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(_shown(value).split())
 
 
 def _table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ("", "")) -> str:
