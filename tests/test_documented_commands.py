@@ -49,7 +49,9 @@ COMPARE = shlex.join(
         ),
         *(
             "--evaluate",
-            json.dumps({"dataset_name": "runs/demo/data/test.jsonl", "seeds": [1], "max_completion_length": 8}),
+            json.dumps(
+                {"dataset_name": "runs/demo/data/test.jsonl", "decoding_seeds": [1], "max_completion_length": 8}
+            ),
         ),
     ]
 )
@@ -78,7 +80,7 @@ RUN: dict[str, Run | Look] = {
     "switchkd demo --output_dir runs/demo": Look("--help", "as above; what it leaves is made by `folder`"),
     "switchkd train --config examples/gpt2_xl_dolly_switch.yaml --output_dir runs/mine": Run(f"{TRAIN} --bf16 false"),
     'switchkd rollout --model_name_or_path S --teacher_model_name_or_path T --prompt "Once upon a time"': Run(WRITE),
-    "switchkd evaluate --model_name_or_path runs/mine --dataset_name test.jsonl --seeds 10,20,30,40,50": Run(SCORE),
+    "switchkd evaluate --model_name_or_path runs/mine --dataset_name test.jsonl --decoding_seeds 1,2,3": Run(SCORE),
     "switchkd compare --config examples/compare_demo.yaml": Run(COMPARE),
     "switchkd diagnose --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl": Run(
         "--max_completion_length 8 --max_samples 4 --output_dir runs/diagnose"
@@ -102,7 +104,7 @@ RUN: dict[str, Run | Look] = {
         f"{TRAIN} --max_prompt_length 400"
     ),
     "switchkd evaluate --model_name_or_path runs/gpt2-student --teacher_model_name_or_path runs/gpt2-teacher "
-    "--dataset_name dolly/valid.jsonl --seeds 10,20 --max_completion_length 64 --batch_size 32": Run(
+    "--dataset_name dolly/valid.jsonl --decoding_seeds 10,20 --max_completion_length 64 --batch_size 32": Run(
         f"{SCORE} --max_prompt_length 400"
     ),
 }

@@ -209,7 +209,7 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
             trained[name],
             tokenizer,
             data["test"],
-            seeds=EVALUATION_SEEDS,
+            decoding_seeds=EVALUATION_SEEDS,
             max_completion_length=LONGEST + 1,
             batch_size=len(data["test"]),
             progress=False,

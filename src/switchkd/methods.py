@@ -220,7 +220,7 @@ METHODS: dict[str, Method] = {
             policy_defaults={"schedule": "constant"},
             on_policy_fraction=1.0,
             own_teacher=True,
-            source="Speculative self-distillation, 2026",
+            source="own formulation, the rule of arXiv 2410.19503",
         ),
         Method(
             name="relay",
@@ -244,7 +244,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy="random",
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="teacher_first",
@@ -252,7 +252,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy="teacher_first",
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="student_first",
@@ -260,7 +260,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy="student_first",
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="student_entropy",
@@ -268,7 +268,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy="student_entropy",
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
         Method(
             name="student_confidence",
@@ -276,7 +276,7 @@ METHODS: dict[str, Method] = {
             objective="reverse_kl",
             policy="student_confidence",
             on_policy_fraction=1.0,
-            source="control of switch",
+            source="control of switch, arXiv 2410.19503",
         ),
     )
 }

@@ -48,7 +48,7 @@ def test_evaluate_writes_summary_and_rows(models: Path, tmp_path: Path, run: Run
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in metrics] == [10, 20]
     config = read_config(folder)
-    assert config is not None and config["seeds"] == [10, 20]
+    assert config is not None and config["decoding_seeds"] == [10, 20]
     divergences = summary["sequence_divergences"]
     assert divergences["answers_sample_the_model"] and divergences["reverse_sequence_kl"]["texts"] == 6
     assert divergences["reverse_sequence_kl"]["per_token"] > 0 < divergences["forward_sequence_kl"]["per_token"]
@@ -61,7 +61,7 @@ def test_evaluate_without_a_folder_takes_a_free_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = evaluate_options(
-        models, models / "llama", tmp_path, "--seeds", 1, "--max_samples", 1, "--max_completion_length", 2
+        models, models / "llama", tmp_path, "--decoding_seeds", 1, "--max_samples", 1, "--max_completion_length", 2
     )
     del options[options.index("--output_dir") : options.index("--output_dir") + 2]
     assert run(*options)[0] == run(*options)[0] == 0
@@ -73,8 +73,9 @@ def test_evaluate_without_a_folder_takes_a_free_one(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "1,x"], "seeds must be integers"),
-        (["--seeds", "1,1"], "seeds must be one or more different integers"),
+        (["--decoding_seeds", "1,x"], "decoding_seeds must be integers"),
+        (["--seeds", "1,2"], "seeds=1,2: seeds are those of training; here it is decoding_seeds"),
+        (["--decoding_seeds", "1,1"], "decoding_seeds must be one or more different integers"),
         (["--max_samples", "0"], "max_samples must be >= 1"),
         (["--max_completion_length", "500"], "context of 128"),
         (["--dataset_name", "missing.jsonl"], "no file or folder missing.jsonl"),

@@ -2,20 +2,24 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer
+from huggingface_hub import ModelCard
 
 from switchkd.__main__ import main
 from switchkd.compare import command
 from switchkd.compare.checks import check
-from switchkd.compare.plan import plan
+from switchkd.compare.plan import evaluations, plan
 from switchkd.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_demo.yaml"
@@ -48,7 +52,7 @@ def config_of(home, **over):
         "students": {"small": {"student_config": student}, "wide": {"student_config": {**student, "n_embd": 32}}},
         "warm_start": {"max_steps": 3},
         "runs": {"sft": None, "switch": {"initial_threshold": 0.2}},
-        "evaluate": {"dataset_name": str(home / "test.jsonl"), "seeds": [10, 20], "max_completion_length": 8},
+        "evaluate": {"dataset_name": str(home / "test.jsonl"), "decoding_seeds": [10, 20], "max_completion_length": 8},
         "threads": 1,
     } | over
 
@@ -59,10 +63,27 @@ def call(folder, config, *flags):
     return main(["compare", "--config", str(path), "--output_dir", str(folder), "--json", *flags])
 
 
+class InThisProcess(Executor):
+    """Runs a task where it is handed in: a process of its own takes seconds to import torch."""
+
+    def submit(self, task, *arguments):
+        future = Future()
+        future.set_result(task(*arguments))
+        return future
+
+
+@pytest.fixture
+def in_process(monkeypatch, libraries_as_loud_as_before):
+    """Comparisons whose workers are not what is tested."""
+    monkeypatch.setattr(command, "worker_pool", lambda jobs: InThisProcess())
+
+
 @pytest.fixture(scope="module")
 def finished(home):
     folder = home / "runs"
-    assert call(folder, config_of(home), "--jobs", "2") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "worker_pool", lambda jobs: InThisProcess())
+        assert call(folder, config_of(home)) == 0
     return folder
 
 
@@ -87,6 +108,56 @@ def test_every_run_stands_once_and_the_table_can_be_recomputed(finished):
     report = (finished / "report.txt").read_text(encoding="utf-8")
     assert "small" in report and "wide" in report and "switch" in report
     assert (finished / "comparison.png").stat().st_size > 10_000
+    for name in ("report.txt", "results.md", "results.tex"):
+        text = (finished / name).read_text(encoding="utf-8")
+        assert "too few training seeds (2)" in text or name == "results.tex"
+        assert text.count("sft") >= 4  # in the scores of both students, and in the differences
+
+
+def test_the_card_of_every_model_has_its_scores(finished):
+    for result in results_of(finished):
+        train = finished / result["student"] / result["run"].replace(" ", "-") / f"seed-{result['seed']}" / "train"
+        text = (train / "README.md").read_text(encoding="utf-8")
+        scored, data = result["evaluate"]["test"], finished.parent / "test.jsonl"
+        how = "8 prompts, decoding seeds 10, 20, temperature 1"
+        assert "Not evaluated" not in text and text.count("## Run it again") == text.count("## Scores") == 1
+        for name, value in (("ROUGE-L", scored["rouge_l"]), ("exact match [%]", scored["exact_match"])):
+            assert re.search(rf"\| {re.escape(name)} \| {value:.1f}.* \| test: `{data}` \| {how} \|", text)
+        assert ModelCard.load(train / "README.md").data.library_name == "transformers"
+
+
+def test_too_few_seeds_is_said_before_the_first_run_too(finished, home, capfd):
+    assert call(finished, config_of(home)) == 0
+    said = capfd.readouterr().err
+    line = "too few training seeds (2): how much a repeated training would differ is hardly known; give 3 or more\n"
+    assert said.startswith(line) and said.count(line) == 2
+    assert "12 of 12 runs are already finished" in said
+
+
+def test_test_sets_in_a_list_have_their_own_names_and_decoding_seeds():
+    sets = ["data/short.test.jsonl", {"dataset_name": "org/long", "decoding_seeds": [1]}]
+    sets.append({"name": "hard", "dataset_name": "data/x.jsonl"})
+    shared = {"decoding_seeds": [10, 20], "max_completion_length": 8}
+    assert evaluations({**shared, "datasets": sets}) == {
+        "short": {**shared, "dataset_name": "data/short.test.jsonl"},
+        "long": {**shared, "dataset_name": "org/long", "decoding_seeds": [1]},
+        "hard": {**shared, "dataset_name": "data/x.jsonl"},
+    }
+
+
+def test_runs_of_two_processes_are_those_of_one(finished, home, tmp_path, capfd):
+    """Real workers: they get the task, keep to themselves what the commands print, and send the result back."""
+    config = config_of(home, students={"small": config_of(home)["students"]["small"]}, seeds=[1])
+    assert call(tmp_path / "runs", config, "--jobs", "2") == 0
+    seen = capfd.readouterr()
+    assert "[3/3] small " in seen.err and "records kept" not in seen.err + seen.out
+    assert "records kept" in (tmp_path / "runs" / "small" / "sft" / "seed-1" / "log.txt").read_text()
+    scores = {
+        (r["student"], r["run"], r["seed"]): r["evaluate"]["test"]["rouge_l"] for r in results_of(finished)
+    }  # fmt: skip
+    for result in results_of(tmp_path / "runs"):
+        key = result["student"], result["run"], result["seed"]
+        assert result["evaluate"]["test"]["rouge_l"] == pytest.approx(scores[key], abs=1e-6)
 
 
 def test_all_runs_of_a_student_and_seed_begin_with_its_warm_start(finished):
@@ -100,7 +171,7 @@ def test_all_runs_of_a_student_and_seed_begin_with_its_warm_start(finished):
     assert made[0].read_bytes() != made[1].read_bytes()
 
 
-def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(finished, home, capfd, tmp_path):
+def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(in_process, finished, home, capfd, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(finished, again)
     for path in again.rglob("train.yaml"):
@@ -187,7 +258,7 @@ def partly_failed(home):
     return home / "partly", config
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on_and_give_a_result(partly_failed, capfd):
+def test_a_run_that_fails_is_named_and_the_others_go_on_and_give_a_result(in_process, partly_failed, capfd):
     folder, config = partly_failed
     assert call(folder, config) == 2
     out, error = capfd.readouterr()
@@ -199,21 +270,38 @@ def test_a_run_that_fails_is_named_and_the_others_go_on_and_give_a_result(partly
     assert result["runs"] == 1 and list(result["failed"]) == ["small sft, seed 0"]
 
 
-def test_a_run_that_fails_alone_gives_a_result_too(partly_failed, tmp_path, capfd):
+def test_a_run_that_fails_alone_gives_a_result_too(in_process, partly_failed, tmp_path, capfd):
     config = {**partly_failed[1], "runs": {"sft": partly_failed[1]["runs"]["sft"]}}
     assert call(tmp_path / "runs", config) == 2
     assert json.loads(capfd.readouterr().out)["runs"] == 0
 
 
 def test_every_missing_input_is_one_line_however_many_runs_need_it(home, tmp_path, capfd):
-    config = config_of(home, runs={"sft": None, "kd": None, "gkd": {"tokenizer_name_or_path": "./no/tokenizer"}})
+    config = config_of(home, runs={"sft": None, "kd": None, "gkd": {"tokenizer_name_or_path": "./nowhere/tokenizer"}})
     config["train"] |= {"teacher_model_name_or_path": "./no/teacher", "dataset_name": "no.jsonl"}
     config["evaluate"] = {"datasets": {"one": "no.jsonl", "two": "other.jsonl"}, "scorer": "no.py:accuracy"}
     assert call(tmp_path / "runs", config) == 2
     lines = capfd.readouterr().err.splitlines()
-    for part in ("./no/teacher", "./no/tokenizer", "no.jsonl", "other.jsonl", "no.py"):
+    for part in ("./no/teacher", "./nowhere/tokenizer", "no.jsonl", "other.jsonl", "no.py"):
         assert sum(f" {part}" in line for line in lines) == 1, (part, lines)
     assert len(lines) == 5 and not (tmp_path / "runs").exists()
+
+
+def test_a_missing_folder_is_one_line_and_not_one_for_each_thing_that_it_should_hold(
+    home, tmp_path, capfd, monkeypatch
+):
+    """The usual slip: the demo that makes them has not run, or the command was started somewhere else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    config = config_of(home, seeds=list(range(10)), runs={"sft": None, "kd": None, "gkd": None})
+    config["train"] |= {"teacher_model_name_or_path": "runs/demo/teacher", "dataset_name": "runs/demo/data/train.jsonl"}
+    config["evaluate"] = {"datasets": ["runs/demo/data/test.jsonl"]}
+    assert call(tmp_path / "out", config) == 2
+    assert capfd.readouterr().err == (
+        "switchkd: error: small warm start, seed 0: no folder runs/demo, which should hold teacher, data/train.jsonl, "
+        f"data/test.jsonl: check the path (the current folder is '{tmp_path.name}') (and in 7 other runs)\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -233,8 +321,14 @@ def test_every_missing_input_is_one_line_however_many_runs_need_it(home, tmp_pat
         ),
         ({"evaluate": {"max_completion_length": 8}}, "give --dataset_name"),
         ({"evaluate": {"dataset_name": "x.jsonl", "top_p": 2}}, "top_p must lie in (0, 1]"),
-        ({"evaluate": {"dataset_name": "x.jsonl", "seeds": [1, 1]}}, "seeds must be one or more different integers"),
-        ({"evaluate": {"datasets": ["x.jsonl"]}}, "datasets must be a mapping"),
+        ({"evaluate": {"dataset_name": "x.jsonl", "decoding_seeds": [1, 1]}}, "decoding_seeds must be one or more"),
+        (
+            {"evaluate": {"dataset_name": "x.jsonl", "seeds": [1]}},
+            "seeds are those of training; here it is decoding_seeds",
+        ),
+        ({"evaluate": {"datasets": "x.jsonl"}}, "datasets must be a list of paths or options, or a mapping"),
+        ({"evaluate": {"datasets": [{"name": "x"}]}}, "a test set must be a path, or options with a dataset_name"),
+        ({"evaluate": {"datasets": ["x.jsonl", {"dataset_name": "a/x.jsonl"}]}}, "two test sets are called 'x'"),
         ({"evaluate": {"datasets": {"a b": "x.jsonl", "a-b": "y.jsonl"}}}, "would share the folder"),
         ({"measure": "accuracy"}, "measure must be one of rouge_l, exact_match, got 'accuracy'"),
     ],
@@ -252,7 +346,7 @@ def test_what_every_run_would_refuse_is_said_once_and_first(home, tmp_path, capf
     assert not (tmp_path / "runs").exists()
 
 
-def test_models_of_finished_runs_go_where_only_their_scores_are_kept(finished, home, capfd, tmp_path):
+def test_models_of_finished_runs_go_where_only_their_scores_are_kept(in_process, finished, home, capfd, tmp_path):
     folder = tmp_path / "runs"
     config = config_of(home, students={"small": config_of(home)["students"]["small"]}, seeds=[0], keep_models=False)
     config["train"] |= {"save_strategy": "steps", "save_steps": 1}
@@ -268,7 +362,7 @@ def test_models_of_finished_runs_go_where_only_their_scores_are_kept(finished, h
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_a_grid_is_trained_scored_and_compared_within_its_columns(home, tmp_path, capfd):
+def test_a_grid_is_trained_scored_and_compared_within_its_columns(in_process, home, tmp_path, capfd):
     """Each cell's scores are those of the same run spelt out by hand; files and pictures are by axis."""
     scorer = tmp_path / "scorer.py"
     scorer.write_text("def vowels(prompt, answer, references):\n    return sum(c in 'aeiou' for c in answer) / 8\n")
@@ -306,16 +400,27 @@ def test_a_grid_is_trained_scored_and_compared_within_its_columns(home, tmp_path
     assert (tmp_path / "grid" / "map.png").stat().st_size > 10_000
 
 
-def test_workers_of_a_comparison_that_was_killed_do_not_go_on_for_ever(home, tmp_path):
-    config = config_of(home, seeds=[0], warm_start=None)
-    config["train"]["max_steps"] = 100_000
-    path = tmp_path / "compare.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    command_line = [sys.executable, "-m", "switchkd", "compare", "--config", str(path), "--output_dir"]
-    process = subprocess.Popen([*command_line, str(tmp_path / "runs"), "--jobs", "2"], stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-    logs = [tmp_path / "runs" / "small" / run / "seed-0" / "log.txt" for run in ("sft", "switch")]
-    wait_until(lambda: all(log.exists() and "step 10/" in log.read_text() for log in logs), seconds=120)
+def test_workers_of_a_comparison_that_was_killed_do_not_go_on_for_ever(tmp_path):
+    """The workers of the pool, with a task that needs no torch: it writes for a minute."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import time\n"
+        "from switchkd.compare.command import worker_pool\n"
+        "def write(path):\n"
+        "    with open(path, 'w') as file:\n"
+        "        for _ in range(6000):\n"
+        "            file.write('x')\n"
+        "            file.flush()\n"
+        "            time.sleep(0.01)\n"
+        "if __name__ == '__main__':\n"
+        "    pool = worker_pool(2)\n"
+        "    [pool.submit(write, f'log{number}') for number in (0, 1)]\n"
+        "    time.sleep(1000)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=environment)
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    wait_until(lambda: all(log.exists() and log.stat().st_size > 3 for log in logs), seconds=60)
     process.kill()
     process.wait()
     sizes = []
@@ -324,17 +429,17 @@ def test_workers_of_a_comparison_that_was_killed_do_not_go_on_for_ever(home, tmp
         sizes.append([log.stat().st_size for log in logs])
         return len(sizes) > 1 and sizes[-1] == sizes[-2]
 
-    wait_until(stands_still, seconds=30, pause=2.0)
+    wait_until(stands_still, seconds=30, pause=0.5)
 
 
-def wait_until(condition, *, seconds, pause=0.2):
+def wait_until(condition, *, seconds, pause=0.1):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(pause)
 
 
-def test_one_run_more_adds_to_what_is_there(finished, home, tmp_path):
+def test_one_run_more_adds_to_what_is_there(in_process, finished, home, tmp_path):
     config = config_of(home, seeds=[0], students=None, warm_start=None)
     config["train"]["student_config"] = {"n_embd": 16, "n_layer": 1, "n_head": 2}
     folder = tmp_path / "runs"
@@ -364,7 +469,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(home, tmp_path, capfd):
         plan(output_dir=tmp_path, seeds=[0], train={}, runs={"..": None}, evaluate={})
 
 
-def test_runs_are_compared_by_their_divergence_from_the_teacher_where_it_is_named(home, tmp_path, capsys):
+def test_runs_are_compared_by_their_divergence_from_the_teacher_where_it_is_named(in_process, home, tmp_path, capsys):
     config = config_of(home, students={"": {"student_config": {"n_embd": 16, "n_layer": 1, "n_head": 2}}})
     config["measure"] = "reverse_sequence_kl"
     assert call(tmp_path / "without", config) == 2

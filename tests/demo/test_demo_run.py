@@ -23,7 +23,7 @@ SMALL = DemoSettings(
     distillation_steps=2,
     batch_size=4,
     max_completion_length=12,
-    evaluation_seeds=(1, 2),
+    decoding_seeds=(1, 2),
 )
 
 
@@ -73,7 +73,7 @@ def test_the_other_commands_go_on_with_what_the_demo_left(demo, capsys):
     rollout = ["--prompt", "Spell river.", "--max_completion_length", "5", "--json"]
     assert main(["rollout", *options, *teacher, *rollout]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
-    data = ["--dataset_name", str(folder / "data" / "test.jsonl"), "--max_samples", "2", "--seeds", "1"]
+    data = ["--dataset_name", str(folder / "data" / "test.jsonl"), "--max_samples", "2", "--decoding_seeds", "1"]
     out = ["--max_completion_length", "5", "--output_dir", str(folder / "scored")]
     for model in MODELS.values():
         assert main(["evaluate", "--model_name_or_path", str(folder / model), *data, *out]) == 0

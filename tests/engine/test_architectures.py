@@ -134,7 +134,7 @@ def test_a_model_that_would_be_read_wrongly_is_refused_in_one_line_everywhere(ki
         lambda: build_trainer(tmp_path, teacher, model),
         lambda: reference_losses(model, tokenizer, data),
         lambda: reference_losses(teacher, tokenizer, data, teacher=model),
-        lambda: evaluate(model, tokenizer, data, seeds=[1], max_completion_length=2, progress=False),
+        lambda: evaluate(model, tokenizer, data, decoding_seeds=[1], max_completion_length=2, progress=False),
     ):
         with pytest.raises(UserError, match=r"cannot be used") as error:
             refused()

@@ -158,7 +158,7 @@ def test_a_model_that_ignores_the_mask_writes_and_trains_on_padding(kind, tmp_pa
         lambda: write(model, teacher, max_new_tokens=4),
         lambda: build_trainer(tmp_path, model, teacher),
         lambda: reference_losses(model, tokenizer, data),
-        lambda: evaluate(model, tokenizer, data, seeds=[1], max_completion_length=2, progress=False),
+        lambda: evaluate(model, tokenizer, data, decoding_seeds=[1], max_completion_length=2, progress=False),
     ):
         with pytest.raises(UserError, match=message):
             refused()
@@ -197,7 +197,9 @@ def test_an_adapter_of_virtual_tokens_samples_and_trains_on_another_distribution
         lambda: build_trainer(tmp_path, model, teacher),
         lambda: build_trainer(tmp_path, family(), teacher, peft_config=adapter),
         lambda: reference_losses(model, tokenizer, data, batch_size=1),
-        lambda: evaluate(model, tokenizer, data, seeds=[1], max_completion_length=2, batch_size=1, progress=False),
+        lambda: evaluate(
+            model, tokenizer, data, decoding_seeds=[1], max_completion_length=2, batch_size=1, progress=False
+        ),
     ):
         with pytest.raises(UserError, match=rf"adapter of type {adapter.peft_type.value}.*use LoRA") as error:
             refused()

@@ -46,7 +46,7 @@ def refusal(function, *arguments, **options) -> str:
     return message
 
 
-OPTIONS = {"seeds": (10, 20), "max_completion_length": 12, "progress": False}
+OPTIONS = {"decoding_seeds": (10, 20), "max_completion_length": 12, "progress": False}
 
 
 # ------------------------------------------------------------------------------------------ generated text
@@ -63,7 +63,7 @@ def test_batch_size_and_the_other_examples_change_nothing(make_model, tiny_token
 def test_seeds_are_independent_of_each_other_and_repeat(make_gpt2, tiny_tokenizer, data):
     model = make_gpt2()
     both = evaluate(model, tiny_tokenizer, data, **OPTIONS)
-    alone = evaluate(model, tiny_tokenizer, data, **{**OPTIONS, "seeds": (20,)})
+    alone = evaluate(model, tiny_tokenizer, data, **{**OPTIONS, "decoding_seeds": (20,)})
     assert alone.rows == [row for row in both.rows if row["seed"] == 20]
     assert texts(both)[10, 0] != texts(both)[20, 0]
 
@@ -93,8 +93,10 @@ def test_every_eos_of_tokenizer_and_model_ends_an_answer_and_is_counted_but_not_
 
 
 def test_scores_are_the_means_of_their_rows(make_gpt2, tiny_tokenizer, data):
-    result = evaluate(make_gpt2(), tiny_tokenizer, data, **{**OPTIONS, "seeds": (1, 2, 3), "max_completion_length": 40})
-    for seed, score in zip(result.seeds, result.scores, strict=True):
+    result = evaluate(
+        make_gpt2(), tiny_tokenizer, data, **{**OPTIONS, "decoding_seeds": (1, 2, 3), "max_completion_length": 40}
+    )
+    for seed, score in zip(result.decoding_seeds, result.scores, strict=True):
         scores = [row["rouge_l"] for row in result.rows if row["seed"] == seed]
         assert len(scores) == len(data)
         assert score == pytest.approx(statistics.mean(scores))
@@ -109,7 +111,7 @@ def test_scores_are_the_means_of_their_rows(make_gpt2, tiny_tokenizer, data):
 
 
 def test_a_model_that_says_one_of_the_references_matches_exactly(make_gpt2, tiny_tokenizer, data):
-    model, options = make_gpt2(), {**OPTIONS, "temperature": 0.0, "seeds": (0,)}
+    model, options = make_gpt2(), {**OPTIONS, "temperature": 0.0, "decoding_seeds": (0,)}
     own = [row["completion"] for row in evaluate(model, tiny_tokenizer, data, **options).rows]
     bare = data.remove_columns("references")
     same = evaluate(model, tiny_tokenizer, bare.add_column("references", [["other", text] for text in own]), **options)
@@ -156,7 +158,7 @@ def test_rows_and_summary_are_json(make_gpt2, tiny_tokenizer, data, tmp_path):
         "top_p": 1.0,
         "max_completion_length": 12,
         "no_repeat_ngram_size": 0,
-        "seeds": [10, 20],
+        "decoding_seeds": [10, 20],
         "batch_size": 8,
     }
 
@@ -218,8 +220,8 @@ def test_ngram_decoder_samples_from_the_whole_distribution_whatever_the_model_as
         ({"max_completion_length": 0}, "max_completion_length must be an integer >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0, got -1"),
-        ({"seeds": ()}, "seeds must be one or more different integers, got []"),
-        ({"seeds": (1, 1)}, "seeds must be one or more different integers, got [1, 1]"),
+        ({"decoding_seeds": ()}, "decoding_seeds must be one or more different integers, got []"),
+        ({"decoding_seeds": (1, 1)}, "decoding_seeds must be one or more different integers, got [1, 1]"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"temperature": -1.0, "no_repeat_ngram_size": 6}, "temperature must be >= 0"),
         ({"top_p": 0.0}, "top_p must lie in (0, 1]"),
@@ -343,7 +345,9 @@ def test_real_instruction_records_are_scored(shared_dir, make_gpt2):
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "data" / "tokenizers" / "gpt2")
     data, _ = prepare(load_records(str(shared_dir / "data" / "vicuna" / "valid.jsonl")), tokenizer)
     model = make_gpt2(vocab_size=50257, n_positions=512, eos_token_id=50256, bos_token_id=50256, pad_token_id=50256)
-    result = evaluate(model, tokenizer, data.select(range(6)), seeds=(10, 20), max_completion_length=16, progress=False)
+    result = evaluate(
+        model, tokenizer, data.select(range(6)), decoding_seeds=(10, 20), max_completion_length=16, progress=False
+    )
     assert len(result.rows) == 12
     assert result.by_length.keys() <= {"41-100", "over 100", "11-40", "0-10"}
 

@@ -22,12 +22,12 @@ def data(tiny_tokenizer):
     return prepare(Dataset.from_list(RAGGED_ROWS[:6]), tiny_tokenizer)[0]
 
 
-def compared(model, teacher, tokenizer, data, *, length=12, batch_size=4, seeds=(1,), **decoding):
+def compared(model, teacher, tokenizer, data, *, length=12, batch_size=4, decoding_seeds=(1,), **decoding):
     result = evaluate(
         model,
         tokenizer,
         data,
-        seeds=seeds,
+        decoding_seeds=decoding_seeds,
         max_completion_length=length,
         batch_size=batch_size,
         progress=False,
@@ -88,8 +88,8 @@ def test_a_model_is_no_distance_from_itself_and_writes_what_it_expects(make_mode
 
 def test_batches_and_positions_only_group_what_is_summed(make_gpt2, tiny_tokenizer, data):
     pair = make_gpt2(), make_gpt2(seed=1)
-    found, texts = compared(*pair, tiny_tokenizer, data, length=15, seeds=(1, 2))
-    alone, _ = compared(*pair, tiny_tokenizer, data, length=15, batch_size=1, seeds=(1, 2))
+    found, texts = compared(*pair, tiny_tokenizer, data, length=15, decoding_seeds=(1, 2))
+    alone, _ = compared(*pair, tiny_tokenizer, data, length=15, batch_size=1, decoding_seeds=(1, 2))
     assert found["reverse_sequence_kl"]["texts"] == 12 and found["forward_sequence_kl"]["texts"] == 6
     assert found["reverse_sequence_kl"]["tokens"] == sum(len(ids) for _, ids in texts)
     of_answers = found["reverse_sequence_kl"]["of_answers"]
@@ -142,7 +142,7 @@ def test_a_teacher_with_its_prompt_reads_and_writes_under_it(make_gpt2, tiny_tok
 )  # fmt: skip
 def test_only_plain_sampling_is_said_to_sample_the_model(make_gpt2, tiny_tokenizer, data, decoding, sampled):
     result = evaluate(
-        make_gpt2(), tiny_tokenizer, data, seeds=(1,), max_completion_length=4, progress=False, **decoding
+        make_gpt2(), tiny_tokenizer, data, decoding_seeds=(1,), max_completion_length=4, progress=False, **decoding
     )
     assert samples_the_model(result.decoding) is sampled
 

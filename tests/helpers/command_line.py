@@ -46,5 +46,5 @@ def rollout_options(models: Path, *more: Any) -> list[Any]:
 def evaluate_options(models: Path, model: Path, output_dir: Path, *more: Any) -> list[Any]:
     return [
         *("evaluate", "--model_name_or_path", model, "--dataset_name", models / "train.jsonl"),
-        *("--output_dir", output_dir, "--max_completion_length", 8, "--seeds", "10,20", *more),
+        *("--output_dir", output_dir, "--max_completion_length", 8, "--decoding_seeds", "10,20", *more),
     ]

@@ -175,7 +175,7 @@ def test_an_unreadable_padding_token_changes_no_score(newer_pad, tiny_tokenizer,
     found = []
     for tokenizer in (newer_pad, tiny_tokenizer):
         data, _ = prepare(Dataset.from_list(RAGGED_ROWS), tokenizer)
-        options = {"seeds": (1,), "max_completion_length": 12, "progress": False}
+        options = {"decoding_seeds": (1,), "max_completion_length": 12, "progress": False}
         result = evaluate(model, tokenizer, data, no_repeat_ngram_size=no_repeat_ngram_size, **options)
         losses = reference_losses(model, tokenizer, data, teacher=teacher)
         found.append((result.rows, losses["jsd"], losses["cross_entropy"]))

@@ -18,7 +18,7 @@ from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import StudentPolicy, SwitchPolicy
 from switchkd.rollout import Author
-from switchkd.training import trainer as trainer_module
+from switchkd.training import saving
 
 # ---- one optimizer step
 
@@ -563,7 +563,7 @@ def test_an_absurd_learning_rate_ends_in_one_line_and_saves_nothing(make_trainer
 def test_every_save_reads_the_weights_once(make_trainer, tmp_path, monkeypatch):
     """A checkpoint of the last step was read again at the end of training."""
     steps = []
-    monkeypatch.setattr(trainer_module, "check_student", lambda student, step, rate: steps.append(step))
+    monkeypatch.setattr(saving, "check_student", lambda student, step, rate: steps.append(step))
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
     assert steps == [1, 2]

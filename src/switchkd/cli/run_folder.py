@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,9 @@ HEADER = "# Written by switchkd"
 # Options that say how a command was called, not what it did: a run started from this config must not inherit them.
 NOT_KEPT = ("config", "json", "verbose", "overwrite_output_dir", "resume_from_checkpoint", "hub_token")
 
+_SECRET_NAME = re.compile(r"token$|password|secret|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+
 # What a run may leave in its folder: what it reports, and its model. Overwriting removes these and nothing else.
 REPORT_FILES = (
     "config.yaml",
@@ -33,6 +37,7 @@ REPORT_FILES = (
     "diagnose.png",
 )
 MODEL_FILES = (
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -137,7 +142,7 @@ class RunFolder:
                 self._remove_own_files()
             with (self.path / "config.yaml").open("w", encoding="utf-8") as file:
                 file.write(f"{HEADER} {version('switchkd')}: switchkd {self.command}\n")
-                kept = {name: value for name, value in plain(config).items() if name not in NOT_KEPT}
+                kept = {name: value for name, value in without_secrets(plain(config)).items() if name not in NOT_KEPT}
                 yaml.safe_dump(kept, file, sort_keys=False, allow_unicode=True)
             self.write_json("versions.json", versions())
         except OSError as error:
@@ -232,3 +237,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if type(value) is str else str(getattr(value, "value", value))
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a plain value with access tokens and the like blacked out, by name and by look."""
+    if isinstance(value, Mapping):
+        return {
+            name: "***" if _SECRET_NAME.search(name) and isinstance(item, str) else without_secrets(item)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return _SECRET.sub("***", value) if isinstance(value, str) else value

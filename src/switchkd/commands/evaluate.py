@@ -44,12 +44,13 @@ def parser() -> OptionParser:
     )
     decoding = result.add_argument_group("decoding")
     decoding.add_argument(
-        "--seeds",
+        "--decoding_seeds",
         nargs="+",
         default=["10,20,30,40,50"],
         metavar="N,N,...",
-        help="decoding seeds; every prompt is answered once per seed",
+        help="seeds of the sampling; every prompt is answered once per seed",
     )
+    decoding.add_argument("--seeds", nargs="+", help=argparse.SUPPRESS)  # refused with the name that is meant
     decoding.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
     decoding.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     decoding.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         model,
         tokenizer,
         data,
-        seeds=seeds,
+        decoding_seeds=seeds,
         max_completion_length=options.max_completion_length,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         }
     summary["seconds"] = time.perf_counter() - started  # the passes over references and answers as well
     console.say("\n" + _tables(summary, console))
-    folder.claim({**vars(options), "seeds": seeds})
+    folder.claim({**vars(options), "decoding_seeds": seeds})
     folder.append("rows.jsonl", result.rows)
     folder.append(
         "metrics.jsonl", [{"seed": seed, "rouge_l": score} for seed, score in zip(seeds, result.scores, strict=True)]
@@ -159,9 +160,11 @@ def check(options: argparse.Namespace) -> list[int]:
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
     check_warping(options.temperature, options.top_k, options.top_p)
-    seeds = integers(options.seeds, "seeds") or []
+    if options.seeds is not None:
+        raise UserError(f"seeds={' '.join(options.seeds)}: seeds are those of training; here it is decoding_seeds")
+    seeds = integers(options.decoding_seeds, "decoding_seeds") or []
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds must be one or more different integers, got {seeds}")
+        raise UserError(f"decoding_seeds must be one or more different integers, got {seeds}")
     return seeds
 
 
@@ -190,7 +193,7 @@ def _tables(summary: dict[str, Any], console: Console) -> str:
         console.table(scores, ("reference tokens", "examples", *heads)),
         "scores of the answers, losses of the references in nats per token; 95% intervals over prompts",
         "",
-        f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over seeds "
+        f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over decoding seeds "
         + ", ".join(f"{seed}: {score:.2f}" for seed, score in summary["scores"].items()),
         f"exact matches {summary['exact_match']:.1f}%, mean length {summary['completion_tokens']:.0f} tokens, "
         f"{summary['finished_share']:.0%} ended with an end-of-sequence token",
@@ -200,7 +203,7 @@ def _tables(summary: dict[str, Any], console: Console) -> str:
             f"repeated 4-grams {diversity[f'{prefix}repetition']:.1%}"
             for of, prefix in (("answers", ""), ("references", "reference_"))
         ),
-        "decoding: " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "seeds"),
+        "decoding: " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "decoding_seeds"),
         f"on the {losses['tokens']:,} reference tokens: cross-entropy {losses['cross_entropy']:.3f} nats"
         + (f", KL(teacher, model) {losses['forward_kl']:.3f}, JSD {losses['jsd']:.3f}" if "jsd" in losses else ""),
     ]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import integers, json_object
-from switchkd.cli.run_folder import RunFolder, plain, read_config
+from switchkd.cli.run_folder import RunFolder, plain, read_config, without_secrets
 from switchkd.commands.progress import RunCallback
 from switchkd.commands.pushing import check_hub, push
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, read_options
@@ -24,6 +25,7 @@ from switchkd.errors import UserError, UserErrors
 from switchkd.models.loading import load_tokenizer
 from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.rollout import label_of, unit_of
+from switchkd.training.card import Origin, changed_options, typed
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
 from switchkd.training.resolve import written_out
@@ -62,6 +64,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     pushes = check_hub(config)
     started = time.perf_counter()
     trainer = _trainer(run_args, config, folder)
+    trainer.origin = _origin(run_args, config)
     if checkpoint is None:
         trainer.find_threshold()
     resolved = {**_resolved(run_args, trainer), "push_to_hub": pushes}
@@ -209,6 +212,30 @@ def _peft_config(args: RunArguments) -> Any:
     )
 
 
+def _origin(args: RunArguments, config: SwitchConfig) -> Origin:
+    """What the model card says of the run's inputs, as they were given; the command names every option that counts."""
+    source, made = args.model_name_or_path or config.teacher_model_name_or_path, None
+    if args.student_config is not None:
+        of = f" of {source} with" if source is not None else ""
+        # No weights of that model: it is not the base of this one.
+        source, made = None, f"random weights, the configuration{of} {args.student_config}"
+    elif args.student_layers is not None:
+        made = f"layers {' '.join(args.student_layers)}"
+    given = {
+        option.name: value
+        for option in dataclasses.fields(args)
+        if (value := getattr(args, option.name)) not in (None, option.default)
+    }
+    given |= {"method": config.method, "teacher_model_name_or_path": config.teacher_model_name_or_path}
+    flags = [
+        f"--{name} {' '.join(map(shlex.quote, typed(value)))}"
+        for name, value in {**given, **changed_options(config)}.items()
+        if value is not None
+    ]
+    command = " \\\n  ".join(["switchkd train", *flags])
+    return Origin(source, config.teacher_model_name_or_path, args.dataset_name, made, command)
+
+
 def _keep_models(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> None:
     """Overwriting a folder must not remove the model that the run starts from."""
     names = ("model_name_or_path", "tokenizer_name_or_path")
@@ -251,10 +278,11 @@ def _check_same_run(resolved: dict[str, Any], checkpoint: str) -> None:
     for name, value in (saved or {}).items():
         if name == "initial_threshold" and resolved.get(name) is None and resolved.get("target_teacher_share"):
             resolved[name] = value  # found before the first step; where it stands now is in the checkpoint
+        now = without_secrets({name: plain(resolved[name])})[name] if name in resolved else None
         free = name in RESUME_MAY_CHANGE or name.startswith(RESUME_MAY_CHANGE_PREFIXES)
-        if name in resolved and not free and plain(resolved[name]) != value:
+        if name in resolved and not free and now != value:
             raise UserError(
-                f"resume_from_checkpoint: the saved run has {name}={value!r}, this one {plain(resolved[name])!r}; "
+                f"resume_from_checkpoint: the saved run has {name}={value!r}, this one {now!r}; "
                 "give the same options, or another output_dir without resuming"
             )
 

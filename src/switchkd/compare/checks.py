@@ -4,12 +4,20 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from switchkd.cli.options import integers
 from switchkd.cli.run_folder import json_line
 from switchkd.compare.tasks import Task
 from switchkd.errors import UserError, UserErrors
+
+#: Options that name a file, a folder or a hub id.
+INPUTS = (
+    *("model_name_or_path", "teacher_model_name_or_path", "tokenizer_name_or_path"),
+    *("dataset_name", "eval_dataset_name", "lm_dataset_name"),
+)
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".gz")
 
 
 def check(tasks: Sequence[Task], *, inputs: bool = True) -> None:
@@ -38,7 +46,40 @@ def check(tasks: Sequence[Task], *, inputs: bool = True) -> None:
         for problem in known[key]:
             affected.setdefault(problem, []).append(task)
     if affected:
-        raise UserErrors([_line(problem, having) for problem, having in affected.items()])
+        raise UserErrors([_line(problem, having) for problem, having in _by_folder(affected).items()])
+
+
+def _by_folder(affected: Mapping[str, list[Task]]) -> dict[str, list[Task]]:
+    """One problem for all inputs that lie in one folder that does not exist: the usual slip is the folder."""
+    missing: dict[Path, list[str]] = {}
+    for task in {task.name: task for having in affected.values() for task in having}.values():
+        for options in (task.train, task.begins_with, *task.evaluate.values()):
+            for name in INPUTS:
+                value = options.get(name)
+                folder = _missing_folder(value) if isinstance(value, str) else None
+                if folder is not None and value not in missing.setdefault(folder, []):
+                    missing[folder].append(str(value))
+    found: dict[str, list[Task]] = {}
+    for problem, having in affected.items():
+        for folder, inputs in missing.items():
+            lacking = [one for one in inputs if any(one in other for other in affected)]
+            if len(lacking) > 1 and any(one in problem for one in lacking):
+                names = ", ".join(str(Path(one).expanduser().relative_to(folder)) for one in lacking)
+                problem = (
+                    f"no folder {folder}, which should hold {names}: check the path (the current folder is "
+                    f"{Path.cwd().name!r})"
+                )
+                break
+        found.setdefault(problem, []).extend(having)
+    return {problem: list({task.name: task for task in having}.values()) for problem, having in found.items()}
+
+
+def _missing_folder(name: str) -> Path | None:
+    """The highest folder of a path that does not exist; None for a hub id and where only the last part is missing."""
+    if not (name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in SUFFIXES):
+        return None
+    path = Path(name).expanduser()
+    return next((folder for folder in reversed(path.parents) if not folder.exists()), None)
 
 
 def _line(problem: str, tasks: Sequence[Task]) -> str:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -101,6 +101,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not options.keep_models:
         for task in tasks:
             trim(task)
+    from switchkd.compare.findings import too_few_seeds  # scipy takes a while to import
+
+    for line in too_few_seeds(len(seeds)):
+        console.say(line)
     failed = _run_all(tasks, options, console)
     summary = _report(folder, tasks, pairs, axes_of(sections["grid"]), options.measure, console)
     summary |= {"failed": failed, "output_dir": str(folder.path)}
@@ -169,40 +173,48 @@ def _run_all(tasks: Sequence[Task], options: argparse.Namespace, console: Consol
         threads = max(multiprocessing.cpu_count() // options.jobs, 1)
     failed: dict[str, str] = {}
     clock = _Clock(len(tasks), done)
-    for phase in ([t for t in waiting if t.label == WARM_START], [t for t in waiting if t.label != WARM_START]):
-        if not phase:
-            continue
-        missing = {(name.student, name.seed) for name in tasks if name.label == WARM_START and name.result() is None}
-        ready = [task for task in phase if task.label == WARM_START or (task.student, task.seed) not in missing]
-        for task in (task for task in phase if task not in ready):
-            failed[task.name] = "its warm start failed"
-        pool = ProcessPoolExecutor(
-            options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
-        )
-        try:
+    pool = worker_pool(options.jobs)
+    try:
+        for phase in ([t for t in waiting if t.label == WARM_START], [t for t in waiting if t.label != WARM_START]):
+            missing = {(t.student, t.seed) for t in tasks if t.label == WARM_START and t.result() is None}
+            ready = [task for task in phase if task.label == WARM_START or (task.student, task.seed) not in missing]
+            failed |= {task.name: "its warm start failed" for task in phase if task not in ready}
             futures = {pool.submit(execute, task, threads): task for task in ready}
+            broken = False
             for future in as_completed(futures):
                 task = futures[future]
                 try:
                     result = future.result()
                 except BrokenProcessPool:
+                    broken = True
                     result = {"error": "worker process died without an error message (out of memory?)"}
                 if "error" in result:
                     failed[task.name] = result["error"]
                     console.say(f"{clock.next()} {task.name}: FAILED, {result['error']}")
                 else:
-                    console.say(
-                        f"{clock.next()} {task.name}: {_line(result, options.measure)}{clock.left(options.jobs)}"
-                    )
+                    said = _line(result, options.measure)
+                    console.say(f"{clock.next()} {task.name}: {said}{clock.left(options.jobs)}")
                     if not options.keep_models:
                         trim(task)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-        pool.shutdown()
+            if broken:
+                pool.shutdown()
+                pool = worker_pool(options.jobs)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    pool.shutdown()
     return failed
+
+
+def worker_pool(jobs: int) -> Executor:
+    """Return processes that run tasks one after another and end with this one, however it ends.
+
+    Args:
+        jobs: Their number.
+    """
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
 
 
 class _Clock:
@@ -217,6 +229,8 @@ class _Clock:
 
     def left(self, jobs: int) -> str:
         waiting = self.total - self.number
+        if self.ended < jobs:
+            return ""  # the first of several at once says too little
         seconds = waiting * (time.perf_counter() - self.began) / self.ended
         return f", about {seconds / 60:.0f} min left" if waiting and seconds > 90 else ""
 
@@ -263,7 +277,7 @@ def _report(
 ) -> dict[str, Any]:
     """Write tables, sentences and pictures of what is finished, and return them in short."""
     from switchkd.compare import pictures, report
-    from switchkd.compare.findings import Comparison, find, sentences
+    from switchkd.compare.findings import Comparison, by_length, find, sentences
 
     finished = [(task, result) for task in tasks if (result := task.result()) is not None]
     if not finished:
@@ -277,16 +291,21 @@ def _report(
     against, pairs = compared
     baseline_of = dict(against)
     findings = find(comparisons, [*against, *pairs])
-    text = report.tables(comparisons, findings, baseline_of)
-    words = sentences(comparisons, findings, pairs or against)
-    console.say(f"\n{text}\n\n" + "\n".join(words))
-    (folder.path / "report.txt").write_text(f"{text}\n\n" + "\n".join(words) + "\n", encoding="utf-8")
-    written = report.markdown(comparisons, findings, baseline_of, words)
+    words = sentences(comparisons, findings, pairs)
+    lengths = by_length(comparisons, pairs or against)
+    tables = report.all_tables(comparisons, findings, lengths)
+    text = report.as_text(tables, words)
+    console.say(f"\n{text}")
+    (folder.path / "report.txt").write_text(f"{text}\n", encoding="utf-8")
+    written = report.as_markdown(comparisons, findings, baseline_of, tables, words)
     (folder.path / "results.md").write_text(written, encoding="utf-8")
+    report.write_tables(tables, folder.path / "results.tex")
     report.write_runs(comparisons, folder.path / "results.csv")
     report.write_differences(comparisons, findings, folder.path / "differences.csv")
+    report.write_lengths(lengths, folder.path / "differences_by_length.csv")
     folder.write_json("results.json", {"results": found, "words": words})
-    names = ["report.txt", "results.md", "results.csv", "differences.csv", "results.json"]
+    names = ["report.txt", "results.md", "results.tex", "results.csv", "differences.csv", "differences_by_length.csv"]
+    names.append("results.json")
     for name, comparison in comparisons.items():
         suffix = f"_{folder_name(name)}.png" if len(comparisons) > 1 else ".png"
         chosen = [one for one in findings if one.test_set == name]
@@ -305,4 +324,4 @@ def _report(
         }
         for name, comparison in comparisons.items()
     }
-    return {"runs": len(found), measure: scores, "words": [line.strip() for line in words if line.strip()]}
+    return {"runs": len(found), measure: scores, "words": words}

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.cli.display import table
 from switchkd.compare.significance import (
     LEVEL,
     Difference,
     difference_of_gains,
     holm,
+    p_text,
     paired_difference,
     verdict,
 )
 from switchkd.compare.tasks import MEASURES, TEACHER_MEASURES
-from switchkd.evaluation.metrics import bucket_names, length_bucket
+from switchkd.evaluation.metrics import bucket_names, length_bucket, mean_with_interval
 
 Result = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -24,6 +24,8 @@ Pair = tuple[str, str]
 FEWEST_PROMPTS = 20
 #: With fewer training seeds their spread is hardly known.
 FEWEST_SEEDS = 3
+#: More differences than this are in the table only.
+MOST_SENTENCES = 4
 
 
 class Comparison:
@@ -72,6 +74,11 @@ class Comparison:
         scores = self._scores[measure or self.measure][result["student"], result["run"], result["seed"]]
         chosen = [value for value, name in scores.values() if bucket in (None, name)]
         return sum(chosen) / len(chosen) if chosen else None
+
+    def ends(self, result: Result, measure: str) -> list[float | None]:
+        """Return the ends of the 95% interval of a run's mean over prompts; None twice where it has one prompt."""
+        scores = self._scores[measure][result["student"], result["run"], result["seed"]]
+        return list(mean_with_interval(np.array([value for value, _ in scores.values()])).interval or (None, None))
 
     def difference(self, student: str, first: str, second: str, bucket: str | None = None) -> Difference | None:
         """Return how far one run is ahead of another on the training seeds that both have, or None if there are none.
@@ -176,71 +183,168 @@ def find(comparisons: Mapping[str, Comparison], pairs: Sequence[Pair]) -> list[F
     return [Finding(*one, p_value) for one, p_value in zip(found, adjusted, strict=True)]
 
 
-def sentences(comparisons: Mapping[str, Comparison], findings: Sequence[Finding], pairs: Sequence[Pair]) -> list[str]:
-    """Return the findings in words, then how the differences of some pairs change with length and student.
+def differences_table(
+    comparisons: Mapping[str, Comparison], findings: Sequence[Finding]
+) -> tuple[list[str], list[list[Any]]]:
+    """Return headers and rows of a table with one row per finding: difference, 95% interval, p and what it says.
 
     Args:
         comparisons: Test set -> its results.
         findings: Of `find`.
-        pairs: Compared by length and student.
     """
-    lines: list[str] = []
+    comparison = next(iter(comparisons.values()))
+    with_set, with_student = len(comparisons) > 1, len({one.student for one in findings}) > 1
+    lead = [*(["test set"] if with_set else []), *(["student"] if with_student else [])]
+    headers = [*lead, "run", "against", f"difference [{unit(comparison.measure)}]", "95% interval", "adjusted p"]
+    rows: list[list[Any]] = []
+    for one in findings:
+        row: list[Any] = [*([one.test_set] if with_set else []), *([one.student] if with_student else [])]
+        mean, ends = interval(one.difference).split(" ", 1)
+        row += [one.first, one.second, mean, ends.strip("()"), p_text(one.adjusted_p)]
+        rows.append([*row, f"{one.difference.seeds_ahead} of {one.difference.seeds}", _says(one, comparison.measure)])
+    return [*headers, "seeds that agree", "finding"], rows
+
+
+def _says(one: Finding, measure: str) -> str:
+    if one.difference.seeds == 1:
+        return "one seed only"
+    if not one.is_significant:
+        return "not significant"
+    return "ahead *" if (one.difference.mean > 0) != (measure in TEACHER_MEASURES) else "behind *"
+
+
+def sentences(comparisons: Mapping[str, Comparison], findings: Sequence[Finding], pairs: Sequence[Pair]) -> list[str]:
+    """Return what matters most of the findings in a few sentences; the table has the rest.
+
+    Args:
+        comparisons: Test set -> its results.
+        findings: Of `find`.
+        pairs: Of whom the sentences speak, the significant and the largest first; without them of all that are
+            significant.
+    """
     seeds = min((finding.difference.seeds for finding in findings), default=FEWEST_SEEDS)
-    if seeds < FEWEST_SEEDS:
-        lines.append(
-            f"too few training seeds ({seeds}): how much a repeated training would differ is hardly known; "
-            f"give {FEWEST_SEEDS} or more"
+    lines = too_few_seeds(seeds)
+    asked = [one for one in findings if (one.first, one.second) in set(pairs)]
+    if not pairs:
+        asked = [one for one in findings if one.is_significant or len(findings) == 1]
+    ordered = sorted(asked, key=lambda one: (not one.is_significant, -abs(one.difference.mean)))
+    for one in ordered[:MOST_SENTENCES]:
+        measure = comparisons[one.test_set].measure
+        where = ", ".join(part for part in (one.test_set if len(comparisons) > 1 else "", one.student) if part)
+        said = verdict(
+            one.first,
+            one.second,
+            one.difference,
+            one.adjusted_p,
+            unit=unit(measure),
+            lower_is_better=measure in TEACHER_MEASURES,
         )
-    for name, comparison in comparisons.items():
-        for student in comparison.students:
-            title = ", ".join(part for part in (name if len(comparisons) > 1 else "", student) if part)
-            lines += [f"{title}:"] if title else []
-            lines += [
-                "  "
-                + verdict(
-                    one.first,
-                    one.second,
-                    one.difference,
-                    one.adjusted_p,
-                    unit=unit(comparison.measure),
-                    lower_is_better=comparison.measure in TEACHER_MEASURES,
-                )
-                for one in findings
-                if (one.test_set, one.student) == (name, student)
-            ]
+        lines.append(f"{where}: {said}" if where else said)
     if len(findings) > 1:
-        lines.append(f"p-values are corrected for all {len(findings)} comparisons (Holm); significant: below {LEVEL}")
-    for name, comparison in comparisons.items():
-        lines += _by_length(comparison, pairs, f"{name}: " if len(comparisons) > 1 else "")
+        found = sum(one.is_significant for one in findings)
+        lines.append(
+            f"{found} of {len(findings)} differences are significant; p-values are corrected for all {len(findings)} "
+            f"(Holm), significant is below {LEVEL}"
+        )
     return lines
 
 
-def _by_length(comparison: Comparison, pairs: Sequence[Pair], title: str) -> list[str]:
-    """Does the difference grow with the length of the answer, and with the student?"""
-    buckets, rows = comparison.buckets(), []
-    for first, second in pairs:
-        for student in comparison.students:
-            found = [comparison.difference(student, first, second, bucket) for bucket in (None, *buckets)]
-            if found[0] is not None:
-                found.append(comparison.growth(student, first, second))
-                rows.append([f"{first} - {second}", student or "all", *map(_cell, found)])
-        rows += _by_size(comparison, first, second)
-    headers = ("difference", "student", "all answers", *(f"{bucket} tokens" for bucket in buckets))
-    about = "95% interval of each alone, not corrected; * excludes 0"
-    about = f"{title}{unit(comparison.measure)} of {measure_title(comparison.measure)} ({about})"
-    return ["", f"{about}:", table(rows, (*headers, "longest minus shortest"))] if rows else []
+def too_few_seeds(seeds: int) -> list[str]:
+    """Return the sentence that says so; none where they are enough."""
+    if seeds >= FEWEST_SEEDS:
+        return []
+    return [
+        f"too few training seeds ({seeds}): how much a repeated training would differ is hardly known; give "
+        f"{FEWEST_SEEDS} or more"
+    ]
 
 
-def _by_size(comparison: Comparison, first: str, second: str) -> list[list[str]]:
-    """How much larger the difference is for the first student than for each other one."""
-    rows = []
-    for other in comparison.students[1:]:
-        smaller = comparison.students[0]
-        found = [comparison.between_students(smaller, other, first, second, b) for b in (None, *comparison.buckets())]
-        if found[0] is not None:
-            cells = map(_cell, found)
-            rows.append([f"{first} - {second}", f"{smaller} minus {other}", *cells, "-"])
-    return rows
+@dataclass(frozen=True)
+class LengthDifference:
+    """A difference of two runs on the answers of one length.
+
+    Attributes:
+        test_set: Name of the test set.
+        student: Name of the student; or "one minus other": how much larger the difference is for the first.
+        first: Label of a run.
+        second: Label of the run that is subtracted.
+        answers: `ALL_ANSWERS`, a length of answer, or `GROWTH`.
+        difference: First minus second; None where too few prompts have such an answer.
+    """
+
+    test_set: str
+    student: str
+    first: str
+    second: str
+    answers: str
+    difference: Difference | None
+
+
+ALL_ANSWERS, GROWTH = "all answers", "longest minus shortest"
+
+
+def by_length(comparisons: Mapping[str, Comparison], pairs: Sequence[Pair]) -> list[LengthDifference]:
+    """Return how the differences of some pairs change with the length of the answer and with the student.
+
+    Args:
+        comparisons: Test set -> its results.
+        pairs: Labels `(first, second)`; a pair of which a run is missing is left out.
+    """
+    found = []
+    for name, comparison in comparisons.items():
+        lengths = [None, *comparison.buckets()]
+        for first, second in pairs:
+            lines: dict[str, dict[str, Difference | None]] = {}
+            for student in comparison.students:
+                by_bucket = {
+                    bucket or ALL_ANSWERS: comparison.difference(student, first, second, bucket) for bucket in lengths
+                }
+                lines[student] = {**by_bucket, GROWTH: comparison.growth(student, first, second)}
+            for other in comparison.students[1:]:
+                smaller = comparison.students[0]
+                lines[f"{smaller} minus {other}"] = {
+                    bucket or ALL_ANSWERS: comparison.between_students(smaller, other, first, second, bucket)
+                    for bucket in lengths
+                }
+            found += [
+                LengthDifference(name, student, first, second, answers, difference)
+                for student, line in lines.items()
+                if line[ALL_ANSWERS] is not None
+                for answers, difference in line.items()
+            ]
+    return found
+
+
+def length_tables(
+    comparisons: Mapping[str, Comparison], found: Sequence[LengthDifference]
+) -> list[tuple[str, list[str], list[list[Any]]]]:
+    """Return title, headers and rows of a table per test set, with a star where an interval excludes 0.
+
+    Args:
+        comparisons: Test set -> its results.
+        found: Of `by_length`.
+    """
+    tables = []
+    for name, comparison in comparisons.items():
+        lines: dict[tuple[str, str, str], dict[str, str]] = {}
+        for one in found:
+            if one.test_set == name:
+                lines.setdefault((one.first, one.second, one.student), {})[one.answers] = _cell(one.difference)
+        if not lines:
+            continue
+        title = f"{name}: " if len(comparisons) > 1 else ""
+        title += f"{unit(comparison.measure)} of {measure_title(comparison.measure)} by length of the answer"
+        title += " (95% interval of each alone, not corrected; * excludes 0)"
+        columns = [ALL_ANSWERS, *comparison.buckets(), GROWTH]
+        with_student = any(student for *_, student in lines)
+        headers = ["difference", *(["student"] if with_student else [])]
+        headers += [column if column in (ALL_ANSWERS, GROWTH) else f"{column} tokens" for column in columns]
+        rows = [
+            [f"{first} - {second}", *([student] if with_student else []), *(cells.get(name, "-") for name in columns)]
+            for (first, second, student), cells in lines.items()
+        ]
+        tables.append((title, headers, rows))
+    return tables
 
 
 def measure_title(measure: str) -> str:

@@ -1,22 +1,33 @@
 """The pictures of a comparison: scores beside differences to the baseline, and a map of two axes of a grid."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from switchkd.cli.display import BLUE, GREY, ORANGE
-from switchkd.compare.findings import Comparison, Finding, Result, interval, measure_title
+from switchkd.compare.findings import Comparison, Finding, Result, interval, measure_title, unit
 from switchkd.compare.report import planes
+from switchkd.compare.tasks import TEACHER_MEASURES
 from switchkd.errors import UserError
 
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+#: Longer labels of runs are broken into lines, characters.
+LABEL_WIDTH = 36
+_STYLE = {
+    "text.parse_math": False,
+    "figure.dpi": 120,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+}
 
 
 def forest(comparison: Comparison, findings: Sequence[Finding], against: Mapping[str, str], path: Path) -> None:
     """Draw for each student every run's scores, and beside them its difference to the baseline with its interval.
 
-    Runs with the same baseline stand together. A significant difference has a filled mark and a star, any other an
-    empty mark.
+    Runs with the same baseline stand together. Numbers stand beside both; a significant difference has a filled mark
+    and a star, any other an empty mark. All students have one scale of differences.
 
     Args:
         comparison: The results on one test set.
@@ -35,28 +46,44 @@ def forest(comparison: Comparison, findings: Sequence[Finding], against: Mapping
     ends = [0]
     for group in groups.values():
         ends.append(ends[-1] + len(group))
+    by_student = {
+        student: {one.first: one for one in findings if one.student == student and against.get(one.first) == one.second}
+        for student in comparison.students
+    }
+    wrapped = [textwrap.fill(label, LABEL_WIDTH) for label in labels]
+    lines = max(label.count("\n") + 1 for label in wrapped)
+    columns = 2 if any(by_student.values()) else 1
+    widths = [2.6, 3.6][:columns] * len(by_student)
     plt = _pyplot()
-    count = len(comparison.students)
     with plt.rc_context(_STYLE):
         figure, grid = plt.subplots(
             1,
-            2 * count,
-            figsize=(1.0 + 0.075 * max(map(len, labels)) + 7.0 * count, 1.5 + 0.27 * len(labels)),
+            len(widths),
+            # Labels, axes, the numbers beside them; titles and axis labels, rows.
+            figsize=(
+                0.5 + 0.075 * max(len(line) for label in wrapped for line in label.split("\n")) + 1.35 * sum(widths),
+                1.5 + (0.1 + 0.18 * lines) * len(labels),
+            ),
             sharey=True,
             squeeze=False,
-            width_ratios=[1.0, 1.25] * count,
+            width_ratios=widths,
             layout="constrained",
         )
-        for index, student in enumerate(comparison.students):
-            scores, differences = grid[0][2 * index : 2 * index + 2]
-            chosen = {one.first: one for one in findings if one.student == student and one.second in baselines}
-            _draw_scores(scores, comparison, student, labels)
-            _draw_differences(differences, chosen, labels, against)
-            scores.set_title(student, loc="left", fontweight="bold")
-            for axes in (scores, differences):
+        for index, (student, chosen) in enumerate(by_student.items()):
+            panels = grid[0][columns * index : columns * (index + 1)]
+            _draw_scores(panels[0], comparison, student, labels)
+            panels[0].set_title(student, loc="left", fontweight="bold")
+            if columns == 2:
+                _draw_differences(panels[1], chosen, labels, against, comparison.measure)
+            for axes in panels:
                 axes.hlines([end - 0.5 for end in ends[1:-1]], 0, 1, transform=axes.get_yaxis_transform(),
                             color=GREY, linewidth=0.6)  # fmt: skip
-        grid[0][0].set_yticks(range(len(labels)), labels)
+        if columns == 2:
+            drawn = grid[0][1::2]
+            limits = [axes.get_xlim() for axes in drawn]
+            for axes in drawn:
+                axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+        grid[0][0].set_yticks(range(len(labels)), wrapped)
         grid[0][0].set_ylim(len(labels) - 0.4, -0.6)
         _save(plt, figure, path)
 
@@ -67,31 +94,41 @@ def _draw_scores(axes: Any, comparison: Comparison, student: str, labels: Sequen
         if scores:
             axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.4, markersize=4, markeredgewidth=0)
             axes.plot([sum(scores) / len(scores)], [place], "|", color="black", markersize=9, markeredgewidth=1.6)
-    axes.set_xlabel(f"{measure_title(comparison.measure)}\n(dot: training seed, bar: mean)")
+            _beside(axes, place, f"{sum(scores) / len(scores):.1f}")
+    axes.set_xlabel(
+        f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]\n(dot: training seed, bar and number: mean)"
+    )
     _rows(axes, len(labels))
 
 
 def _draw_differences(
-    axes: Any, findings: Mapping[str, Finding], labels: Sequence[str], against: Mapping[str, str]
+    axes: Any, findings: Mapping[str, Finding], labels: Sequence[str], against: Mapping[str, str], measure: str
 ) -> None:
     axes.axvline(0.0, color="black", linewidth=1)
     for place, label in enumerate(labels):
         one = findings.get(label)
         if one is None:
+            if label in against.values():
+                _beside(axes, place, "baseline")
             continue
         clear = one.is_significant
         colour = ORANGE if clear else BLUE
         axes.plot([one.difference.low, one.difference.high], [place, place], color=colour, linewidth=2)
         axes.plot([one.difference.mean], [place], "D", markersize=5.5, markeredgecolor=colour, markeredgewidth=1.4,
                   color=colour if clear else "white")  # fmt: skip
-    for place, label in enumerate(labels):
-        one = findings.get(label)
-        text = "baseline" if label in against.values() else ""
-        if one is not None:
-            text = interval(one.difference) + (" *" if one.is_significant else "")
-        axes.annotate(text, (1.02, place), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-    axes.set_xlabel("minus baseline, 95% interval\n(filled and *: significant after Holm's correction)")
+        _beside(axes, place, interval(one.difference) + (" *" if clear else ""))
+    baselines = set(against.values())
+    other = next(iter(baselines)) if len(baselines) == 1 else "baseline"
+    better = "left" if measure in TEACHER_MEASURES else "right"
+    axes.set_xlabel(
+        f"{measure_title(measure)} minus {textwrap.shorten(other, 30, placeholder=' ...')} [{unit(measure)}], "
+        f"95% interval\n(better to the {better}; filled and *: significant, Holm)"
+    )
     _rows(axes, len(labels))
+
+
+def _beside(axes: Any, place: int, text: str) -> None:
+    axes.annotate(text, (1.02, place), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8.5)
 
 
 def _rows(axes: Any, count: int) -> None:
@@ -136,7 +173,7 @@ def heat_map(comparison: Comparison, findings: Sequence[Finding], against: Mappi
             across,
             figsize=(
                 1.6 + 0.08 * max(map(len, rows)) + across * (0.6 + 1.0 * len(columns)),
-                0.9 + down * (0.9 + 0.07 * max(map(len, columns)) + 0.5 * len(rows)),
+                1.1 + down * (0.9 + 0.07 * max(map(len, columns)) + 0.5 * len(rows)),
             ),
             squeeze=False,
             sharex=True,
@@ -153,10 +190,10 @@ def heat_map(comparison: Comparison, findings: Sequence[Finding], against: Mappi
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         names = list(comparison.axes)
-        figure.supxlabel(names[1], fontsize=10)
+        figure.supxlabel(f"{names[1]}\n(below: minus baseline; * significant, Holm)", fontsize=10)
         figure.supylabel(names[0], fontsize=10)
         bar = figure.colorbar(plt.cm.ScalarMappable(shades[1], shades[0]), ax=grid, shrink=0.8, pad=0.02)
-        bar.set_label(f"{measure_title(comparison.measure)}; below: minus baseline, * significant (Holm)")
+        bar.set_label(f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]")
         bar.outline.set_visible(False)
         _save(plt, figure, path)
     return True
@@ -221,7 +258,7 @@ def _pyplot() -> Any:
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the picture {path}: {error}") from error
     finally:

@@ -92,14 +92,17 @@ def evaluations(evaluate: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return test set -> options of `switchkd evaluate`.
 
     Args:
-        evaluate: Those options; or with `datasets` the shared ones, and there name -> path or further options.
+        evaluate: Those options; or with `datasets` the shared ones, and there the test sets: a list of paths and
+            options, each called by its `name` or else by its file, or a mapping from names to them.
     """
     shared = {name: value for name, value in evaluate.items() if name != "datasets"}
     sets = evaluate.get("datasets")
     if sets is None:
         return {ONE_SET: _as_typed(shared)}
+    if isinstance(sets, list):
+        sets = _named_sets(sets)
     if not isinstance(sets, Mapping) or not sets:
-        raise UserError(f"evaluate: datasets must be a mapping from names to paths or options, got {sets!r}")
+        raise UserError(f"evaluate: datasets must be a list of paths or options, or a mapping to them, got {sets!r}")
     if "dataset_name" in shared:
         raise UserError("evaluate: give dataset_name or datasets, not both")
     found = {}
@@ -109,6 +112,21 @@ def evaluations(evaluate: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise UserError(f"evaluate: data set {name!r} must be a path or a mapping of options, got {given!r}")
         found[name] = _as_typed({**shared, **({"dataset_name": given} if isinstance(given, str) else given)})
     _check_folders({name: scoring_folder(name) for name in found})
+    return found
+
+
+def _named_sets(sets: Sequence[Any]) -> dict[str, Any]:
+    """Name -> options; without a `name` that of the file without its endings, or the last part of a hub id."""
+    found: dict[str, Any] = {}
+    for given in sets:
+        options = {"dataset_name": given} if isinstance(given, str) else given
+        if not isinstance(options, Mapping) or not isinstance(options.get("dataset_name"), str):
+            raise UserError(f"evaluate: a test set must be a path, or options with a dataset_name, got {given!r}")
+        own = options.get("name")
+        name = str(own) if own is not None else Path(options["dataset_name"]).name.partition(".")[0]
+        if name in found:
+            raise UserError(f"evaluate: two test sets are called {name!r}; give one of them another `name`")
+        found[name] = {key: value for key, value in options.items() if key != "name"}
     return found
 
 

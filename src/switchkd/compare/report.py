@@ -1,4 +1,4 @@
-"""The files of a comparison: tables as text, Markdown and CSV."""
+"""The files of a comparison: tables as text, Markdown, LaTeX and CSV."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -6,51 +6,89 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.cli.display import markdown_table, table
-from switchkd.compare.findings import Comparison, Finding, Result, interval, measure_title
-from switchkd.compare.significance import p_text
+from switchkd.compare.findings import (
+    Comparison,
+    Finding,
+    LengthDifference,
+    Result,
+    differences_table,
+    length_tables,
+    measure_title,
+)
+from switchkd.compare.latex import latex_document
 from switchkd.evaluation.metrics import bucket_names, mean_and_std
 
+#: Title, headers and rows.
+Table = tuple[str, list[str], list[list[Any]]]
 
-def tables(comparisons: Mapping[str, Comparison], findings: Sequence[Finding], against: Mapping[str, str]) -> str:
-    """Return one plain table per test set and student: means over training seeds, and the difference to the baseline.
+
+def all_tables(
+    comparisons: Mapping[str, Comparison], findings: Sequence[Finding], lengths: Sequence[LengthDifference]
+) -> list[Table]:
+    """Return every table of a comparison: scores by test set and student, the differences, those by length.
+
+    Args:
+        comparisons: Test set -> its results.
+        findings: Of `switchkd.compare.findings.find`.
+        lengths: Of `switchkd.compare.findings.by_length`.
+    """
+    tables = [(title, *_scores(comparison, student)) for title, comparison, student, _ in _parts(comparisons)]
+    if findings:
+        measure = measure_title(next(iter(comparisons.values())).measure)
+        title = f"Differences of {measure} (95% interval over seeds and prompts; * significant after Holm's correction)"
+        tables.append((title, *differences_table(comparisons, findings)))
+    return [*tables, *length_tables(comparisons, lengths)]
+
+
+def as_text(tables: Sequence[Table], words: Sequence[str]) -> str:
+    """Return the tables for a terminal, and the sentences below them."""
+    parts = [f"{title}\n{table(rows, headers)}" for title, headers, rows in tables]
+    return "\n\n".join([*parts, *(["\n".join(words)] if words else [])])
+
+
+def as_markdown(
+    comparisons: Mapping[str, Comparison],
+    findings: Sequence[Finding],
+    against: Mapping[str, str],
+    tables: Sequence[Table],
+    words: Sequence[str],
+) -> str:
+    """Return the tables as Markdown, before them the sentences and one table per plane of a grid's first two axes.
 
     Args:
         comparisons: Test set -> its results.
         findings: Of `switchkd.compare.findings.find`.
         against: Label of a run -> that of its baseline.
+        tables: Of `all_tables`.
+        words: The sentences.
     """
-    parts = []
-    for title, comparison, student, name in _parts(comparisons):
-        headers, rows = _table(comparison, student, _with_baseline(findings, name, student, against))
-        parts.append(f"{title}\n{table(rows, headers)}")
-    return "\n\n".join(parts)
-
-
-def markdown(
-    comparisons: Mapping[str, Comparison],
-    findings: Sequence[Finding],
-    against: Mapping[str, str],
-    words: Sequence[str],
-) -> str:
-    """Return the same as Markdown, with a table by the first two axes of a grid, and the sentences below."""
-    parts = []
+    parts = ["\n".join(f"- {line}" for line in words)] if words else []
     for title, comparison, student, name in _parts(comparisons):
         chosen = _with_baseline(findings, name, student, against)
-        parts.append(f"## {title}")
-        parts += [markdown_table(rows, headers) for headers, rows in _planes(comparison, student, chosen)]
-        headers, rows = _table(comparison, student, chosen)
-        parts.append(markdown_table(rows, headers))
-    return "\n\n".join([*parts, "```\n" + "\n".join(words) + "\n```"]) + "\n"
+        planes_found = _planes(comparison, student, chosen)
+        axes = " and ".join(list(comparison.axes)[:2])
+        parts += [f"## {title}, by {axes}; * significantly different from the baseline"] if planes_found else []
+        parts += [markdown_table(rows, headers) for headers, rows in planes_found]
+    for title, headers, rows in tables:
+        parts += [f"## {title}", markdown_table(rows, headers)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_tables(tables: Sequence[Table], path: Path) -> None:
+    """Write the tables as LaTeX, to be included in a document that loads booktabs."""
+    path.write_text(latex_document(tables), encoding="utf-8")
 
 
 def write_runs(comparisons: Mapping[str, Comparison], path: Path) -> None:
-    """Write a CSV file with one line per run and test set."""
+    """Write a CSV file with one line per run and test set; the intervals of a run are 95% over prompts."""
     lines = [(name, comparison, result) for name, comparison in comparisons.items() for result in comparison.results]
     axes = _axes(comparisons)
     buckets = [name for name in bucket_names() if any(name in one.buckets() for one in comparisons.values())]
     measures = list(dict.fromkeys(name for comparison in comparisons.values() for name in comparison.measures))
     main = next(iter(comparisons.values())).measure
-    names = ["student", "run", *axes, "seed", "method", "test_set", *measures, "rouge_l_decoding_std"]
+    names = ["student", "run", *axes, "seed", "method", "test_set"]
+    names += [column for one in measures for column in (one, f"{one}_low", f"{one}_high")]
+    names.append("rouge_l_decoding_std")
     names += [f"{main}_{bucket.replace(' ', '_')}" for bucket in buckets]
     names += ["completion_tokens", "teacher_share", "teacher_passes", "train_seconds", "steps"]
     rows = []
@@ -58,7 +96,9 @@ def write_runs(comparisons: Mapping[str, Comparison], path: Path) -> None:
         scored, trained = result["evaluate"], result["train"]
         row = [result["student"], result["run"], *(result["cell"].get(axis) for axis in axes), result["seed"]]
         row += [trained["method"], name]
-        row += [comparison.score(result, measure=one) if one in comparison.measures else None for one in measures]
+        for one in measures:
+            row.append(comparison.score(result, measure=one) if one in comparison.measures else None)
+            row += comparison.ends(result, one) if one in comparison.measures else [None, None]
         row += [scored["rouge_l_std"], *(comparison.score(result, bucket) for bucket in buckets)]
         row += [scored["completion_tokens"], trained.get("teacher_share"), trained.get("teacher_passes")]
         rows.append([*row, trained["seconds"], trained["steps"]])
@@ -77,6 +117,18 @@ def write_differences(comparisons: Mapping[str, Comparison], findings: Sequence[
         row = [one.test_set, one.student, one.first, one.second, *(cells[one.first].get(axis) for axis in axes)]
         row += [comparisons[one.test_set].measure, found.mean, found.low, found.high, found.p_value, one.adjusted_p]
         rows.append([*row, one.is_significant, found.seeds, found.prompts, found.seeds_ahead])
+    _write_csv(path, names, rows)
+
+
+def write_lengths(lengths: Sequence[LengthDifference], path: Path) -> None:
+    """Write a CSV file with one line per pair, student and length of answer."""
+    names = ["test_set", "student", "first", "second", "answers", "difference", "low", "high", "seeds", "prompts"]
+    rows = [
+        [one.test_set, one.student, one.first, one.second, one.answers, found.mean, found.low, found.high, found.seeds,
+         found.prompts]
+        for one in lengths
+        if (found := one.difference) is not None
+    ]  # fmt: skip
     _write_csv(path, names, rows)
 
 
@@ -102,18 +154,16 @@ def _with_baseline(
     }
 
 
-def _table(comparison: Comparison, student: str, against: Mapping[str, Finding]) -> tuple[list[str], list[list[Any]]]:
+def _scores(comparison: Comparison, student: str) -> tuple[list[str], list[list[Any]]]:
     main, *others = comparison.measures
-    headers = ["run", "seeds", measure_title(main), "minus baseline", "adjusted p", *map(measure_title, others)]
-    headers += [*comparison.buckets(), "teacher's tokens", "passes", "seconds"]
+    headers = ["run", "seeds", measure_title(main), *map(measure_title, others)]
+    headers += [*(f"{bucket} tokens" for bucket in comparison.buckets()), "by teacher", "passes", "seconds"]
     rows = []
     for label in comparison.labels:
         found = comparison.of(student, label)
         if not found:
             continue
         row: list[Any] = [label, len(found), _spread(comparison, found)]
-        one = against.get(label)
-        row += [None, None] if one is None else [interval(one.difference), p_text(one.adjusted_p)]
         row += [_mean([comparison.score(result, measure=name) for result in found], ".1f") for name in others]
         row += [_mean([comparison.score(result, bucket) for result in found], ".1f") for bucket in comparison.buckets()]
         row.append(_mean([result["train"].get("teacher_share") for result in found], ".0%"))

@@ -127,6 +127,8 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
     """
     import torch
 
+    from switchkd.training.card import add_scores
+
     if threads is not None:
         torch.set_num_threads(threads)
     started = time.perf_counter()
@@ -140,6 +142,7 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
                 name: _command("evaluate", task.folder / scoring_folder(name), {**values, **model})
                 for name, values in task.evaluate.items()
             }
+            add_scores(task.folder / "train", scored)
         except UserError as error:
             return {"error": " ".join(str(error).split())}
         except Exception as error:

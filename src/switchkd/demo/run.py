@@ -14,8 +14,8 @@ import torch
 from switchkd.cli.display import plot_summary, position_curves
 from switchkd.cli.rollouts import rollout_text
 from switchkd.cli.run_folder import RunFolder
-from switchkd.compare.findings import Comparison, find, sentences
-from switchkd.compare.report import tables
+from switchkd.compare.findings import Comparison, by_length, find, sentences
+from switchkd.compare.report import all_tables, as_text
 from switchkd.compare.tasks import ONE_SET, WARM_START, Task, execute
 from switchkd.demo.settings import MODELS, DemoSettings, demo_tasks
 from switchkd.demo.task import generate, save_splits, train_tokenizer
@@ -185,9 +185,8 @@ def _say_findings(
     say(rollout_text(example))
     comparisons, pairs = {ONE_SET: comparison}, [("SWITCH", "student only"), ("SWITCH", "SFT")]
     findings = find(comparisons, pairs)
-    say(f"\n{tables(comparisons, findings, {})}\n")
-    for line in sentences(comparisons, findings, pairs):
-        say(line)
+    lengths = by_length(comparisons, pairs)
+    say("\n" + as_text(all_tables(comparisons, findings, lengths), sentences(comparisons, findings, pairs)))
     rouge_l = summary["rouge_l"]
     say(
         f"\nUnder one objective (forward KL), the student's text alone takes the warm start from "

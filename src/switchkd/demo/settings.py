@@ -44,7 +44,7 @@ class DemoSettings:
     teacher_share: float = 0.5
     max_prompt_length: int = 48
     max_completion_length: int = 56
-    evaluation_seeds: tuple[int, ...] = (10, 20, 30)
+    decoding_seeds: tuple[int, ...] = (10, 20, 30)
 
 
 def demo_tasks(folder: Path, seed: int, settings: DemoSettings) -> list[Task]:
@@ -57,7 +57,7 @@ def demo_tasks(folder: Path, seed: int, settings: DemoSettings) -> list[Task]:
     """
     evaluate = {
         "dataset_name": str(folder / "data" / "test.jsonl"),
-        "seeds": list(settings.evaluation_seeds),
+        "decoding_seeds": list(settings.decoding_seeds),
         "max_prompt_length": settings.max_prompt_length,
         "max_completion_length": settings.max_completion_length,
         "batch_size": settings.test_records,

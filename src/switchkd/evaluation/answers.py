@@ -49,8 +49,8 @@ class EvaluationResult:
             `repetition` (share of its 4-grams that occurred before in it), and under the name of a scorer its score
             in [0, 100].
         completion_ids: The tokens of each row, the end of sequence included.
-        seeds: The decoding seeds.
-        scores: Mean ROUGE-L of each seed, in the order of `seeds`, in [0, 100].
+        decoding_seeds: The seeds that the answers were sampled with.
+        scores: Mean ROUGE-L of each seed, in the order of `decoding_seeds`, in [0, 100].
         rouge_l: Their mean.
         rouge_l_std: Their sample standard deviation (divisor n - 1; 0 for one seed).
         exact_match: Exact matches, percent of all rows.
@@ -66,7 +66,7 @@ class EvaluationResult:
 
     rows: list[dict[str, Any]]
     completion_ids: list[list[int]]
-    seeds: list[int]
+    decoding_seeds: list[int]
     scores: list[float]
     rouge_l: float
     rouge_l_std: float
@@ -84,9 +84,9 @@ class EvaluationResult:
             "rouge_l": self.rouge_l,
             "rouge_l_std": self.rouge_l_std,
             "intervals": self.intervals,
-            "scores": {str(seed): score for seed, score in zip(self.seeds, self.scores, strict=True)},
+            "scores": {str(seed): score for seed, score in zip(self.decoding_seeds, self.scores, strict=True)},
             "exact_match": self.exact_match,
-            "examples": len(self.rows) // len(self.seeds),
+            "examples": len(self.rows) // len(self.decoding_seeds),
             "completion_tokens": sum(row["completion_tokens"] for row in self.rows) / len(self.rows),
             "finished_share": sum(row["finished"] for row in self.rows) / len(self.rows),
             "by_length": self.by_length,
@@ -102,7 +102,7 @@ def evaluate(
     tokenizer: Any,
     dataset: Dataset,
     *,
-    seeds: Sequence[int] = (10, 20, 30, 40, 50),
+    decoding_seeds: Sequence[int] = (10, 20, 30, 40, 50),
     max_completion_length: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -121,7 +121,7 @@ def evaluate(
         model: A causal language model; its train or eval mode is restored.
         tokenizer: Its tokenizer.
         dataset: Made by `switchkd.data.prepare`, with at least one reference in every row.
-        seeds: Decoding seeds, all different. Greedy decoding gives the same text for each: one is enough.
+        decoding_seeds: All different. Greedy decoding gives the same text for each: one is enough.
         max_completion_length: Length limit of an answer, tokens.
         temperature: 0 is greedy.
         top_p: In (0, 1].
@@ -136,7 +136,7 @@ def evaluate(
         UserError: A row has no reference, the longest prompt and `max_completion_length` exceed the model's context,
             no end-of-sequence token is known, or a setting is out of range.
     """
-    _check(model, dataset, seeds, max_completion_length, batch_size, no_repeat_ngram_size)
+    _check(model, dataset, decoding_seeds, max_completion_length, batch_size, no_repeat_ngram_size)
     check_warping(temperature, top_k, top_p)
     unseen = unseen_by_rouge(dataset["references"])
     if unseen > len(dataset) / 10:
@@ -161,8 +161,10 @@ def evaluate(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: dict[tuple[int, int], list[int]] = {}
     started = time.perf_counter()
-    with tqdm(total=len(order) * len(seeds), desc="answers", unit="row", disable=not progress, leave=False) as bar:
-        for seed in seeds:
+    with tqdm(
+        total=len(order) * len(decoding_seeds), desc="answers", unit="row", disable=not progress, leave=False
+    ) as bar:
+        for seed in decoding_seeds:
             with _seeded(model, seed, enabled=blocked is not None):
                 for batch in batches:
                     read = [prompts[index] for index in batch]
@@ -175,8 +177,8 @@ def evaluate(
     seconds = time.perf_counter() - started
     decoder = "roll_out" if blocked is None else "transformers.generate"
     settings["max_completion_length"] = settings.pop("max_new_tokens")
-    decoding = {"decoder": decoder, **settings, "seeds": list(seeds), "batch_size": batch_size}
-    return _score(answers, tokenizer, dataset, list(seeds), set(eos), seconds, decoding, scorer)
+    decoding = {"decoder": decoder, **settings, "decoding_seeds": list(decoding_seeds), "batch_size": batch_size}
+    return _score(answers, tokenizer, dataset, list(decoding_seeds), set(eos), seconds, decoding, scorer)
 
 
 def write_rows(result: EvaluationResult, path: str | Path) -> None:
@@ -319,7 +321,7 @@ def _score(
     return EvaluationResult(
         rows=rows,
         completion_ids=[answers[row["seed"], row["index"]] for row in rows],
-        seeds=seeds,
+        decoding_seeds=seeds,
         scores=scores,
         rouge_l=mean,
         rouge_l_std=std,
@@ -338,7 +340,7 @@ def _check(
 ) -> None:
     check_prepared(dataset)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds must be one or more different integers, got {list(seeds)}")
+        raise UserError(f"decoding_seeds must be one or more different integers, got {list(seeds)}")
     check_count("max_completion_length", max_completion_length, 1)
     check_count("batch_size", batch_size, 1)
     check_count("no_repeat_ngram_size", ngram, 0)

@@ -76,7 +76,7 @@ class ReferenceTrainer(Trainer):
                 self.accelerator.unwrap_model(self.model),
                 self.processing_class,
                 data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
-                seeds=(self.args.seed,),
+                decoding_seeds=(self.args.seed,),
                 max_completion_length=self.args.max_completion_length,
                 batch_size=self.args.per_device_eval_batch_size,
                 progress=False,

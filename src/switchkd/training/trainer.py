@@ -21,16 +21,18 @@ from switchkd.errors import UserError
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import load_tokenizer, with_adapter
-from switchkd.models.vocabulary import forget_unreadable_pad, readable_pad_id, require_eos
+from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.policies import Policy
 from switchkd.rollout import Prompts, Rollout
 from switchkd.training.calibration import Calibration
 from switchkd.training.callback import LoopCallback
+from switchkd.training.card import Origin
 from switchkd.training.config import SwitchConfig
-from switchkd.training.guards import StepGuard, check_student, refuse_arguments, refuse_launch, require_evaluation
+from switchkd.training.guards import StepGuard, refuse_arguments, refuse_launch, require_evaluation
 from switchkd.training.log import RunningMeans, append_completions
 from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
+from switchkd.training.saving import SavingTrainer
 from switchkd.training.setup import (
     frozen,
     load_models,
@@ -48,7 +50,7 @@ from switchkd.training.text import row_ids
 logger = logging.getLogger(__name__)
 
 
-class SwitchTrainer(ReferenceTrainer):
+class SwitchTrainer(ReferenceTrainer, SavingTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
@@ -97,6 +99,7 @@ class SwitchTrainer(ReferenceTrainer):
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
         self.plan = resolve(args, policy)
+        self.origin = Origin.of(model, teacher_model, train_dataset)
         self.text = make_text_source(self.plan, args)
         tokenizer = processing_class
         if tokenizer is None:
@@ -105,6 +108,7 @@ class SwitchTrainer(ReferenceTrainer):
             tokenizer = load_tokenizer(model)
         student, teacher, excluded_ids = load_models(model, teacher_model, tokenizer, args, plan=self.plan)
         self.step_loss = make_step_loss(self.plan, args, excluded_ids)
+        self.source_use_cache = getattr(student.config, "use_cache", None)
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
@@ -146,7 +150,6 @@ class SwitchTrainer(ReferenceTrainer):
         self.calibration: Calibration | None = None
         self.add_callback(LoopCallback(self))
         self._guard = StepGuard()
-        self._checked_at: int | None = None  # the step whose weights were last found finite
         self.teacher_passes = 0
         self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
         self._share_watch = make_share_watch(self.plan)
@@ -170,20 +173,9 @@ class SwitchTrainer(ReferenceTrainer):
             self.find_threshold()
         self._checked_at = None
         result = super().train(*args, **kwargs)
-        # A checkpoint of the last step was read already.
-        if self._checked_at != self.state.global_step:
-            check_student(self.model, self.state.global_step, self.args.learning_rate)
+        if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
+            self._check_weights()
         return result
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student as `transformers.Trainer` does, unless its weights are nan or inf.
-
-        Raises:
-            UserError: They are; what was saved before stays.
-        """
-        check_student(self.model, self.state.global_step, self.args.learning_rate)
-        self._checked_at = self.state.global_step
-        super().save_model(output_dir, _internal_call)
 
     def check_step(self) -> None:
         """Refuse to update the student by a loss that is nan or inf, before the optimizer does; see `StepGuard`."""
@@ -339,10 +331,6 @@ class SwitchTrainer(ReferenceTrainer):
         path = self._state_file(resume_from_checkpoint)
         if path.exists():
             self.text.load_state_dict(torch.load(path, weights_only=True))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        forget_unreadable_pad(self.accelerator.unwrap_model(self.model))
-        super()._save(output_dir, state_dict)
 
     def finish_step(self) -> None:
         """Stop the clock of the training part of an optimizer step."""
