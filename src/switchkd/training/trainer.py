@@ -28,7 +28,13 @@ from switchkd.training.calibration import Calibration
 from switchkd.training.callback import LoopCallback
 from switchkd.training.card import Origin
 from switchkd.training.config import SwitchConfig
-from switchkd.training.guards import StepGuard, refuse_arguments, refuse_launch, require_evaluation
+from switchkd.training.guards import (
+    StepGuard,
+    refuse_arguments,
+    refuse_launch,
+    require_evaluation,
+    warn_of_precision,
+)
 from switchkd.training.log import RunningMeans, append_completions
 from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
@@ -142,6 +148,7 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        warn_of_precision(args)
         refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, sharded=self._is_sharded)
         self.teacher_model = None if teacher is None else frozen(teacher, args.device, offload=args.offload_teacher)
         if self._is_sharded:
