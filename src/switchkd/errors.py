@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,27 @@ class UserErrors(UserError):
     def __init__(self, messages: Sequence[str], result: dict[str, Any] | None = None) -> None:
         super().__init__("\n".join(messages))
         self.messages, self.result = tuple(messages), result
+
+
+# What libraries say where the disk is full or does not take more; errno is lost on the way through some of them.
+_NO_ROOM = re.compile(
+    r"no space left|disk quota|file too large|read-only file system|input/output error|file name too long"
+    r"|os error (28|122|27|30|5|36)\b|code: (28|122|27|30|5|36)\b|PytorchStreamWriter failed|inline_container.*unexpected pos|iostream error",
+    re.IGNORECASE,
+)
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """Return in one line that something could not be written, None where an error says something else."""
+    text = " ".join(str(error).split())
+    seen = _NO_ROOM.search(text)
+    if seen is None:
+        return None
+    file = getattr(error, "filename", None)
+    place = f"cannot write {file}" if file else "cannot write"
+    by_torch = "inline_container" in seen[0] or seen[0].startswith(("Pytorch", "iostream"))
+    what = getattr(error, "strerror", None) or ("no room" if by_torch else seen[0])
+    return f"{place}: {what}; make room or give another output_dir, what was saved before is still there"
 
 
 class Stopped(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from helpers.tiny import TINY_VOCABULARY, build_gpt2, build_tokenizer
 
 from switchkd.__main__ import COMMANDS, main
 from switchkd.cli.console import Console
-from switchkd.cli.run_folder import RunFolder, json_line
+from switchkd.cli.run_folder import RunFolder, json_line, release_folders
 from switchkd.commands import rollout
 from switchkd.errors import UserError
 from switchkd.methods import METHODS
@@ -219,3 +219,4 @@ def test_a_second_command_on_the_folder_of_a_running_one_is_refused(tmp_path: Pa
         first.wait()
     RunFolder(str(tmp_path / "run"), "train").claim({})  # a process that was killed holds nothing
     RunFolder(str(tmp_path / "run"), "train").claim({})  # nor does one exclude itself
+    release_folders()

@@ -4,6 +4,7 @@ Nothing heavy is imported here: `switchkd --help` must not wait for torch.
 """
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any, Protocol, cast
 
 from switchkd.cli.console import Console, quiet, write
 from switchkd.cli.options import OptionsMixin
-from switchkd.errors import Stopped, UserError, UserErrors, nearest_name
+from switchkd.cli.run_folder import release_folders
+from switchkd.errors import Stopped, UserError, UserErrors, nearest_name, storage_problem
 
 HELP = """usage: switchkd COMMAND [options]
 
@@ -47,7 +49,8 @@ class Command(Protocol):
 def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    That is 0, 2 for mistakes, each explained in one line, 130 for Ctrl-C and 143 for SIGTERM.
+    That is 0, 2 for mistakes, each explained in one line, 74 where nothing more can be written, 130 for Ctrl-C
+    and 143 for SIGTERM.
 
     Args:
         commands: Name -> the module of the command, imported when the command runs, and its line of help.
@@ -66,12 +69,20 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
         for message in error.messages if isinstance(error, UserErrors) else [str(error)]:
             write(sys.stderr, f"switchkd: error: {' '.join(message.split())}\n")
         return 2
+    except Exception as error:
+        problem = storage_problem(error)
+        if problem is None or "--verbose" in arguments:
+            raise
+        write(sys.stderr, f"switchkd: error: {problem}\n")
+        return os.EX_IOERR
     except Stopped as stop:
         write(sys.stderr, f"switchkd: {stop}\n")
         return stop.code
     except KeyboardInterrupt:
         write(sys.stderr, "switchkd: interrupted\n")
         return 130
+    finally:
+        release_folders()
 
 
 def _run(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> int:

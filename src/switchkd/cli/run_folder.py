@@ -1,15 +1,16 @@
 """The folder of a run: options, versions and results."""
 
+import contextlib
 import json
 import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from filelock import FileLock, Timeout
@@ -59,6 +60,27 @@ MODEL_FOLDERS = ("checkpoint-[0-9]*",)
 OWN_FILES = (*REPORT_FILES, *MODEL_FILES)
 
 
+_HELD: dict[Path, FileLock] = {}
+
+
+def release_folders() -> None:
+    """Let go of every folder that this process holds; other processes may write there then."""
+    while _HELD:
+        _HELD.popitem()[1].release()
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[TextIO]:
+    """Give a text file to write; it takes its name, and the place of an older one, once it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class RunFolder:
     """One run's folder; nothing is written before `claim`.
 
@@ -78,8 +100,6 @@ class RunFolder:
         self.path = Path(path).expanduser() if path is not None else _free_folder(command)
         self.command = command
         self.writes = is_main_process()
-        # One for all objects of a process: a command may run inside another one's folder, and again in its own.
-        self._lock_file = FileLock(self.path / LOCK, is_singleton=True)
 
     def check(self, *, overwrite: bool = False) -> None:
         """Refuse a folder that cannot be written or that holds something else.
@@ -147,7 +167,7 @@ class RunFolder:
         try:
             if not keep:
                 self._remove_own_files()
-            with (self.path / "config.yaml").open("w", encoding="utf-8") as file:
+            with whole(self.path / "config.yaml") as file:
                 file.write(f"{HEADER} {version('switchkd')}: switchkd {self.command}\n")
                 kept = {name: value for name, value in without_secrets(plain(config)).items() if name not in NOT_KEPT}
                 yaml.safe_dump(kept, file, sort_keys=False, allow_unicode=True)
@@ -156,10 +176,15 @@ class RunFolder:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from error
 
     def _lock(self) -> None:
-        """Keep the folder to this process until it ends."""
+        """Keep the folder to this process until its command ends."""
+        path = self.path.resolve()
+        if path in _HELD:
+            return  # commands of one process may share a folder: a comparison and its runs
         try:
-            self._lock_file.acquire(blocking=False)
+            _HELD[path] = FileLock(path / LOCK)
+            _HELD[path].acquire(blocking=False)
         except Timeout:
+            del _HELD[path]
             raise UserError(
                 f"output_dir {self.path} is in use by another switchkd; wait for it, or give another folder"
             ) from None
@@ -168,7 +193,8 @@ class RunFolder:
         """Write one JSON document, indented."""
         if self.writes:
             text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-            (self.path / name).write_text(text + "\n", encoding="utf-8")
+            with whole(self.path / name) as file:
+                file.write(text + "\n")
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSON Lines file."""
@@ -195,9 +221,8 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 if number < len(lines):
                     raise UserError(f"{path}, line {number} is damaged; remove that line to go on") from None
-        part = path.with_name(f"{name}.part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
+        with whole(path) as file:
+            file.write("".join(kept))
 
     def _remove_own_files(self) -> None:
         for pattern in OWN_FILES:
