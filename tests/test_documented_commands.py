@@ -128,8 +128,8 @@ RUN: dict[str, Run | Look] = {
     "--teacher_model_name_or_path Qwen/Qwen3-4B --dataset_name chats/train.jsonl --max_completion_length 256 "
     "--max_steps 500 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --learning_rate 1e-5 --bf16 "
     "--gradient_checkpointing": Run(f"{CHATS} --bf16 false"),
-    "accelerate launch --num_processes 4 -m switchkd train --config train.yaml --output_dir runs/mine": Look(
-        "--help", "starts four processes; tests/training/test_distributed.py trains with two"
+    "accelerate launch --num_processes 2 -m switchkd train --config train.yaml --output_dir runs/mine": Look(
+        "--help", "each process says its help; tests/training/test_distributed.py trains with two"
     ),
     'zcat stories.txt.gz | awk \'BEGIN { RS = "<[|]endoftext[|]>" } { gsub(/[[:space:]]+/, " "); gsub(/^ | $/, ""); '
     'gsub(/[\\\\"]/, "") if (length($0) > 200) printf "{\\"prompt\\": \\"<s>%s\\"}\\n", substr($0, 1, 40) }\' '
