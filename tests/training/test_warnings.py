@@ -11,7 +11,7 @@ from switchkd.evaluation import evaluate
 from switchkd.models.loading import default_device, load_model
 from switchkd.models.vocabulary import check_tokenizers
 
-SUBJECTS = ("teacher wrote", "ROUGE", "float16", "chat templates", "ends its texts")
+SUBJECTS = ("teacher wrote", "fp16", "ROUGE", "float16", "chat templates", "ends its texts")
 
 
 def said(action):
@@ -72,7 +72,9 @@ def test_references_that_rouge_cannot_see_are_said(tiny_tokenizer, texts, warns)
     )
     data = data.add_column("prompt", ["p"] * 3)
     found = said(
-        lambda: evaluate(build_gpt2(), tiny_tokenizer, data, seeds=[1], max_completion_length=2, progress=False)
+        lambda: evaluate(
+            build_gpt2(), tiny_tokenizer, data, decoding_seeds=[1], max_completion_length=2, progress=False
+        )
     )
     assert [one.partition(":")[0] for one in found] == ["2 of 3 references have no letter a-z and no digit"] * warns
 
@@ -82,3 +84,9 @@ def test_float16_on_a_cpu_is_said(tmp_path):
     if default_device().type == "cpu":
         [warning] = said(lambda: load_model(str(tmp_path), role="teacher"))
         assert "teacher is in float16" in warning
+
+
+def test_fp16_without_a_gpu_is_said(make_trainer):
+    """It trained in silence."""
+    [warning] = said(lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), fp16=True))
+    assert "fp16 on a CPU is slow" in warning

@@ -1,6 +1,7 @@
 """Where text for people goes, and which messages of other libraries are shown."""
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -60,10 +61,16 @@ def quiet(console: Console) -> Iterator[None]:
 
     with warnings.catch_warnings():
         if not console.verbose:
+            quiet_bitsandbytes()
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"switchkd\b")
         warnings.showwarning = show
         yield
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep off the terminal what bitsandbytes says without a GPU: peft imports it although nothing asked for it."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_libraries(verbose: bool) -> None:

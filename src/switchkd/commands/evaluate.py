@@ -8,9 +8,14 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser, integers, is_terminal
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data
-from switchkd.errors import UserError, check_warping
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from switchkd.commands.pair import (
+    add_pair_options,
+    check_pair_options,
+    read_excluded_ids,
+    read_model,
+    read_tokenizer,
+)
+from switchkd.errors import UserError
 
 
 def parser() -> OptionParser:
@@ -22,14 +27,12 @@ def parser() -> OptionParser:
         "times 100), sampled at several decoding seeds. The teacher never writes in them.",
     )
     inputs = result.add_argument_group("model and data")
-    inputs.add_argument("--model_name_or_path", metavar="MODEL", help="folder or hub id of any causal language model")
-    inputs.add_argument("--tokenizer_name_or_path", metavar="NAME", help="tokenizer (default: that of the model)")
-    inputs.add_argument(
-        "--teacher_model_name_or_path",
-        metavar="TEACHER",
-        help="also compare the model with it: on the reference answers, the model's own and the teacher's",
+    add_pair_options(
+        inputs,
+        student="folder or hub id of any causal language model",
+        teacher="also compare the model with it: on the reference answers, the model's own and the teacher's",
     )
-    inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    inputs.add_argument("--tokenizer_name_or_path", metavar="NAME", help="tokenizer (default: that of the model)")
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
     inputs.add_argument(
         "--dataset_test_split", default="test", metavar="SPLIT", help="split to use; a file has only one"
@@ -72,10 +75,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
     from switchkd.evaluation.losses import samples_the_model
     from switchkd.evaluation.scorers import load_scorer
-    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
 
     quiet_libraries(options.verbose)
-    tokenizer = load_tokenizer(options.tokenizer_name_or_path or options.model_name_or_path)
+    tokenizer = read_tokenizer(options, options.tokenizer_name_or_path)
     data, report = prepare_data(
         options,
         options.dataset_test_split,
@@ -84,12 +86,11 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_completion_length=options.max_completion_length,
     )
     console.say(f"data: {report}")
-    kwargs, device = {"dtype": options.dtype}, default_device()
     teacher, excluded_ids = None, []
     if options.teacher_model_name_or_path is not None:
-        excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
-        teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
-    model = load_model(options.model_name_or_path, kwargs).to(device)
+        excluded_ids = read_excluded_ids(options, tokenizer)
+        teacher = read_model(options, "teacher")
+    model = read_model(options, "model")
     started, progress = time.perf_counter(), is_terminal(console.stream)
     shared: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
     losses = reference_losses(model, tokenizer, data, teacher=teacher, excluded_ids=excluded_ids, **shared)
@@ -149,17 +150,8 @@ def check(options: argparse.Namespace) -> list[int]:
     Raises:
         UserError: Names the option.
     """
-    for name, meaning in (("model_name_or_path", "the model to score"), ("dataset_name", "the data to answer")):
-        if getattr(options, name) is None:
-            raise UserError(f"give --{name}, {meaning}")
+    check_pair_options(options, model_name_or_path="the model to score", dataset_name="the data to answer")
     check_data_options(options)
-    if options.dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    for name in ("max_samples", "max_completion_length", "max_prompt_length", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be >= 1, got {value}")
-    check_warping(options.temperature, options.top_k, options.top_p)
     if options.seeds is not None:
         raise UserError(f"seeds={' '.join(options.seeds)}: seeds are those of training; here it is decoding_seeds")
     seeds = integers(options.decoding_seeds, "decoding_seeds") or []

@@ -164,7 +164,7 @@ def _try_training(attempt: _Attempts, args: Any, config: Any, plan: Any, *, begu
         plan: What it means.
         begun: The student is that of a warm start, which is tried with the warm start.
     """
-    from switchkd.commands.train_run import load_datasets
+    from switchkd.commands.train_inputs import load_datasets
 
     data: tuple[Hashable, ...] = (args.dataset_name, args.dataset_train_split, args.eval_dataset_name)
     data += (args.dataset_test_split, tuple(args.dataset_mixture or ()), args.dataset_config, args.dataset_streaming)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from switchkd.cli.console import Console, quiet_libraries
+from switchkd.cli.console import Console, quiet_bitsandbytes, quiet_libraries
 from switchkd.cli.options import OptionParser, flag, integers
 from switchkd.cli.run_folder import RunFolder
 from switchkd.compare.checks import check
@@ -258,6 +258,7 @@ def _begin_worker() -> None:
     # tqdm's own lock is shared between processes; a worker that is ended would leave it behind, with a warning.
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    quiet_bitsandbytes()
 
 
 def _end_with_parent() -> None:

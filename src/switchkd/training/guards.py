@@ -1,6 +1,7 @@
 """What training refuses: arguments and launches that cannot act here, and losses that would ruin the student."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,16 @@ def refuse_arguments(args: Any, others: dict[str, Any]) -> None:
     for name, why in UNSUPPORTED.items():
         if others.get(name) is not None:
             raise UserError(f"{name} is not supported: {why}")
+
+
+def warn_of_precision(args: Any) -> None:
+    """Say what half precision does where there is no GPU for it.
+
+    Args:
+        args: A `SwitchConfig`.
+    """
+    if args.fp16 and args.device.type == "cpu":
+        warnings.warn("fp16 on a CPU is slow, and gradients are not scaled against underflow: use bf16 or float32")
 
 
 def refuse_launch(*, gpus: int, writes_text: bool, sharded: bool) -> None:
