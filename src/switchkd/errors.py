@@ -27,6 +27,18 @@ class UserErrors(UserError):
         self.messages, self.result = tuple(messages), result
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised where a command ends because a signal asked for it, after it has saved what it could.
+
+    Attributes:
+        code: Exit code of the process, 128 + the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
 def check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:
     """Refuse a number outside [low, high], with one line."""
     if not low <= value <= high:

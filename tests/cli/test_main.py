@@ -21,6 +21,7 @@ from switchkd.__main__ import COMMANDS, main
 from switchkd.cli.console import Console
 from switchkd.cli.run_folder import RunFolder, json_line
 from switchkd.commands import rollout
+from switchkd.errors import UserError
 from switchkd.methods import METHODS
 from switchkd.training.config import SwitchConfig
 
@@ -198,3 +199,23 @@ def test_the_installed_command_refuses_in_one_line(tmp_path: Path) -> None:
         env=environment(),
     )
     assert one_line_error(done.returncode, done.stdout, done.stderr).endswith("did you mean 'student_layers'?")
+
+
+def test_a_second_command_on_the_folder_of_a_running_one_is_refused(tmp_path: Path) -> None:
+    """Both ended with exit code 0 and doubled rows."""
+    source = (
+        "import sys, time; from switchkd.cli.run_folder import RunFolder; "
+        "folder = RunFolder(sys.argv[1], 'train'); folder.claim({}); print('claimed', flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", source, tmp_path / "run"], stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match="is in use by another switchkd; wait for it, or give another folder"):
+            RunFolder(str(tmp_path / "run"), "train").claim({})
+    finally:
+        first.kill()
+        first.wait()
+    RunFolder(str(tmp_path / "run"), "train").claim({})  # a process that was killed holds nothing
+    RunFolder(str(tmp_path / "run"), "train").claim({})  # nor does one exclude itself

@@ -10,7 +10,7 @@ from helpers.command_line import Run, one_line_error, rollout_options
 from helpers.tiny import RAGGED_ROWS, build_tokenizer
 
 from switchkd.cli.rollouts import rollout_text
-from switchkd.cli.run_folder import read_config
+from switchkd.cli.run_folder import LOCK, read_config
 
 
 def test_rollout_prints_the_text_and_a_line_of_numbers(models: Path, run: Run) -> None:
@@ -48,7 +48,7 @@ def test_rollout_writes_its_folder_only_when_asked(models: Path, tmp_path: Path,
     assert rows == json.loads(out)["rollouts"]
     config = read_config(tmp_path / "run")
     assert config is not None and config["seed"] == 5 and "json" not in config
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {LOCK} == {
         *("config.yaml", "versions.json", "metrics.jsonl", "summary.json", "rollouts.jsonl")
     }
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from switchkd.cli.console import Console, quiet, write
 from switchkd.cli.options import OptionsMixin
-from switchkd.errors import UserError, UserErrors, nearest_name
+from switchkd.errors import Stopped, UserError, UserErrors, nearest_name
 
 HELP = """usage: switchkd COMMAND [options]
 
@@ -45,7 +45,9 @@ class Command(Protocol):
 
 
 def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for mistakes, each explained in one line, 130 for Ctrl-C.
+    """Run the command line and return its exit code.
+
+    That is 0, 2 for mistakes, each explained in one line, 130 for Ctrl-C and 143 for SIGTERM.
 
     Args:
         commands: Name -> the module of the command, imported when the command runs, and its line of help.
@@ -64,6 +66,9 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
         for message in error.messages if isinstance(error, UserErrors) else [str(error)]:
             write(sys.stderr, f"switchkd: error: {' '.join(message.split())}\n")
         return 2
+    except Stopped as stop:
+        write(sys.stderr, f"switchkd: {stop}\n")
+        return stop.code
     except KeyboardInterrupt:
         write(sys.stderr, "switchkd: interrupted\n")
         return 130

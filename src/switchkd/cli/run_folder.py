@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from switchkd.errors import UserError
 
@@ -23,6 +24,9 @@ NOT_KEPT = ("config", "json", "verbose", "overwrite_output_dir", "resume_from_ch
 
 _SECRET_NAME = re.compile(r"token$|password|secret|api_?key", re.IGNORECASE)
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+
+#: Held while a command writes there; the hub leaves out names that begin so.
+LOCK = "_switchkd.lock"
 
 # What a run may leave in its folder: what it reports, and its model. Overwriting removes these and nothing else.
 REPORT_FILES = (
@@ -74,6 +78,8 @@ class RunFolder:
         self.path = Path(path).expanduser() if path is not None else _free_folder(command)
         self.command = command
         self.writes = is_main_process()
+        # One for all objects of a process: a command may run inside another one's folder, and again in its own.
+        self._lock_file = FileLock(self.path / LOCK, is_singleton=True)
 
     def check(self, *, overwrite: bool = False) -> None:
         """Refuse a folder that cannot be written or that holds something else.
@@ -137,6 +143,7 @@ class RunFolder:
         if not self.writes:
             return
         self.make()
+        self._lock()
         try:
             if not keep:
                 self._remove_own_files()
@@ -147,6 +154,15 @@ class RunFolder:
             self.write_json("versions.json", versions())
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from error
+
+    def _lock(self) -> None:
+        """Keep the folder to this process until it ends."""
+        try:
+            self._lock_file.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"output_dir {self.path} is in use by another switchkd; wait for it, or give another folder"
+            ) from None
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON document, indented."""
@@ -162,11 +178,26 @@ class RunFolder:
                     file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
 
     def forget_after(self, name: str, step: int) -> None:
-        """Take the rows of later steps out of a JSON Lines file: a resumed run writes them again."""
+        """Take the rows of later steps out of a JSON Lines file: a resumed run writes them again.
+
+        Raises:
+            UserError: A line is damaged; a last line that was not written to its end is taken out too.
+        """
         path = self.path / name
-        if self.writes and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        if not self.writes or not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                if number < len(lines):
+                    raise UserError(f"{path}, line {number} is damaged; remove that line to go on") from None
+        part = path.with_name(f"{name}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
 
     def _remove_own_files(self) -> None:
         for pattern in OWN_FILES:

@@ -57,7 +57,8 @@ class RunCallback(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar; take back what an interrupted run logged after the checkpoint."""
-        self.folder.forget_after("metrics.jsonl", state.global_step)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            self.folder.forget_after(name, state.global_step)
         if self.show_bar:
             super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 

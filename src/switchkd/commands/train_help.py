@@ -48,6 +48,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     ),
     "saving and logging": (
         *("output_dir", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"),
+        "allow_other_inputs",
         *("hub_model_id", "logging_steps", "report_to", "run_name", "log_completions", "num_completions_to_log"),
     ),
 }

@@ -3,25 +3,27 @@
 import argparse
 import dataclasses
 import shlex
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.run_folder import RunFolder, plain, read_config, without_secrets
 from switchkd.commands.progress import RunCallback
 from switchkd.commands.pushing import check_hub, push
+from switchkd.commands.stopping import Stopper
 from switchkd.commands.train_inputs import load_datasets, lora_config, make_student, set_init_kwargs
 from switchkd.commands.train_options import RunArguments, read_options
 from switchkd.data import load_records
-from switchkd.errors import UserError, UserErrors
+from switchkd.errors import Stopped, UserError, UserErrors
 from switchkd.models.loading import load_tokenizer, quantization
 from switchkd.rollout import label_of, unit_of
 from switchkd.training.card import Origin, changed_options, typed
+from switchkd.training.checkpoints import newest_whole, require_whole
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
 from switchkd.training.resolve import written_out
@@ -33,7 +35,7 @@ RESUME_MAY_CHANGE = (
     "output_dir", "max_steps", "num_train_epochs", "report_to",
     "run_name", "project", "disable_tqdm", "num_completions_to_log", "push_to_hub", "per_device_eval_batch_size",
     "max_eval_samples", "dataset_test_split", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "skip_memory_metrics", "local_rank", "prediction_loss_only",
+    "skip_memory_metrics", "local_rank", "prediction_loss_only", "allow_other_inputs",
 )  # fmt: skip
 RESUME_MAY_CHANGE_PREFIXES = ("save_", "logging_", "log_", "eval_", "hub_", "dataloader_", "ddp_", "do_", "trackio_")
 
@@ -47,7 +49,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     options.output_dir = str(folder.path)
     run_args, config = read_options(options)
     set_init_kwargs(run_args, config)
-    checkpoint = _checkpoint(config.resume_from_checkpoint, folder)
+    checkpoint = _checkpoint(config.resume_from_checkpoint, folder, console)
     if checkpoint is not None and options.overwrite_output_dir:
         raise UserError("resume_from_checkpoint and overwrite_output_dir exclude each other; remove one")
     # A run is resumed in its own folder, or from a checkpoint elsewhere in a new one.
@@ -69,6 +71,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
     folder.claim(resolved, keep=resumes)
+    before = 0.0 if checkpoint is not None else time.perf_counter() - started
     for name, report in trainer.prepare_reports.items():
         console.say(f"{name} data: {report}")
     console.say(_first_prompt(trainer))
@@ -85,15 +88,16 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         folder, not config.disable_tqdm, measured=measured, completions=lambda: trainer.logged_completions
     )
     trainer.add_callback(shown)
+    stopper = Stopper()
+    trainer.add_callback(stopper)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with stopper.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        if get_last_checkpoint(str(folder.path)) is not None:
-            console.progress(
-                f"stopped at step {trainer.state.global_step}; continue with --resume_from_checkpoint true"
-            )
-        raise
-    seconds = time.perf_counter() - started
+        raise _stopped(trainer, folder, stopper) from None
+    if stopper.asked is not None:
+        raise _stopped(trainer, folder, stopper)
+    seconds = trainer.seconds + before
     if trainer.eval_dataset is not None and config.eval_strategy == "no":
         trainer.evaluate()
     config.push_to_hub = False  # saving would push as well, and lose the rest where that fails
@@ -109,6 +113,20 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if pushes and (failure := push(trainer)):
         raise UserErrors([failure], result)
     return result
+
+
+def _stopped(trainer: SwitchTrainer, folder: RunFolder, stopper: Stopper) -> Stopped:
+    """What a training that was stopped says: where it goes on from."""
+    number = stopper.asked or signal.SIGINT
+    found, _ = newest_whole(folder.path)
+    name = signal.Signals(number).name
+    if found is None:
+        return Stopped(f"stopped by {name} at step {trainer.state.global_step}; there is no checkpoint", number)
+    return Stopped(
+        f"stopped by {name} at step {trainer.state.global_step}; continue with --resume_from_checkpoint true, from "
+        f"{found}",
+        number,
+    )
 
 
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
@@ -191,19 +209,20 @@ def _keep_models(args: RunArguments, config: SwitchConfig, folder: RunFolder) ->
             raise UserError(f"output_dir {folder.path} holds {name}; give another folder")
 
 
-def _checkpoint(wanted: str | None, folder: RunFolder) -> str | None:
+def _checkpoint(wanted: str | None, folder: RunFolder, console: Console) -> str | None:
     if wanted is None or wanted.lower() == "false":
         return None
-    if wanted.lower() == "true":
-        last = get_last_checkpoint(str(folder.path)) if folder.path.is_dir() else None
-        if last is None:
+    if wanted.lower() in ("true", "auto"):
+        found, passed_over = newest_whole(folder.path)
+        for line in passed_over:
+            console.progress(f"switchkd: warning: {line}")
+        if found is None and wanted.lower() == "true":
             raise UserError(
-                f"resume_from_checkpoint: {folder.path} holds no checkpoint; remove the option to start "
-                "from the beginning"
+                f"resume_from_checkpoint: {folder.path} holds no whole checkpoint; remove the option to start from the "
+                "beginning"
             )
-        return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint (a folder checkpoint-<step> of a run)")
+        return None if found is None else str(found)
+    require_whole(Path(wanted))
     return wanted
 
 

@@ -174,8 +174,8 @@ def _command(name: str, folder: Path, values: Mapping[str, Any]) -> dict[str, An
     config.write_text(text, encoding="utf-8")
     module = import_module(f"switchkd.commands.{name}")
     flags = ["--config", str(config)]
-    if name == "train" and same and any(folder.glob("checkpoint-*/trainer_state.json")):
-        flags += ["--resume_from_checkpoint", "true"]
+    if name == "train" and same and any(folder.glob("checkpoint-*")):
+        flags += ["--resume_from_checkpoint", "auto"]
     elif folder.exists():
         shutil.rmtree(folder)  # what a run that did not end left behind: a comparison owns the folders of its runs
     result: dict[str, Any] = module.run(module.parser().resolve(flags), Console())

@@ -14,6 +14,7 @@ class LoopCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at = state.global_step
+        self.trainer.go_on_counting()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.check_step()
@@ -25,6 +26,3 @@ class LoopCallback(TrainerCallback):
         # A resumed run evaluates where it begins; the run it continues has drawn its conclusions already.
         if metrics and "eval_loss" in metrics and (self.began_at == 0 or state.global_step > self.began_at):
             self.trainer.text.observe_loss(metrics["eval_loss"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.save_text_source(f"{args.output_dir}/checkpoint-{state.global_step}")

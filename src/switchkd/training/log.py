@@ -57,6 +57,14 @@ class RunningMeans:
         self.add("rollout/teacher_passes", rollout.stats["teacher_passes"], 1)
         self.add("time/rollout_s", seconds, 1)
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the sums and counts."""
+        return {name: list(pair) for name, pair in self._sums.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Go on with the sums and counts of a checkpoint."""
+        self._sums |= {name: list(pair) for name, pair in state.items() if name in self._sums}
+
     def take(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the means and begin anew.
 

@@ -184,6 +184,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         metadata={"help": "Append a few rollouts to completions.jsonl at every log; a terminal shows them."},
     )
     num_completions_to_log: int = field(default=4, metadata={"help": "Number of rollouts that log_completions keeps."})
+    allow_other_inputs: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint with other data or another teacher than it was trained with."},
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for the student, JSON on the command line."},

@@ -1,17 +1,31 @@
-"""How a student is saved: only if its weights are sound, with the configuration it came with, and with a model card."""
+"""How a student is saved, and how training goes on from what was saved.
+
+Only sound weights are saved, with the configuration they came with and a model card; a checkpoint counts once it is
+whole.
+"""
 
 import logging
+import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from switchkd.errors import UserError
 from switchkd.models.vocabulary import forget_unreadable_pad
 from switchkd.training.card import CARD_FILE, Origin, is_generated, make_card
+from switchkd.training.checkpoints import newest_whole, require_whole, write_manifest
+from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import check_student
+from switchkd.training.inputs import checksums, require_same
+from switchkd.training.log import RunningMeans
+from switchkd.training.text import TextSource
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +38,21 @@ class SavingTrainer(Trainer):
     """
 
     origin: Origin
+    args: SwitchConfig
     model: nn.Module
+    text: TextSource
+    teacher_model: nn.Module | None
+    teacher_passes: int
+    _means: RunningMeans
     #: `use_cache` as the student's configuration had it; the Trainer switches it off.
     source_use_cache: bool | None = None
+    #: `save_total_limit` while a checkpoint is written.
+    _limit: int | None = None
+    #: Counts of the checkpoint that training goes on from, until it begins.
+    _counted: dict[str, Any] | None = None
+    _checksums: dict[str, str] | None = None
+    _seconds_before = 0.0
+    _began = 0.0
     #: The optimizer step at which the weights were last found finite.
     _checked_at: int | None = None
 
@@ -44,6 +70,23 @@ class SavingTrainer(Trainer):
         if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             self._write_card(folder, generated=generated)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint as `transformers.Trainer` does, then what tells that it is whole; old ones go last."""
+        limit, self._limit = self.args.save_total_limit, self.args.save_total_limit
+        self.args.save_total_limit = None  # nothing is removed before the new one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run = self._get_output_dir(trial=trial)
+        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.save_text_source(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder, self.state.global_step)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=run, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
     def _check_weights(self) -> None:
         check_student(self.model, self.state.global_step, self.args.learning_rate)
         self._checked_at = self.state.global_step
@@ -54,11 +97,94 @@ class SavingTrainer(Trainer):
         trained_with = getattr(student.config, "use_cache", None)
         if self.source_use_cache is not None:
             student.config.use_cache = self.source_use_cache
+        # The arguments that are saved are those that were given, also while a checkpoint is written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, self._limit or self.args.save_total_limit
         try:
             super()._save(output_dir, state_dict)
         finally:
+            self.args.save_total_limit = limit
             if self.source_use_cache is not None:
                 student.config.use_cache = trained_with
+
+    # ---- going on from a checkpoint
+
+    def checkpoint_of(self, wanted: str | bool | None) -> str | None:
+        """Return the checkpoint to go on from, as a path; None to start.
+
+        Args:
+            wanted: As `train` takes it.
+        """
+        if wanted is True:
+            found, passed_over = newest_whole(Path(str(self.args.output_dir)))
+            for line in passed_over:
+                warnings.warn(line, stacklevel=3)
+            if found is None:
+                raise UserError(f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint")
+            return str(found)
+        if not wanted:
+            return None
+        require_whole(Path(wanted))
+        return str(wanted)
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"text_source_{self.args.process_index}.pt"
+
+    def save_text_source(self, folder: str) -> None:
+        """Write what decides about later steps' text, and what was counted so far, into a checkpoint."""
+        counted = {
+            "teacher_passes": self.teacher_passes,
+            "seconds": self.seconds,
+            "means": self._means.state_dict(),
+            # What the next row of the log is a mean of; transformers begins anew.
+            "loss": float(self._tr_loss),
+            "total_loss": float(self._total_loss_scalar),
+            "logged_at": self._globalstep_last_logged,
+        }
+        state = {**self.text.state_dict(), "counted": counted, "inputs": self._inputs()}
+        torch.save(state, self._state_file(folder))
+
+    def _inputs(self) -> dict[str, str]:
+        """Checksums of data and teacher, which do not change during a training."""
+        if self._checksums is None:
+            self._checksums = checksums(vars(self)["train_dataset"], self.teacher_model)
+        return self._checksums
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = self._state_file(resume_from_checkpoint)
+        if not path.is_file():
+            raise UserError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} has no {path.name}: fewer processes wrote it than "
+                "there are now; start as many as then"
+            )
+        state = torch.load(path, weights_only=True)
+        self._counted, inputs = state.pop("counted"), state.pop("inputs")
+        if not self.args.allow_other_inputs:
+            require_same(inputs, self._inputs(), resume_from_checkpoint)
+        self.text.load_state_dict(state)
+
+    def go_on_counting(self) -> None:
+        """Take up the counts of the checkpoint that training goes on from, if it does."""
+        counted, self._counted = self._counted, None
+        self._began = time.perf_counter()
+        if counted is None:
+            return
+        self.teacher_passes, self._seconds_before = counted["teacher_passes"], counted["seconds"]
+        self._means.load_state_dict(counted["means"])
+        self._tr_loss += counted["loss"]
+        self._total_loss_scalar, self._globalstep_last_logged = counted["total_loss"], counted["logged_at"]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the training took so far, those before a resume included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return as transformers does where to begin; a run that has all its steps begins behind its last epoch."""
+        begins: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)
+        return (sys.maxsize, 0) if self.state.global_step >= max_steps else begins
+
+    # ---- the card
 
     def create_model_card(
         self,

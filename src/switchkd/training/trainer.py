@@ -176,15 +176,27 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
 
     # ---- set-up
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer` does; what a method needs beforehand is made first."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train as `transformers.Trainer` does; what a method needs beforehand is made first.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest one in `output_dir` that is whole; newer ones
+                that are not are named in a warning.
+            trial: As `transformers.Trainer` takes it.
+            ignore_keys_for_eval: Likewise.
+
+        Raises:
+            UserError: The checkpoint is missing or damaged: the file is named.
+        """
         if self.plan.method.teacher_text:
             self._write_teacher_text()
-        resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
-        if not resumed:  # a checkpoint holds the threshold that was reached
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        if checkpoint is None:  # a checkpoint holds the threshold that was reached
             self.find_threshold()
         self._checked_at = None
-        result = super().train(*args, **kwargs)
+        result = super().train(checkpoint, trial, ignore_keys_for_eval)
         if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
             self._check_weights()
         return result
@@ -329,20 +341,7 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    # ---- checkpoints and logging
-
-    def _state_file(self, folder: str) -> Path:
-        return Path(folder) / f"text_source_{self.args.process_index}.pt"
-
-    def save_text_source(self, folder: str) -> None:
-        """Write what decides about later steps' text into a checkpoint."""
-        torch.save(self.text.state_dict(), self._state_file(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = self._state_file(resume_from_checkpoint)
-        if path.exists():
-            self.text.load_state_dict(torch.load(path, weights_only=True))
+    # ---- logging
 
     def finish_step(self) -> None:
         """Stop the clock of the training part of an optimizer step."""
@@ -360,6 +359,8 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
                 logs["rollout/stored_rows"] = len(self.text.store)
             if self.args.log_completions:
                 self._append_completions()
+        if "train_loss" in logs:  # of all steps, those before a resume included
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _append_completions(self) -> None:
