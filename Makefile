@@ -9,7 +9,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 LOWER := .venv-lower
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
-.PHONY: demo test lint install test-lower-bounds clean
+.PHONY: demo test lint install docs docs-serve test-lower-bounds clean
 
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
@@ -18,12 +18,18 @@ test: install  ## Install, then run every test, the slow ones included.
 	$(BIN)/python -m pytest
 
 lint: install  ## Style, types, and the file tree in README.md.
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/theme
+	$(BIN)/ruff format --check src tests benchmarks docs/theme
 	$(BIN)/mypy
 	$(BIN)/python .ci/check_tree.py
 
 install: $(VENV)/.installed-dev  ## All that `make test` and `make lint` need.
+
+docs: $(VENV)/.installed-docs  ## The documentation site, in site/; every warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.installed-docs  ## The same on http://127.0.0.1:8000, built again whenever a page changes.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test-lower-bounds:  ## The core of the suite with the oldest dependencies that pyproject.toml allows.
 	$(PYTHON) -m venv --clear $(LOWER)
@@ -42,5 +48,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWER) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(LOWER) runs build dist site src/*.egg-info

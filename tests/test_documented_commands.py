@@ -1,4 +1,4 @@
-"""The commands of README.md and examples/README.md, and README's Python, run as they stand there.
+"""The commands of the documents and the Python of README.md and the guide, run as they stand there.
 
 They run in a folder that holds what the documents speak of, under the very names: tiny models called `S`, `T` and
 `TEACHER`, a few records in `train.jsonl`, the configs in `examples/`. `RUN` gives every command the options that make
@@ -8,6 +8,7 @@ not know fails the test, and so does an entry of `RUN` that no document has any 
 
 import gzip
 import json
+import os
 import re
 import runpy
 import shlex
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -24,13 +26,15 @@ import transformers
 from helpers.tiny import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/data.md", "examples/README.md")
-PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git")
+GUIDE = "docs/guide.md"
+DOCUMENTS = ("README.md", "docs/index.md", "docs/data.md", GUIDE, "docs/scale.md", "examples/README.md")
+PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git", "accelerate")
 SHELLS = ("bash", "sh", "shell", "console")
 
 TRAIN = "--use_cpu --max_steps 2 --max_completion_length 8 --per_device_train_batch_size 2 --logging_steps 1"
 WRITE = "--max_completion_length 8"
 SCORE = f"{WRITE} --max_samples 2"
+CHATS = f"{TRAIN} --max_train_samples 64"
 COMPARE = shlex.join(
     [
         *("--jobs", "1", "--seeds", "0", "--baseline", "sft", "--pairs", "switch:sft"),
@@ -91,6 +95,42 @@ RUN: dict[str, Run | Look] = {
     "--columns prompt=query,completion=reply --output_dir runs/qa": Run(TRAIN),
     "switchkd train --model_name_or_path S --teacher_model_name_or_path T "
     "--dataset_mixture chats.jsonl=0.7 questions.csv=0.3 --output_dir runs/mixture": Run(f"{TRAIN} --template none"),
+    "pip install .": Look("--help", "installs from the network"),
+    "export OMP_NUM_THREADS=1": Run(),
+    "python make_chats.py": Run(),
+    "python make_tokenizer.py": Run(),
+    "switchkd train --method sft --tokenizer_name_or_path tokenizer --dataset_name chats/train.jsonl "
+    '--output_dir runs/teacher --student_config \'{"model_type": "llama", "hidden_size": 128, '
+    '"intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.06}\' '
+    "--max_steps 800 --per_device_train_batch_size 32 --learning_rate 3e-3 --lr_scheduler_type cosine "
+    "--warmup_steps 20 --logging_steps 100": Run(CHATS),
+    "switchkd train --method sft --tokenizer_name_or_path tokenizer --dataset_name chats/train.jsonl "
+    '--output_dir runs/student --student_config \'{"model_type": "llama", "hidden_size": 32, '
+    '"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.06}\' '
+    "--max_steps 400 --per_device_train_batch_size 32 --learning_rate 5e-3 --lr_scheduler_type cosine "
+    "--warmup_steps 20 --logging_steps 100": Run(CHATS),
+    "switchkd diagnose --model_name_or_path runs/student --teacher_model_name_or_path runs/teacher "
+    "--dataset_name chats/train.jsonl --max_completion_length 64 --output_dir runs/diagnose": Run(
+        "--max_completion_length 8 --max_samples 4 --overwrite_output_dir"
+    ),
+    "switchkd train --method switch --output_dir runs/distilled --model_name_or_path runs/student "
+    "--teacher_model_name_or_path runs/teacher --dataset_name chats/train.jsonl --max_completion_length 64 "
+    "--max_steps 200 --per_device_train_batch_size 32 --learning_rate 3e-3 --lr_scheduler_type linear "
+    "--logging_steps 40": Run(CHATS),
+    **{
+        f"switchkd evaluate --model_name_or_path runs/{model} --dataset_name chats/test.jsonl "
+        "--decoding_seeds 1,2,3 --max_completion_length 64 --batch_size 200": Run(SCORE)
+        for model in ("teacher", "student", "distilled")
+    },
+    "switchkd rollout --model_name_or_path runs/student --teacher_model_name_or_path runs/teacher "
+    "--dataset_name chats/test.jsonl --dataset_train_split test --max_samples 4 --initial_threshold 0.005": Run(WRITE),
+    "switchkd train --method switch --output_dir runs/qwen --model_name_or_path Qwen/Qwen3-0.6B "
+    "--teacher_model_name_or_path Qwen/Qwen3-4B --dataset_name chats/train.jsonl --max_completion_length 256 "
+    "--max_steps 500 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --learning_rate 1e-5 --bf16 "
+    "--gradient_checkpointing": Run(f"{CHATS} --bf16 false"),
+    "accelerate launch --num_processes 2 -m switchkd train --config train.yaml --output_dir runs/mine": Look(
+        "--help", "each process says its help; tests/training/test_distributed.py trains with two"
+    ),
     'zcat stories.txt.gz | awk \'BEGIN { RS = "<[|]endoftext[|]>" } { gsub(/[[:space:]]+/, " "); gsub(/^ | $/, ""); '
     'gsub(/[\\\\"]/, "") if (length($0) > 200) printf "{\\"prompt\\": \\"<s>%s\\"}\\n", substr($0, 1, 40) }\' '
     "> stories.jsonl": Run(),
@@ -109,6 +149,11 @@ RUN: dict[str, Run | Look] = {
     ),
 }
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
 #: In README's Python: what stands there -> what stands for it here.
 IN_PYTHON = {
     '"Qwen/Qwen3-0.6B"': '"S"',
@@ -125,7 +170,13 @@ IN_PYTHON = {
 def blocks(document: str) -> list[tuple[str, str]]:
     """Language and text of every fenced block."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def files(document: str) -> dict[str, str]:
+    """The files that a document tells the reader to save: the title of a block -> its text."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', text, flags=re.MULTILINE | re.DOTALL))
 
 
 def commands(document: str) -> list[str]:
@@ -171,6 +222,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / "TOKENIZER")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for name, seed in {"Qwen/Qwen3-0.6B": 1, "Qwen/Qwen3-4B": 2}.items():
+        build_llama(seed=seed, max_position_embeddings=512).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     answers = "".join(json.dumps(row) + "\n" for row in RAGGED_ROWS)
     instructions = "".join(
         json.dumps({"instruction": row["prompt"], "input": "", "output": row["completion"]}) + "\n"
@@ -192,6 +247,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    for name, source in files(GUIDE).items():
+        (tmp_path / name).write_text(source)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -208,7 +265,10 @@ def execute(command: str, options: str, monkeypatch: pytest.MonkeyPatch) -> int 
     """Run one command and return its exit code; switchkd runs in this process, as `python -m switchkd` does."""
     if not command.startswith("switchkd "):
         line = f"{command} {options}".strip()
-        return subprocess.run(["bash", "-euo", "pipefail", "-c", line], timeout=30).returncode
+        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line], timeout=60, env={**os.environ, "PATH": here}
+        ).returncode
     monkeypatch.setattr(sys, "argv", shlex.split(f"{command} {options}"))
     try:
         runpy.run_module("switchkd", run_name="__main__")
@@ -231,6 +291,10 @@ def test_every_documented_command_runs(folder, monkeypatch, capfd):
         capfd.readouterr()
         code = execute(command, how.options, monkeypatch)
         assert code in (0, None), f"{command}\n{capfd.readouterr().err}"
+    (python,) = [text for language, text in blocks(GUIDE) if language == "python" and text not in files(GUIDE).values()]
+    given: dict[str, Any] = {}
+    exec(compile(python, GUIDE, "exec"), given)
+    assert isinstance(given["answer"], str)
 
 
 def test_the_python_of_the_readme_runs(folder):

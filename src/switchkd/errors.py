@@ -31,7 +31,8 @@ class UserErrors(UserError):
 # What libraries say where the disk is full or does not take more; errno is lost on the way through some of them.
 _NO_ROOM = re.compile(
     r"no space left|disk quota|file too large|read-only file system|input/output error|file name too long"
-    r"|os error (28|122|27|30|5|36)\b|code: (28|122|27|30|5|36)\b|PytorchStreamWriter failed|inline_container.*unexpected pos|iostream error",
+    r"|os error (28|122|27|30|5|36)\b|code: (28|122|27|30|5|36)\b|PytorchStreamWriter failed"
+    r"|inline_container.*unexpected pos|iostream error",
     re.IGNORECASE,
 )
 
