@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from switchkd.cli.rollouts import printable
-from switchkd.page.scales import Scale, finite, short, ticks
+from switchkd.page.scales import Scale, finite, powers, short, ticks
 
 #: Colours of series in the style sheet; more series begin again with another dash pattern.
 SERIES = 6
 WIDTH, HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 36
-#: Of a row of `intervals`: its label stands above its mark.
-_ROW = 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 18, 10, 36
+#: Rows of `intervals`: high enough for a mark beside its label, or below a label of more characters than this.
+_ROW, _TALL_ROW, _SHORT_LABEL = 26, 42, 18
 #: A figure of a screen's width shows no more points than this.
 MOST_POINTS = 160
 
@@ -72,6 +72,7 @@ def lines(
     x_label: str,
     y_label: str,
     y_limits: tuple[float, float] | None = None,
+    log_from: float | None = None,
 ) -> Markup:
     """Return a panel of lines over a common x.
 
@@ -81,6 +82,7 @@ def lines(
         x_label: With its unit.
         y_label: With its unit.
         y_limits: Range of y; that of the data if None, from 0 where they are near it.
+        log_from: Makes y logarithmic from this value on; smaller ones stand there.
     """
     xs = finite(x for line in drawn for x, _ in line.points)
     ys = finite(y for line in drawn for _, y in line.points)
@@ -88,10 +90,11 @@ def lines(
     low, high = y_limits if y_limits is not None else (min(ys), max(ys))
     if y_limits is None and 0 <= low <= 0.5 * high:
         low = 0.0
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 4), ticks(low, high, 4)
+    x_ticks = ticks(min(xs), max(xs), 4)
+    y_ticks = ticks(low, high, 4) if log_from is None else powers(log_from, max(high, log_from))
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (x_ticks[0], x_ticks[-1])
     across = Scale(x_low, x_high, _LEFT, WIDTH - _RIGHT)
-    up = Scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    up = Scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP, log=log_from is not None)
     parts = [*_grid(across, up, [tick for tick in x_ticks if x_low <= tick <= x_high], y_ticks)]
     for line in drawn:
         kind = "limit" if line.limit else _series(line.series)
@@ -136,9 +139,12 @@ def intervals(
     values = finite(value for row in rows for value in (row.value, row.low, row.high))
     values += [0.0] if zero else []
     values += limits or ()
-    marks = ticks(min(values), max(values), 4)
-    height = _TOP + _ROW * len(rows) + _BOTTOM
-    across = Scale(marks[0], marks[-1], 14, WIDTH - 14)
+    beside = max(len(row.label) for row in rows) <= _SHORT_LABEL
+    left = 14 + (7 * max(len(row.label) for row in rows) if beside else 0)
+    tall = _ROW if beside else _TALL_ROW
+    marks = ticks(min(values), max(values), 4 if not beside else 3)
+    height = _TOP + tall * len(rows) + _BOTTOM
+    across = Scale(marks[0], marks[-1], left, WIDTH - 14 - 7 * max(len(row.said) for row in rows))
     bottom = height - _BOTTOM
     parts: list[Markup] = []
     for mark in marks:
@@ -146,9 +152,9 @@ def intervals(
         parts.append(_segment(kind, across(mark), _TOP, across(mark), bottom))
         parts.append(_text(short(mark), across(mark), bottom + 14, "tick middle"))
     for place, row in enumerate(rows):
-        y = _TOP + _ROW * place + 25
-        parts.append(_text(row.label, 14, y - 10, "label"))
-        parts.append(_text(row.said, WIDTH - 14, y - 10, "label end strong"))
+        y = _TOP + tall * (place + 1) - 12
+        parts.append(_text(row.label, 2, y + 4 if beside else y - 13, "label"))
+        parts.append(_text(row.said, WIDTH - 2, y + 4, "label end strong"))
         if row.low is not None and row.high is not None:
             ends = across(row.low), across(row.high)
             parts.append(_segment("reach", ends[0], y, ends[1], y))

@@ -47,6 +47,11 @@ class Compared:
     stages: frozenset[str] = frozenset({WARM_START})
     trained: Sequence[Trained] = field(default_factory=list)
 
+    @property
+    def competitors(self) -> int:
+        """How many runs stand against each other."""
+        return len({label for one in self.comparisons.values() for label in one.labels} - self.stages)
+
 
 def read_compared(run: Run) -> Compared:
     """Return what `switchkd compare` or the demo left in its folder; runs that did not end are left out.

@@ -13,7 +13,6 @@ from switchkd.report.records import config_section, data_section, version_sectio
 from switchkd.report.scores import answer_section, cards, difference_section, score_section
 from switchkd.report.texts import Texts, position_section, rollout_section
 
-#: What stays of trainings of one label: their text is that of the first seed.
 Cards = list[tuple[str, list[str]]]
 
 
@@ -38,16 +37,17 @@ def make_page(runs: Sequence[Run]) -> Page:
              for each in compared for one in each.trained]  # fmt: skip
     everything = [*runs, *inner]
     sections: list[Section | None] = []
+    of = {each.name: f": {each.name}" if len(compared) > 1 else "" for each in compared}
     for each in compared:
-        sections += [part(each) for part in (score_section, difference_section)]
+        sections += [part(each, of[each.name]) for part in (score_section, difference_section)]
     trainings = [run for run in everything if run.command == "train" and run.summary]
-    curves = [curve_section(each.trained, f"Learning curves: {each.name}") for each in compared if each.trained]
-    curves += [curve_section(given)] if given else []
-    sections += curves
+    for each in compared:
+        sections.append(curve_section(each.trained, each.stages, f"Learning curves{of[each.name]}"))
+    sections.append(curve_section(given))
     sections += [_guarded(diagnosis_section, run) for run in by_command.get("diagnose", []) if run.summary]
     sections += [_guarded(calibration_section, run) for run in by_command.get("calibrate", []) if run.summary]
     sections += [position_section(texts), rollout_section(texts)]
-    sections += [answer_section(each) for each in compared]
+    sections += [answer_section(each, of[each.name]) for each in compared]
     sections += [_guarded(distance_section, run) for run in scored]
     if trainings:
         sections.append(Section("Trainings", [run_table(trainings)]))
@@ -55,7 +55,7 @@ def make_page(runs: Sequence[Run]) -> Page:
     shown = [section for section in sections if section is not None]
     return Page(
         title=f"switchkd: {', '.join(run.name for run in runs)}" if len(runs) <= 4 else f"switchkd: {len(runs)} runs",
-        subtitle="; ".join(f"{run.name}: switchkd {run.command}, {run.path}" for run in runs),
+        subtitle="; ".join(f"{run.path} (switchkd {run.command})" for run in runs),
         cards=_first_screen(compared, runs, texts),
         sections=shown,
         missing=_missing(everything, compared, texts, {section.title for section in shown}),
@@ -63,8 +63,9 @@ def make_page(runs: Sequence[Run]) -> Page:
 
 
 def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequence[Texts]) -> Cards:
-    if compared:
-        return cards(compared[0])
+    ranked = next((each for each in compared if each.competitors > 1), None)
+    if ranked is not None:
+        return cards(ranked)
     found: Cards = []
     for run in runs:
         summary = run.summary
@@ -74,6 +75,10 @@ def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequ
             said += [f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f} nats per token"] if (
                 summary.get("loss_first") is not None and summary.get("loss_last") is not None) else []  # fmt: skip
             said += [f"the teacher wrote {share:.0%}"] if (share := summary.get("teacher_share")) is not None else []
+        elif run.command == "evaluate" and "rouge_l" in summary:
+            low, high = summary.get("intervals", {}).get("rouge_l") or (None, None)
+            ends = "" if low is None else f" (95% interval {low:.1f} to {high:.1f})"
+            said = [f"ROUGE-L {summary['rouge_l']:.1f}{ends}", f"{summary['examples']} prompts of {summary['dataset_name']}"]
         elif run.command == "calibrate":
             said = [str(summary["note"])] if "note" in summary else []
         elif run.command == "diagnose":
@@ -84,7 +89,7 @@ def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequ
                 f"policy {summary['policy']}, {summary['completions']} completions",
             ]
         found.append((f"{run.name} ({run.command})", said or ["this run has not ended"]))
-    if len(runs) > 1:
+    if len([run for run in runs if run.command == "train"]) > 1:
         found.append(("What won", ["not scored: switchkd evaluate or compare says how good the answers are"]))
     return found[:8]
 

@@ -1,6 +1,6 @@
 """How trainings went: what was logged against the step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from switchkd.page.document import Figure, Section
@@ -26,13 +26,25 @@ SHOWN = {
 }
 
 
-def curve_section(trained: Sequence[Trained], title: str = "Learning curves") -> Section | None:
+def curve_section(
+    trained: Sequence[Trained], stages: Collection[str] = (), title: str = "Learning curves"
+) -> Section | None:
     """Return what trainings logged; the seeds of a run are one line, their mean, in an area from lowest to highest.
 
     Args:
         trained: With different labels, or the same ones with different seeds.
+        stages: Labels of trainings that came before the others: they get a figure of their own.
         title: Of the section.
     """
+    before = [one for one in trained if one.label.rpartition(": ")[2] in stages]
+    parts = [(one for one in trained if one not in before), before]
+    names = ("What was logged", "What came before")
+    figures = [_figure(list(part), name) for part, name in zip(parts, names, strict=True)]
+    shown = [figure for figure in figures if figure is not None]
+    return Section(title, shown) if shown else None
+
+
+def _figure(trained: Sequence[Trained], title: str) -> Figure | None:
     labels = list(dict.fromkeys(one.label for one in trained))
     panels, cells = [], []
     for key, (name, unit) in SHOWN.items():
@@ -58,8 +70,7 @@ def curve_section(trained: Sequence[Trained], title: str = "Learning curves") ->
     seeds = max(sum(one.label == label for one in trained) for label in labels)
     note = f"Mean of {seeds} training seeds; the area reaches from the lowest to the highest." if seeds > 1 else ""
     headers = ["run", "measure", "unit", "step", "mean", "lowest", "highest"]
-    figure = Figure("What was logged", panels, headers, cells, "learning-curves", note, list(enumerate(labels)))
-    return Section(title, [figure])
+    return Figure(title, panels, headers, cells, "-".join(title.lower().split()), note, list(enumerate(labels)))
 
 
 def _by_step(logs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> dict[float, list[float]]:

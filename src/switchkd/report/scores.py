@@ -16,17 +16,17 @@ MOST_ANSWERS = 8
 MOST_DIFFERENCES = 24
 
 
-def score_section(compared: Compared) -> Section:
+def score_section(compared: Compared, of: str = "") -> Section:
     """Return the scores by test set, student and length of the answer."""
     figures = [
         _scores(compared, name, comparison, student)
         for name, comparison in compared.comparisons.items()
         for student in comparison.students
     ]
-    return Section(_title(compared, "Scores"), figures, _spread(compared))
+    return Section(f"Scores{of}", figures, _spread(compared))
 
 
-def difference_section(compared: Compared) -> Section | None:
+def difference_section(compared: Compared, of: str = "") -> Section | None:
     """Return the differences that were asked for, or None where there are none."""
     if not compared.findings:
         return None
@@ -55,7 +55,7 @@ def difference_section(compared: Compared) -> Section | None:
         "Filled and with a star: significant after Holm's correction for all of them. Empty: not significant.",
     )
     blocks: list[Any] = [figure, Table("As a table", headers, cells, "differences", open=False)]
-    return Section(_title(compared, "Differences"), blocks, compared.words)
+    return Section(f"Differences{of}", blocks, compared.words)
 
 
 def cards(compared: Compared) -> list[tuple[str, list[str]]]:
@@ -92,7 +92,7 @@ def cards(compared: Compared) -> list[tuple[str, list[str]]]:
     ]
 
 
-def answer_section(compared: Compared) -> Section | None:
+def answer_section(compared: Compared, of: str = "") -> Section | None:
     """Return answers to the same prompts, run by run: the largest gain and loss, and the longest answer."""
     blocks: list[Answers] = []
     for name, comparison in compared.comparisons.items():
@@ -125,7 +125,7 @@ def answer_section(compared: Compared) -> Section | None:
     if not blocks:
         return None
     said = "Sampled by the students alone; the first training seed and decoding seed of each run."
-    return Section(_title(compared, "Answers"), blocks, [said])
+    return Section(f"Answers{of}", blocks, [said])
 
 
 def signed(value: float) -> str:
@@ -266,6 +266,3 @@ def _where(compared: Compared, one: Finding) -> str:
 def _measure(compared: Compared) -> str:
     return next(iter(compared.comparisons.values())).measure
 
-
-def _title(compared: Compared, what: str) -> str:
-    return f"{what}: {compared.name}"

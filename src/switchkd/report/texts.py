@@ -15,6 +15,8 @@ from switchkd.page.writers import RolloutView, teacher_tokens, view, within
 MOST_BINS = 40
 #: A position that fewer texts reach is not drawn.
 FEWEST_ROWS = 5
+#: Smaller divergences stand at the lower edge, nats.
+LOG_FROM = 1e-4
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -33,11 +35,22 @@ def late(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def position_section(sources: Sequence[Texts]) -> Section | None:
-    """Return how the compared value, its threshold and the teacher's share run along the text."""
-    figures = [figure for number, texts in enumerate(sources) if (figure := _positions(texts, number)) is not None]
-    said = "Of trainings: the rollouts logged in their second half." if any(
-        "step" in row for texts in sources for row in texts.rows[:1]) else ""  # fmt: skip
-    return Section("Who writes where", figures, [said] if said else []) if figures else None
+    """Return how the teacher's share, the compared value and its threshold run along the text."""
+    measured = [(number, texts, found) for number, texts in enumerate(sources) if (found := _along(late(texts.rows)))]
+    if not measured:
+        return None
+    x_label = "position in the completion [tokens]"
+    shares = [Line(texts.label, [(one.position, one.share) for one in found], series=number)
+              for number, texts, found in measured]  # fmt: skip
+    svg = lines(shares, title="teacher share", x_label=x_label, y_label="share of tokens", y_limits=(0.0, 1.0))
+    cells = [[texts.label, one.position, one.tokens, one.share] for _, texts, found in measured for one in found]
+    headers = ["rollouts", "position", "tokens", "teacher share"]
+    legend = [(number, texts.label) for number, texts, _ in measured]
+    figures = [Figure("Teacher share", [("by position", svg)], headers, cells, "share-by-position", legend=legend)]
+    figures += _compared(measured, x_label)
+    logged = any("step" in row for texts in sources for row in texts.rows[:1])
+    said = ["Of trainings: the rollouts logged in their second half."] if logged else []
+    return Section("Who writes where", figures, said)
 
 
 def rollout_section(sources: Sequence[Texts]) -> Section | None:
@@ -58,12 +71,12 @@ def _chosen(texts: Texts) -> Iterator[RolloutView]:
     def share(row: Mapping[str, Any]) -> float:
         return teacher_tokens(row) / len(row["author"])
 
-    picks = [
-        ("most by the teacher", max(rows, key=share)),
-        ("longest", max(rows, key=lambda row: len(row["tokens"]))),
-        ("least by the teacher", min(rows, key=share)),
-        ("largest divergence", max(rows, key=_mean_divergence)),
-    ]
+    picks = [("longest", max(rows, key=lambda row: len(row["tokens"])))]
+    if len({share(row) for row in rows}) > 1:
+        most, least = max(rows, key=share), min(rows, key=share)
+        picks = [("most by the teacher", most), *picks, ("least by the teacher", least)]
+    if any(map(_mean_divergence, rows)):
+        picks.append(("largest mean divergence", max(rows, key=_mean_divergence)))
     seen: list[Mapping[str, Any]] = []
     for what, row in picks:
         if not any(row is other for other in seen):
@@ -99,60 +112,59 @@ def _early_and_late(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return [early, last] if early and early["step"] < last["step"] else None
 
 
-def _positions(texts: Texts, number: int) -> Figure | None:
-    rows = late(texts.rows)
+@dataclass(frozen=True)
+class _At:
+    """Some positions: how many tokens, the teacher's share of them, quantiles of what was compared, the threshold."""
+
+    position: float
+    tokens: int
+    share: float
+    compared: list[float]
+    threshold: float | None
+
+
+def _along(rows: Sequence[Mapping[str, Any]]) -> list[_At]:
     length = max((len(row["tokens"]) for row in rows), default=0)
     width = -(-length // MOST_BINS) or 1
-    fewest = max(FEWEST_ROWS, len(rows) // 10)
     found = []
     for start in range(0, length, width):
         reached = [row for row in rows if len(row["tokens"]) > start]
-        if len(reached) < fewest:
+        if len(reached) < max(FEWEST_ROWS, len(rows) // 10):
             break
         places = slice(start, start + width)
         authors = [author for row in reached for author in row["author"][places]]
+        thresholds = _quantiles(finite(value for row in reached for value in row["threshold"][places]))
+        compared = _quantiles(finite(value for row in reached for value in row["divergence"][places]))
+        share = authors.count("teacher") / len(authors)
         found.append(
-            (
-                start + (width - 1) / 2,
-                authors.count("teacher") / len(authors),
-                _quantiles(finite(value for row in reached for value in row["divergence"][places])),
-                _quantiles(finite(value for row in reached for value in row["threshold"][places])),
-                len(authors),
-            )
+            _At(start + (width - 1) / 2, len(authors), share, compared, thresholds[2] if thresholds else None)
         )
-    if not found:
-        return None
-    unit = rows[0].get("unit") or "nats"
-    measured = (rows[0].get("measured") or "divergence").removesuffix(f"_{unit}").replace("_", " ")
-    measured = measured.upper() if measured in ("jsd", "kl") else measured
-    panels = []
-    x_label = "position in the completion [tokens]"
-    compared = [(x, values) for x, _, values, _, _ in found if values]
-    limits = [(x, values[2]) for x, _, _, values, _ in found if values]
-    if compared:
-        bands = [[(x, values[low], values[-1 - low]) for x, values in compared] for low in (0, 1)]
-        drawn = [Line(f"median {measured}", [(x, values[2]) for x, values in compared], bands, number)]
-        drawn += [Line("threshold", limits, limit=True)] if limits else []
-        panels.append((f"{measured} compared", lines(drawn, title=texts.label, x_label=x_label, y_label=unit)))
-    share = [Line("teacher share", [(x, value) for x, value, *_ in found], series=number)]
-    panels.append(
-        (
-            "teacher share",
-            lines(share, title=texts.label, x_label=x_label, y_label="share of tokens", y_limits=(0.0, 1.0)),
-        )
-    )
-    headers = ["position", "tokens", "teacher share", *(f"{measured} {round(100 * q)}%" for q in QUANTILES)]
-    headers.append(f"median threshold [{unit}]")
-    cells = [
-        [x, tokens, value, *(values or [None] * len(QUANTILES)), limit[2] if limit else None]
-        for x, value, values, limit, tokens in found
-    ]
-    note = f"{len(rows)} rollouts. Line: median. Areas: the middle 50% and 80% of tokens." if compared else (
-        f"{len(rows)} rollouts.")  # fmt: skip
-    return Figure(
-        texts.label, panels, headers, cells, f"positions-{'-'.join(texts.label.split())}", note,
-        limit="threshold" if limits else "",
-    )  # fmt: skip
+    return found
+
+
+def _compared(measured: Sequence[tuple[int, Texts, list[_At]]], x_label: str) -> Iterator[Figure]:
+    """A panel for each source that compared something, one figure for each unit."""
+    units: dict[str, list[tuple[int, Texts, list[_At]]]] = {}
+    for number, texts, found in measured:
+        if known := [one for one in found if one.compared]:
+            units.setdefault(texts.rows[0].get("unit") or "nats", []).append((number, texts, known))
+    for unit, sources in units.items():
+        panels, cells = [], []
+        for number, texts, found in sources:
+            name = (texts.rows[0].get("measured") or "divergence").removesuffix(f"_{unit}").replace("_", " ")
+            bands = [[(one.position, one.compared[low], one.compared[-1 - low]) for one in found] for low in (0, 1)]
+            drawn = [Line(name, [(one.position, one.compared[2]) for one in found], bands, number)]
+            limits = [(one.position, one.threshold) for one in found if one.threshold is not None]
+            drawn += [Line("threshold", limits, limit=True)] if limits else []
+            svg = lines(drawn, title=texts.label, x_label=x_label, y_label=f"{name} [{unit}], log scale",
+                        log_from=1.0 if unit == "rank" else LOG_FROM)  # fmt: skip
+            panels.append((texts.label, svg))
+            cells += [[texts.label, name, one.position, one.tokens, *one.compared, one.threshold] for one in found]
+        headers = ["rollouts", "measure", "position", "tokens", *(f"{q:.0%}" for q in QUANTILES), "threshold"]
+        least = "" if unit == "rank" else f" Below {LOG_FROM:g} nats at the lower edge."
+        note = f"Line: median. Areas: the middle 50% and 80% of the tokens.{least}"
+        yield Figure(f"What was compared, in {unit}", panels, headers, cells, f"compared-by-position-{unit}", note,
+                     limit="threshold: above it the teacher writes")  # fmt: skip
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:
