@@ -15,7 +15,7 @@ from switchkd.page.scales import Scale, finite, powers, short, ticks
 #: Colours of series in the style sheet; more series begin again with another dash pattern.
 SERIES = 6
 WIDTH, HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 18, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 18, 10, 36
 #: Rows of `intervals`: high enough for a mark beside its label, or below a label of more characters than this.
 _ROW, _TALL_ROW, _SHORT_LABEL = 26, 42, 18
 #: A figure of a screen's width shows no more points than this.
@@ -206,7 +206,7 @@ def _axis_labels(x_label: str, y_label: str, height: int) -> Iterable[Markup]:
     yield _text(x_label, WIDTH / 2, height - 5, "tick middle")
     if y_label:
         middle = _TOP + (height - _TOP - _BOTTOM) / 2
-        yield Markup('<text class="tick middle" transform="translate(11 {}) rotate(-90)">{}</text>').format(
+        yield Markup('<text class="tick middle" transform="translate(10 {}) rotate(-90)">{}</text>').format(
             middle, _words(y_label)
         )
 

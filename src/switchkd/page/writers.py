@@ -74,7 +74,9 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     lists = ("tokens", "author", "divergence", "threshold")
     good = isinstance(row, dict) and all(isinstance(row.get(name), list) for name in lists)
     good = good and len({len(row[name]) for name in lists}) == 1 and isinstance(row.get("prompt"), str)
-    good = good and all(isinstance(text, str) for text in row["tokens"]) and all(one in AUTHORS for one in row["author"])
+    good = (
+        good and all(isinstance(text, str) for text in row["tokens"]) and all(one in AUTHORS for one in row["author"])
+    )
     numbers = [*row["divergence"], *row["threshold"]] if good else []
     if not good or any(not (value is None or isinstance(value, int | float)) for value in numbers):
         raise UserError(f"{where} is not a rollout: prompt, tokens, author, divergence and threshold of every token")
@@ -93,7 +95,7 @@ def view(row: Mapping[str, Any], title: str, name: str) -> RolloutView:
     for place, (text, author) in enumerate(zip(row["tokens"][:SHOWN_TOKENS], row["author"], strict=False)):
         if not runs or runs[-1].author != author:
             runs.append(Run(author, []))
-        told = " \N{MIDDLE DOT} ".join(_told(row, place))
+        told = "\n".join(_told(row, place))
         runs[-1].tokens.append(Token(_shown(text, author), told))
     headers, rows = _table(row)
     said = facts(row)
@@ -139,18 +141,17 @@ def shortened(text: str) -> str:
 
 
 def _told(row: Mapping[str, Any], place: int) -> Iterator[str]:
+    """What is known of a token, a line each."""
     yield f"token {place + 1}, by the {row['author'][place]}"
-    measured, unit = row.get("measured") or "divergence", row.get("unit") or "nats"
-    divergence, threshold = row["divergence"][place], row["threshold"][place]
+    unit = row.get("unit") or "nats"
+    measured = (row.get("measured") or "divergence").removesuffix(f"_{unit}").replace("_", " ")
+    divergence, threshold = _numbers(row, place)
     if divergence is not None:
-        yield f"{measured.removesuffix(f'_{unit}').upper() if measured != 'divergence' else measured} {divergence:.3f}"
-    if threshold is not None:
-        yield f"threshold {threshold:.3f} {unit}"
-    elif divergence is not None:
-        yield unit
+        against = "" if threshold is None else f", threshold {threshold:.3g}"
+        yield f"{measured} {divergence:.3g}{against} {unit}"
     for model, likeliest in _likeliest(row, place):
         tokens = ", ".join(f"{printable(repr(token))} {_percent(probability)}" for token, probability in likeliest)
-        yield f"{model} likeliest: {tokens}"
+        yield f"{model}: {tokens}"
 
 
 def _likeliest(row: Mapping[str, Any], place: int) -> Iterator[tuple[str, list[tuple[str, float]]]]:
@@ -190,6 +191,8 @@ def _shown(text: str, author: str) -> str:
 
 
 def _percent(probability: float) -> str:
+    if probability < 0.001:
+        return "< 0.1%"
     return f"{probability:.0%}" if probability >= 0.095 else f"{probability:.1%}"
 
 

@@ -69,9 +69,7 @@ def read_compared(run: Run) -> Compared:
     found.sort(key=lambda pair: _place(pair[0], order, labels))
     rows = {
         name: {
-            (result["student"], result["run"], result["seed"]): read_lines(
-                folder / scoring_folder(name) / "rows.jsonl"
-            )
+            (result["student"], result["run"], result["seed"]): read_lines(folder / scoring_folder(name) / "rows.jsonl")
             for result, folder in found
         }
         for name in found[0][0]["evaluate"]
@@ -96,8 +94,15 @@ def read_compared(run: Run) -> Compared:
     ]
     if run.command == "demo":
         pairs = [("SWITCH", other) for other in run.summary.get("switch_against", [])]
-        return Compared(run.name, comparisons, rows, find(comparisons, pairs), stages=frozenset({WARM_START, "teacher"}),
-                        trained=trained, baseline=pairs[0][1] if pairs else None)  # fmt: skip
+        return Compared(
+            run.name,
+            comparisons,
+            rows,
+            find(comparisons, pairs),
+            baseline=pairs[0][1] if pairs else None,
+            stages=frozenset({WARM_START, "teacher"}),
+            trained=trained,
+        )
     findings = _findings(run.path / "differences.csv")
     seconds = [one.second for one in findings]
     baseline = max(set(seconds), key=lambda label: (seconds.count(label), -seconds.index(label)), default=None)
@@ -149,16 +154,14 @@ def _findings(path: Path) -> list[Finding]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
-        return [
-            Finding(
-                *(line[name] for name in ("test_set", "student", "first", "second")),
-                Difference(
-                    *(float(line[name]) for name in ("difference", "low", "high", "p")),
-                    *(int(line[name]) for name in ("seeds", "prompts", "seeds_ahead")),
-                ),
-                float(line["adjusted_p"]),
-            )
-            for line in lines
-        ]
+        return [_finding(line) for line in lines]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
+
+
+def _finding(line: Mapping[str, str]) -> Finding:
+    mean, low, high, p_value = (float(line[name]) for name in ("difference", "low", "high", "p"))
+    seeds, prompts, seeds_ahead = (int(line[name]) for name in ("seeds", "prompts", "seeds_ahead"))
+    difference = Difference(mean, low, high, p_value, seeds, prompts, seeds_ahead)
+    names = line["test_set"], line["student"], line["first"], line["second"]
+    return Finding(*names, difference, float(line["adjusted_p"]))

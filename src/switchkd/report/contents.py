@@ -8,7 +8,7 @@ from switchkd.page.document import Page, Section
 from switchkd.report.compared import Compared, Trained, compare_evaluations, read_compared
 from switchkd.report.curves import curve_section
 from switchkd.report.folders import Run
-from switchkd.report.measured import calibration_section, diagnosis_section, distance_section, run_table
+from switchkd.report.measured import calibration_section, diagnosis_section, distance_section, training_table
 from switchkd.report.records import config_section, data_section, version_section
 from switchkd.report.scores import answer_section, cards, difference_section, score_section
 from switchkd.report.texts import Texts, position_section, rollout_section
@@ -33,14 +33,14 @@ def make_page(runs: Sequence[Run]) -> Page:
         compared += _guarded(compare_evaluations, scored)
     trained = [one for each in compared for one in each.trained] + given
     texts = _texts(trained, by_command.get("rollout", []))
-    inner = [Run(one.run.path, "train", f"{one.label}, seed {one.seed}", one.run.config)
-             for each in compared for one in each.trained]  # fmt: skip
+    firsts = {one.label: one.run for each in reversed(compared) for one in reversed(each.trained)}
+    inner = [Run(run.path, run.command, label, run.config) for label, run in reversed(firsts.items())]
     everything = [*runs, *inner]
     sections: list[Section | None] = []
     of = {each.name: f": {each.name}" if len(compared) > 1 else "" for each in compared}
     for each in compared:
         sections += [part(each, of[each.name]) for part in (score_section, difference_section)]
-    trainings = [run for run in everything if run.command == "train" and run.summary]
+    trainings = [(one.label, one.run.summary) for one in trained if one.run.summary]
     for each in compared:
         sections.append(curve_section(each.trained, each.stages, f"Learning curves{of[each.name]}"))
     sections.append(curve_section(given))
@@ -50,7 +50,7 @@ def make_page(runs: Sequence[Run]) -> Page:
     sections += [answer_section(each, of[each.name]) for each in compared]
     sections += [_guarded(distance_section, run) for run in scored]
     if trainings:
-        sections.append(Section("Trainings", [run_table(trainings)]))
+        sections.append(Section("Trainings", [training_table(trainings)]))
     sections += [part(everything) for part in (data_section, config_section, version_section)]
     shown = [section for section in sections if section is not None]
     return Page(
@@ -78,7 +78,10 @@ def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequ
         elif run.command == "evaluate" and "rouge_l" in summary:
             low, high = summary.get("intervals", {}).get("rouge_l") or (None, None)
             ends = "" if low is None else f" (95% interval {low:.1f} to {high:.1f})"
-            said = [f"ROUGE-L {summary['rouge_l']:.1f}{ends}", f"{summary['examples']} prompts of {summary['dataset_name']}"]
+            said = [
+                f"ROUGE-L {summary['rouge_l']:.1f}{ends}",
+                f"{summary['examples']} prompts of {summary['dataset_name']}",
+            ]
         elif run.command == "calibrate":
             said = [str(summary["note"])] if "note" in summary else []
         elif run.command == "diagnose":
@@ -112,7 +115,9 @@ def _missing(runs: Sequence[Run], compared: Sequence[Compared], texts: Sequence[
     if trained and not any("step" in row for one in texts for row in one.rows[:1]):
         found.append("rollouts of the training: train with --log_completions true")
     if texts and not any(row.get("top_tokens") for one in texts for row in one.rows):
-        found.append("the likeliest tokens of both models: switchkd rollout --top_tokens 5 --output_dir DIR records them")
+        found.append(
+            "the likeliest tokens of both models: switchkd rollout --top_tokens 5 --output_dir DIR records them"
+        )
     if not any(run.prepared for run in runs):
         found.append("sources and hashes of the data (prepared.json)")
     if trained and not any("first_prompt" in run.summary for run in trained):

@@ -38,7 +38,7 @@ def diagnosis_section(run: Run) -> Section:
     positions = found["positions"]
     panels = [("Guidance kept", _curves(writers, positions, "share of that on the answers", _guidance))]
     for name, (title, unit) in DIAGNOSED.items():
-        panels.append((title, _curves(writers, positions, unit, lambda one, name=name: one["measures"][name]["by_position"])))
+        panels.append((title, _curves(writers, positions, unit, _measure(name))))
     cells = [
         [writer, position, _of(guided, "value"), *_ends(guided), *(_of(values[place], "value") for values in measures)]
         for writer, one in writers.items()
@@ -53,7 +53,12 @@ def diagnosis_section(run: Run) -> Section:
         list(enumerate(writers)),
     )  # fmt: skip
     rows = [
-        [writer, one["completion_tokens"], one["teacher_share"], *(_kept(one[key]) for key in ("guidance", "against_teacher"))]
+        [
+            writer,
+            one["completion_tokens"],
+            one["teacher_share"],
+            *(_kept(one[key]) for key in ("guidance", "against_teacher")),
+        ]
         for writer, one in writers.items()
     ]
     table = Table(
@@ -83,21 +88,22 @@ def distance_section(run: Run) -> Section | None:
             for position, one in parts.items()
         ]
     headers = ["measure", "positions", "nats per token", "low", "high"]
-    table = Table("Per token, by position", headers, rows, f"distance-{run.name}",
-                  "95% intervals over prompts; the first two on the model's answers, the last on the teacher's.")  # fmt: skip
+    note = "95% intervals over prompts; the first two on the model's answers, the last on the teacher's."
+    table = Table("Per token, by position", headers, rows, f"distance-{run.name}", note)
     return Section(f"Distance from the teacher: {run.name}", [table])
 
 
-def run_table(runs: Sequence[Run]) -> Table:
-    """Return how trainings ended, a line each."""
+def training_table(trainings: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Return how trainings ended, `(label, summary)` a line each."""
     keys = {
         "method": "method", "seed": "seed", "steps": "steps", "loss_first": "first loss", "loss_last": "last loss",
         "teacher_share": "teacher share", "teacher_passes": "teacher passes", "eval_loss": "evaluation loss",
         "eval_rouge_l": "ROUGE-L", "seconds": "seconds",
     }  # fmt: skip
-    kept = [key for key in keys if any(run.summary.get(key) is not None for run in runs)]
-    rows = [[run.name, *(run.summary.get(key) for key in kept)] for run in runs]
-    return Table("How the trainings ended", ["run", *(keys[key] for key in kept)], rows, "trainings", open=len(runs) <= 12)
+    kept = [key for key in keys if any(summary.get(key) is not None for _, summary in trainings)]
+    rows = [[label, *(summary.get(key) for key in kept)] for label, summary in trainings]
+    headers = ["run", *(keys[key] for key in kept)]
+    return Table("How the trainings ended", headers, rows, "trainings", open=len(rows) <= 16)
 
 
 def _curves(
@@ -115,6 +121,10 @@ def _curves(
 
 def _guidance(writer: Mapping[str, Any]) -> list[Any]:
     return [None if one is None else one["share"] for one in writer["by_position"]]
+
+
+def _measure(name: str) -> Callable[[Any], Sequence[Any]]:
+    return lambda writer: list(writer["measures"][name]["by_position"])
 
 
 def _of(mean: Mapping[str, Any] | None, part: str) -> Any:

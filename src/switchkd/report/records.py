@@ -21,11 +21,14 @@ IN_SECTIONS = ("compare", "demo")
 
 def data_section(runs: Sequence[Run]) -> Section | None:
     """Return what was read of the data, the first prompt as the student read it, and where the data came from."""
-    rows, blocks = [], []
+    rows: list[list[Any]] = []
+    blocks: list[Any] = []
     for run in runs:
         found = run.summary.get("data")
         # A training has a report for each of its data sets.
-        parts = found if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()) else {"": found}
+        parts = (
+            found if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()) else {"": found}
+        )
         for name, report in parts.items():
             if isinstance(report, dict):
                 rows.append([f"{run.name} {name}".strip(), _data_name(run, name), _words(report)])
@@ -116,7 +119,9 @@ def _data_name(run: Run, part: str) -> str | None:
 
 
 def _words(report: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in report.items() if not _is_off(value))
+    return ", ".join(
+        f"{name.replace('_', ' ')} {_value(value)}" for name, value in report.items() if not _is_off(value)
+    )
 
 
 def _merged(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:

@@ -80,9 +80,7 @@ def cards(compared: Compared) -> list[tuple[str, list[str]]]:
             if difference is None:
                 continue
             said = f"{signed(difference.mean)} {unit(comparison.measure)}"
-            much.append(
-                f"{lead}{said} against {other}, {role} ({signed(difference.low)} to {signed(difference.high)})"
-            )
+            much.append(f"{lead}{said} against {other}, {role} ({signed(difference.low)} to {signed(difference.high)})")
             real.append(f"{lead}against {other}: {_is_real(compared, name, student, best, other, difference)}")
     return [
         ("What was compared", _what(compared)),
@@ -97,7 +95,9 @@ def answer_section(compared: Compared, of: str = "") -> Section | None:
     blocks: list[Answers] = []
     for name, comparison in compared.comparisons.items():
         student = comparison.students[0]
-        first = {label: comparison.of(student, label)[0] for label in comparison.labels if comparison.of(student, label)}
+        first = {
+            label: comparison.of(student, label)[0] for label in comparison.labels if comparison.of(student, label)
+        }
         scored = compared.rows[name]
         rows = {label: _first_answers(scored[student, label, one["seed"]]) for label, one in first.items()}
         ranked = _ranked(compared, comparison, student) or list(rows)
@@ -178,7 +178,7 @@ def _scores(compared: Compared, name: str, comparison: Comparison, student: str)
             if value is None:
                 continue
             ends = (found.low, found.high) if found is not None else (None, None)
-            rows.append(Interval(label, value, *ends, said=f"{value:.1f}"))
+            rows.append(Interval(label, value, ends[0], ends[1], said=f"{value:.1f}"))
             seeds = len(comparison.of(student, label))
             cells.append([label, bucket or "all", value, *ends, seeds, found.prompts if found is not None else None])
         title = "all answers" if bucket is None else f"answers of {bucket} tokens"
@@ -230,7 +230,7 @@ def _ranked(compared: Compared, comparison: Comparison, student: str) -> list[st
 
 def _rivals(compared: Compared, ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
     """What the best run is measured against: the baseline, and the next best."""
-    best, *others = ranked
+    others = ranked[1:]
     if compared.baseline in others:
         yield str(compared.baseline), "the baseline"
     if others and others[0] != compared.baseline:
@@ -265,4 +265,3 @@ def _where(compared: Compared, one: Finding) -> str:
 
 def _measure(compared: Compared) -> str:
     return next(iter(compared.comparisons.values())).measure
-

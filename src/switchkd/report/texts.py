@@ -136,9 +136,7 @@ def _along(rows: Sequence[Mapping[str, Any]]) -> list[_At]:
         thresholds = _quantiles(finite(value for row in reached for value in row["threshold"][places]))
         compared = _quantiles(finite(value for row in reached for value in row["divergence"][places]))
         share = authors.count("teacher") / len(authors)
-        found.append(
-            _At(start + (width - 1) / 2, len(authors), share, compared, thresholds[2] if thresholds else None)
-        )
+        found.append(_At(start + (width - 1) / 2, len(authors), share, compared, thresholds[2] if thresholds else None))
     return found
 
 
