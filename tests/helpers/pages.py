@@ -58,9 +58,11 @@ class Document(HTMLParser):
         ]
 
     def files(self) -> dict[str, list[dict[str, str]]]:
-        """Name -> the lines of every CSV file that can be downloaded."""
+        """Name without its ending -> the lines of every CSV file that can be downloaded."""
         return {
-            str(link["download"]): list(csv.DictReader(io.StringIO(unquote(str(link["href"]).partition(",")[2]))))
+            str(link["download"]).removesuffix(".csv"): list(
+                csv.DictReader(io.StringIO(unquote(str(link["href"]).partition(",")[2])))
+            )
             for link in self.of("a")
             if "download" in link
         }

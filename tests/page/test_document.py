@@ -69,7 +69,9 @@ def test_the_policy_of_the_page_allows_its_own_script_only():
 
 def test_writers_are_marked_and_every_token_says_what_was_measured():
     authors = ["student", "teacher", "teacher", "student"]
-    document = Document(render(rollouts_page([row(["a", " b", " ", "d"], authors)], {"policy": "switch", "seed": 0}, "")))
+    document = Document(
+        render(rollouts_page([row(["a", " b", " ", "d"], authors)], {"policy": "switch", "seed": 0}, ""))
+    )
     runs = [one["class"] for one in document.of("span") if str(one.get("class")).startswith("run ")]
     assert runs[-3:] == ["run student", "run teacher", "run student"]
     tokens = [one for one in document.of("span") if one.get("class") == "k"]

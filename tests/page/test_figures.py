@@ -1,5 +1,6 @@
 """Figures: places follow values, text is escaped, and lines stay apart without colours."""
 
+import itertools
 import math
 import re
 
@@ -14,7 +15,7 @@ from switchkd.page.scales import Scale, powers, short, ticks
 def test_ticks_are_round_and_enclose_the_range(low, high):
     found = ticks(low, high)
     assert found[0] <= low and high <= found[-1] and 2 <= len(found) <= 12
-    steps = [after - before for before, after in zip(found, found[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(found)]
     assert max(steps) == pytest.approx(min(steps))
     mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
     assert any(mantissa == pytest.approx(number) for number in (1, 2, 5))

@@ -1,7 +1,7 @@
 """The page of a report: from runs to its sections, most important first, and what is missing."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from switchkd.errors import UserError
 from switchkd.page.document import Page, Section
@@ -14,6 +14,8 @@ from switchkd.report.scores import answer_section, cards, difference_section, sc
 from switchkd.report.texts import Texts, position_section, rollout_section
 
 Cards = list[tuple[str, list[str]]]
+Given = TypeVar("Given", Run, Sequence[Run])
+Found = TypeVar("Found")
 
 
 def make_page(runs: Sequence[Run]) -> Page:
@@ -25,6 +27,10 @@ def make_page(runs: Sequence[Run]) -> Page:
     Raises:
         UserError: A file of a run is damaged, or is not what its command writes.
     """
+    return _guarded(_page, runs)
+
+
+def _page(runs: Sequence[Run]) -> Page:
     by_command = {command: [run for run in runs if run.command == command] for command in {run.command for run in runs}}
     compared = [_guarded(read_compared, run) for run in runs if run.command in ("compare", "demo")]
     given = [Trained(run.name, run.config.get("seed"), run) for run in by_command.get("train", [])]
@@ -127,10 +133,12 @@ def _missing(runs: Sequence[Run], compared: Sequence[Compared], texts: Sequence[
     return found
 
 
-def _guarded(part: Callable[[Any], Any], given: Any) -> Any:
+def _guarded(part: Callable[[Given], Found], given: Given) -> Found:
     """A file that lacks what its command writes ends in one line, not in a traceback."""
     try:
         return part(given)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        where = given.path if isinstance(given, Run) else ", ".join(str(run.path) for run in given)
+        where = ", ".join(str(run.path) for run in ([given] if isinstance(given, Run) else given))
         raise UserError(f"{where}: a file is not what this version of switchkd writes ({error!r})") from error

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from switchkd.page.document import Figure, Section, Table, Text
 from switchkd.page.figures import Line, lines
 from switchkd.report.folders import Run
@@ -36,9 +38,9 @@ def diagnosis_section(run: Run) -> Section:
     found = run.summary
     writers: dict[str, Any] = found["writers"]
     positions = found["positions"]
-    panels = [("Guidance kept", _curves(writers, positions, "share of that on the answers", _guidance))]
+    panels = _panel("Guidance kept", writers, positions, "share of that on the answers", _guidance)
     for name, (title, unit) in DIAGNOSED.items():
-        panels.append((title, _curves(writers, positions, unit, _measure(name))))
+        panels += _panel(title, writers, positions, unit, _measure(name))
     cells = [
         [writer, position, _of(guided, "value"), *_ends(guided), *(_of(values[place], "value") for values in measures)]
         for writer, one in writers.items()
@@ -106,9 +108,10 @@ def training_table(trainings: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     return Table("How the trainings ended", headers, rows, "trainings", open=len(rows) <= 16)
 
 
-def _curves(
-    writers: Mapping[str, Any], positions: Sequence[int], unit: str, values: Callable[[Any], Sequence[Any]]
-) -> Any:
+def _panel(
+    title: str, writers: Mapping[str, Any], positions: Sequence[int], unit: str, values: Callable[[Any], Sequence[Any]]
+) -> list[tuple[str, Markup]]:
+    """A panel with a line for each writer; none where nothing is known."""
     drawn = []
     for number, (writer, one) in enumerate(writers.items()):
         known = [(x, mean) for x, mean in zip(positions, values(one), strict=True) if mean is not None]
@@ -116,7 +119,7 @@ def _curves(
         band = [(x, *mean["interval"]) for x, mean in known if mean["interval"]]
         if points:
             drawn.append(Line(writer, points, [band] if len(band) == len(points) else [], number))
-    return lines(drawn, title=unit, x_label="position [tokens]", y_label=unit)
+    return [(title, lines(drawn, title=title, x_label="position [tokens]", y_label=unit))] if drawn else []
 
 
 def _guidance(writer: Mapping[str, Any]) -> list[Any]:
