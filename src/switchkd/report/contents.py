@@ -122,7 +122,7 @@ def _missing(runs: Sequence[Run], compared: Sequence[Compared], texts: Sequence[
         found.append("rollouts of the training: train with --log_completions true")
     if texts and not any(row.get("top_tokens") for one in texts for row in one.rows):
         found.append(
-            "the likeliest tokens of both models: switchkd rollout --top_tokens 5 --output_dir DIR records them"
+            "the likeliest tokens of both models: switchkd rollout --top_tokens 5, switchkd train --log_top_tokens 5"
         )
     if not any(run.prepared for run in runs):
         found.append("sources and hashes of the data (prepared.json)")

@@ -169,6 +169,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         metadata={"help": "Append a few rollouts to completions.jsonl at every log; a terminal shows them."},
     )
     num_completions_to_log: int = field(default=4, metadata={"help": "Number of rollouts that log_completions keeps."})
+    log_top_tokens: int = field(
+        default=0,
+        metadata={"help": "Also log both models' K likeliest tokens at each token of those rollouts; 0: off."},
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for the student, JSON on the command line."},
@@ -196,6 +200,7 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             "student_token_weight",
             "teacher_token_weight",
             "eval_rouge_l_samples",
+            "log_top_tokens",
             "clip_range",
             "replay_capacity",
         ):
