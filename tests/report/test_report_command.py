@@ -14,7 +14,7 @@ from switchkd.__main__ import main
 from switchkd.compare import command
 from switchkd.report.compared import compare_evaluations, read_compared
 from switchkd.report.curves import curve_section
-from switchkd.report.folders import read_lines, read_run, read_runs
+from switchkd.report.folders import evaluations, read_lines, read_run, read_runs
 from switchkd.report.scores import cards
 from switchkd.report.texts import Texts, position_section, rollout_section
 
@@ -180,7 +180,7 @@ def test_the_first_screen_says_what_won_by_how_much_and_whether_it_is_real(tmp_p
         evaluation(tmp_path, "far", [score + 20 + n % 2 for n, score in enumerate(base)]),
         evaluation(tmp_path, "near", near),
     ]
-    (compared,) = compare_evaluations(runs)
+    (compared,) = compare_evaluations([each for run in runs for each in evaluations(run)])
     said = dict(cards(compared))
     assert said["What won"][0].startswith("far: ROUGE-L 71.5 ")
     assert said["By how much"][0].startswith("+20.5 points against base, the baseline (+20.")
@@ -190,11 +190,38 @@ def test_the_first_screen_says_what_won_by_how_much_and_whether_it_is_real(tmp_p
 
 
 def test_evaluations_of_other_prompts_are_not_compared(tmp_path):
-    found = compare_evaluations([
-        evaluation(tmp_path, "a", [1.0, 2.0, 3.0]), evaluation(tmp_path, "b", [1.0, 2.0]),
+    runs = [
+        evaluation(tmp_path, "a", [1.0, 2.0, 3.0]),
+        evaluation(tmp_path, "b", [1.0, 2.0]),
         evaluation(tmp_path, "c", [1.0, 2.0, 3.0], data="e.jsonl"),
-    ])  # fmt: skip
+    ]
+    found = compare_evaluations([each for run in runs for each in evaluations(run)])
     assert len(found) == 3 and all(one.findings == [] for one in found)
+
+
+def test_several_test_sets_of_an_evaluation_are_one_comparison(tmp_path, report):
+    """Each set has a folder of its own in that of the evaluation."""
+    for name, scores in {"a": [1.0, 2.0, 3.0], "b": [2.0, 4.0, 3.0]}.items():
+        whole = evaluation(tmp_path, name, scores)
+        (whole.path / "rows.jsonl").unlink()
+        (whole.path / "summary.json").write_text(json.dumps({"rouge_l": 2.0, "datasets": {"dolly": {}, "vicuna": {}}}))
+        for test_set in ("dolly", "vicuna"):
+            evaluation(whole.path, test_set, scores, data="[d.jsonl]")
+    document = report(tmp_path / "a", tmp_path / "b")
+    said = document.text("dd")
+    assert "scored on dolly (3 prompts), vicuna (3 prompts)" in said and "dolly: b: ROUGE-L 3.0" in said
+    assert "dolly: +1.0 points against a, the baseline" in said
+    assert "dolly, 3 prompts: ROUGE-L 1.0vicuna, 3 prompts" in report(tmp_path / "a").text("dd")
+
+
+def test_a_mean_has_an_interval_and_a_difference_is_that_of_means(runs):
+    (comparison,) = read_compared(read_run(runs / "compare")).comparisons.values()
+    means = {label: comparison.mean("", label) for label in comparison.labels}
+    for label, found in means.items():
+        scores = [comparison.score(result) for result in comparison.of("", label)]
+        assert found.mean == pytest.approx(sum(scores) / len(scores)) and found.low <= found.mean <= found.high
+    difference = comparison.difference("", "switch", "sft")
+    assert difference.mean == pytest.approx(means["switch"].mean - means["sft"].mean)
 
 
 def test_significance_of_a_comparison_is_the_one_it_printed(runs):

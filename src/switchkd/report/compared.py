@@ -8,7 +8,7 @@ from typing import Any
 
 from switchkd.compare.findings import Comparison, Finding, find
 from switchkd.compare.significance import Difference
-from switchkd.compare.tasks import ONE_SET, WARM_START, scoring_folder
+from switchkd.compare.tasks import WARM_START, scoring_folder
 from switchkd.demo.settings import MODELS
 from switchkd.errors import UserError
 from switchkd.report.folders import Run, read_lines, read_object, read_run
@@ -110,23 +110,32 @@ def read_compared(run: Run) -> Compared:
 
 
 def compare_evaluations(runs: Sequence[Run]) -> list[Compared]:
-    """Return evaluations by the data that they scored; those of the same prompts are compared with the first."""
+    """Return evaluations, those of the same prompts compared with the first of them.
+
+    Args:
+        runs: Of `switchkd.report.folders.evaluations`; several test sets of the same models are one comparison.
+    """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         prompts = tuple(sorted({(row["index"], row["prompt"]) for row in run.rows}))
-        groups.setdefault((run.config.get("dataset_name"), prompts), []).append(run)
-    compared = []
-    for (data, _), group in groups.items():
+        groups.setdefault((run.test_set, prompts), []).append(run)
+    by_models: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+    for (test_set, _), group in groups.items():
+        by_models.setdefault(tuple(run.name for run in group), {})[test_set] = group
+    return [_evaluated(names, sets) for names, sets in by_models.items()]
+
+
+def _evaluated(names: Sequence[str], sets: Mapping[str, Sequence[Run]]) -> Compared:
+    rows = {name: {("", run.name, 0): run.rows for run in group} for name, group in sets.items()}
+    comparisons = {}
+    for name, group in sets.items():
         results = [
             {"student": "", "run": run.name, "seed": 0, "cell": {}, "evaluate": run.summary, "train": {}}
             for run in group
         ]
-        rows = {("", run.name, 0): run.rows for run in group}
-        comparisons = {ONE_SET: Comparison(results, rows)}
-        findings = find(comparisons, [(run.name, group[0].name) for run in group[1:]])
-        baseline = group[0].name if findings else None
-        compared.append(Compared(Path(str(data)).name, comparisons, {ONE_SET: rows}, findings, baseline))
-    return compared
+        comparisons[name] = Comparison(results, rows[name])
+    findings = find(comparisons, [(name, names[0]) for name in names[1:]])
+    return Compared(", ".join(sets), comparisons, rows, findings, names[0] if findings else None)
 
 
 def _place(result: Mapping[str, Any], order: Mapping[Any, int], labels: Sequence[str]) -> tuple[int, str]:

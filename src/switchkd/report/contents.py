@@ -7,7 +7,7 @@ from switchkd.errors import UserError
 from switchkd.page.document import Page, Section
 from switchkd.report.compared import Compared, Trained, compare_evaluations, read_compared
 from switchkd.report.curves import curve_section
-from switchkd.report.folders import Run
+from switchkd.report.folders import Run, evaluations
 from switchkd.report.measured import calibration_section, diagnosis_section, distance_section, training_table
 from switchkd.report.records import config_section, data_section, version_section
 from switchkd.report.scores import answer_section, cards, difference_section, score_section
@@ -34,7 +34,7 @@ def _page(runs: Sequence[Run]) -> Page:
     by_command = {command: [run for run in runs if run.command == command] for command in {run.command for run in runs}}
     compared = [_guarded(read_compared, run) for run in runs if run.command in ("compare", "demo")]
     given = [Trained(run.name, run.config.get("seed"), run) for run in by_command.get("train", [])]
-    scored = [run for run in by_command.get("evaluate", []) if run.rows]
+    scored = [each for run in by_command.get("evaluate", []) for each in evaluations(run)]
     if scored:
         compared += _guarded(compare_evaluations, scored)
     trained = [one for each in compared for one in each.trained] + given
@@ -57,7 +57,8 @@ def _page(runs: Sequence[Run]) -> Page:
     sections += [_guarded(distance_section, run) for run in scored]
     if trainings:
         sections.append(Section("Trainings", [training_table(trainings)]))
-    sections += [part(everything) for part in (data_section, config_section, version_section)]
+    sections.append(data_section([*(run for run in everything if run.command != "evaluate"), *scored]))
+    sections += [config_section(everything), version_section(everything)]
     shown = [section for section in sections if section is not None]
     return Page(
         title=f"switchkd: {', '.join(run.name for run in runs)}" if len(runs) <= 4 else f"switchkd: {len(runs)} runs",
@@ -81,13 +82,8 @@ def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequ
             said += [f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f} nats per token"] if (
                 summary.get("loss_first") is not None and summary.get("loss_last") is not None) else []  # fmt: skip
             said += [f"the teacher wrote {share:.0%}"] if (share := summary.get("teacher_share")) is not None else []
-        elif run.command == "evaluate" and "rouge_l" in summary:
-            low, high = summary.get("intervals", {}).get("rouge_l") or (None, None)
-            ends = "" if low is None else f" (95% interval {low:.1f} to {high:.1f})"
-            said = [
-                f"ROUGE-L {summary['rouge_l']:.1f}{ends}",
-                f"{summary['examples']} prompts of {summary['dataset_name']}",
-            ]
+        elif run.command == "evaluate":
+            said = [line for each in evaluations(run) for line in _score(each)]
         elif run.command == "calibrate":
             said = [str(summary["note"])] if "note" in summary else []
         elif run.command == "diagnose":
@@ -101,6 +97,15 @@ def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequ
     if len([run for run in runs if run.command == "train"]) > 1:
         found.append(("What won", ["not scored: switchkd evaluate or compare says how good the answers are"]))
     return found[:8]
+
+
+def _score(run: Run) -> list[str]:
+    summary = run.summary
+    if "rouge_l" not in summary:
+        return []
+    low, high = summary.get("intervals", {}).get("rouge_l") or (None, None)
+    ends = "" if low is None else f" (95% interval {low:.1f} to {high:.1f})"
+    return [f"{run.test_set}, {summary['examples']} prompts: ROUGE-L {summary['rouge_l']:.1f}{ends}"]
 
 
 def _texts(trained: Sequence[Trained], rollouts: Sequence[Run]) -> list[Texts]:

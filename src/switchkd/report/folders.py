@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ class Run:
         command: That wrote it.
         name: What the report calls it.
         config: Its options.
+        test_set: Of an evaluation: what its data are called.
     """
 
     path: Path
     command: str
     name: str
     config: dict[str, Any]
+    test_set: str = ""
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -105,6 +107,18 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return [
         run if names.count(run.name) == 1 else Run(run.path, run.command, str(run.path), run.config) for run in found
     ]
+
+
+def evaluations(run: Run) -> list[Run]:
+    """Return what an evaluation scored, a run for each test set: several have folders of their own."""
+    if run.rows:
+        data = run.config.get("dataset_name")
+        return [replace(run, test_set=Path(" ".join(data) if isinstance(data, list) else str(data)).name)]
+    found = []
+    for path in sorted(run.path.glob("*/rows.jsonl")):
+        if RunFolder(str(path.parent), "evaluate").holds_run("switchkd evaluate"):
+            found.append(replace(read_run(path.parent, run.name), test_set=path.parent.name))
+    return found
 
 
 def read_object(path: Path) -> dict[str, Any]:

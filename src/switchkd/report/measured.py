@@ -91,8 +91,8 @@ def distance_section(run: Run) -> Section | None:
         ]
     headers = ["measure", "positions", "nats per token", "low", "high"]
     note = "95% intervals over prompts; the first two on the model's answers, the last on the teacher's."
-    table = Table("Per token, by position", headers, rows, f"distance-{run.name}", note)
-    return Section(f"Distance from the teacher: {run.name}", [table])
+    table = Table("Per token, by position", headers, rows, f"distance-{run.name}-{run.test_set}", note)
+    return Section(f"Distance from the teacher: {run.name}, {run.test_set}", [table])
 
 
 def training_table(trainings: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

@@ -31,7 +31,7 @@ def data_section(runs: Sequence[Run]) -> Section | None:
         )
         for name, report in parts.items():
             if isinstance(report, dict):
-                rows.append([f"{run.name} {name}".strip(), _data_name(run, name), _words(report)])
+                rows.append([f"{run.name} {name}".strip(), run.test_set or _data_name(run, name), _words(report)])
     if rows:
         blocks.append(Table("What was read", ["run", "data", "report"], _merged(rows), "data"))
     prompts: dict[str, list[str]] = {}

@@ -213,8 +213,7 @@ def _what(compared: Compared) -> list[str]:
         name: len({row["index"] for row in next(iter(scored.values()))}) for name, scored in compared.rows.items()
     }
     sets = ", ".join(f"{name} ({count} prompts)" for name, count in prompts.items())
-    found.append(f"{seeds} training seed{'s' * (seeds != 1)}, scored on {sets}" if compared.trained else
-                 f"scored on {compared.name}: {next(iter(prompts.values()))} prompts")  # fmt: skip
+    found.append(f"{f'{seeds} training seed' + 's' * (seeds != 1) + ', ' if compared.trained else ''}scored on {sets}")
     return found
 
 
