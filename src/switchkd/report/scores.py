@@ -75,7 +75,7 @@ def cards(compared: Compared) -> list[tuple[str, list[str]]]:
         value = _value(comparison, student, best)
         ends = "" if found is None else f" (95% interval {found.low:.1f} to {found.high:.1f})"
         won.append(f"{lead}{best}: {measure_title(comparison.measure)} {value:.1f}{ends}")
-        for other, role in _rivals(compared, ranked):
+        for other, role in _rivals(compared, name, student, ranked):
             difference = comparison.difference(student, best, other)
             if difference is None:
                 continue
@@ -105,7 +105,7 @@ def answer_section(compared: Compared, of: str = "") -> Section | None:
         if not prompts:
             continue
         best = ranked[0]
-        rival = next((label for label, _ in _rivals(compared, ranked)), None)
+        rival = next((label for label, _ in _rivals(compared, name, student, ranked)), None)
         labels = [label for label in rows if label in compared.stages] + ranked
         labels = labels if len(labels) <= MOST_ANSWERS else [best, *([rival] if rival else [])]
         for title, index in _chosen(rows, prompts, best, rival):
@@ -227,12 +227,14 @@ def _ranked(compared: Compared, comparison: Comparison, student: str) -> list[st
     return sorted(values, key=lambda label: values[label], reverse=comparison.measure not in TEACHER_MEASURES)
 
 
-def _rivals(compared: Compared, ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What the best run is measured against: the baseline, and the next best."""
-    others = ranked[1:]
-    if compared.baseline in others:
-        yield str(compared.baseline), "the baseline"
-    if others and others[0] != compared.baseline:
+def _rivals(compared: Compared, name: str, student: str, ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What the best run is measured against: its baseline, in a grid that of its cell, and the next best."""
+    best, others = ranked[0], ranked[1:]
+    own = [one.second for one in compared.findings if (one.test_set, one.student, one.first) == (name, student, best)]
+    baseline = own[0] if own else compared.baseline
+    if baseline in others:
+        yield str(baseline), "the baseline"
+    if others and others[0] != baseline:
         yield others[0], "the next best"
 
 
