@@ -27,7 +27,15 @@ from helpers.tiny import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 GUIDE = "docs/guide.md"
-DOCUMENTS = ("README.md", "docs/index.md", "docs/data.md", GUIDE, "docs/scale.md", "examples/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/index.md",
+    "docs/data.md",
+    GUIDE,
+    "docs/scale.md",
+    "docs/report.md",
+    "examples/README.md",
+)
 PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git", "accelerate")
 SHELLS = ("bash", "sh", "shell", "console")
 
@@ -86,6 +94,11 @@ RUN: dict[str, Run | Look] = {
     'switchkd rollout --model_name_or_path S --teacher_model_name_or_path T --prompt "Once upon a time"': Run(WRITE),
     "switchkd evaluate --model_name_or_path runs/mine --dataset_name test.jsonl --decoding_seeds 1,2,3": Run(SCORE),
     "switchkd compare --config examples/compare_demo.yaml": Run(COMPARE),
+    "switchkd report runs/compare": Run(),
+    "switchkd report runs/mine runs/diagnose --output_file both.html": Run(),
+    "switchkd rollout --model_name_or_path S --teacher_model_name_or_path T --dataset_name test.jsonl "
+    "--top_tokens 5 --html rollout.html --output_dir runs/rollout": Run(WRITE),
+    "switchkd report runs/compare runs/rollout": Run(),
     "switchkd diagnose --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl": Run(
         "--max_completion_length 8 --max_samples 4 --output_dir runs/diagnose"
     ),

@@ -17,14 +17,14 @@ LAYERS = (
         *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names", "data_options"),
         *("rollout", "divergences", "sampling"),
     ),
-    ("models", "policies", "cli"),
+    ("models", "policies", "cli", "page"),
     ("objective", "data", "methods"),
     ("engine",),
     ("evaluation",),
     ("training",),
     ("commands",),
     ("compare",),
-    ("demo",),
+    ("demo", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The package's own names, and `python -m`: not part of any layer.

@@ -48,7 +48,9 @@ def test_the_page_of_options_lists_every_field_of_a_training(options_page):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_page_of_options_lists_every_flag_of_a_command_once(options_page, command):
     shown = import_module(COMMANDS[command][0]).parser().full_help()
-    flags = set(re.findall(r"^  (?:-h, )?--(\w+)", shown, flags=re.MULTILINE)) - {"help"}
+    # Small letters: an option; capitals: what stands without a name.
+    flags = set(re.findall(r"^  (?:-h, )?(?:--([a-z]\w*)|([A-Z]+)\b)", shown, flags=re.MULTILINE))
+    flags = {option or place for option, place in flags} - {"help"}
     page = section(options_page, command)
     listed = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
     everywhere = re.findall(r"^\| `(\w+)` \|", options_page.partition("\n## ")[0], flags=re.MULTILINE)

@@ -57,7 +57,8 @@ def _table(rows: Iterable[str]) -> str:
 
 def _row(action: argparse.Action) -> str:
     help = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
-    name = action.option_strings[0].removeprefix("--")
+    # What stands without a name, such as folders of runs, is called by its placeholder.
+    name = action.option_strings[0].removeprefix("--") if action.option_strings else str(action.metavar)
     return f"| `{name}` | {_text(_value(action))} | {_default(action.default)} | {_text(help)} |"
 
 

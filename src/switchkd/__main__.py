@@ -23,6 +23,7 @@ COMMANDS = {
         "switchkd.compare.command",
         "train and score methods side by side, several seeds each, and say which differences are significant",
     ),
+    "report": ("switchkd.report.command", "make one HTML page from the folders of runs"),
 }
 
 

@@ -4,7 +4,7 @@ Legend for the whole package: B rows, P prompt length, C completion length, T = 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import accumulate, pairwise
 from typing import Any
@@ -151,6 +151,11 @@ class Rollout:
         """Share of the emitted tokens that the teacher wrote, in [0, 1]; nan for an empty rollout."""
         total = int(self.completion_mask.sum())
         return int((self.author == Author.TEACHER).sum()) / total if total else float("nan")
+
+    def first(self, count: int) -> "Rollout":
+        """Return the first rows, without teacher states; `stats` stay those of all rows."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "author", "divergence", "threshold")
+        return replace(self, **{name: getattr(self, name)[:count] for name in names}, teacher_hidden=None)
 
     def completions(self) -> list[list[int]]:
         """Return the ids of every completion without padding, the end of sequence included."""

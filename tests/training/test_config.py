@@ -127,6 +127,11 @@ def _evaluation_keys(trainer):
     return sorted(trainer.evaluate())
 
 
+def _logged_keys(trainer):
+    trainer.train()
+    return sorted(trainer.logged_completions[0])
+
+
 def _completion_lines(trainer):
     trainer.train()
     path = f"{trainer.args.output_dir}/completions.jsonl"
@@ -217,6 +222,7 @@ EFFECTS = {
     "disable_dropout": ((True, False), _weights, {"method": "kd"}),
     "log_completions": ((False, True), _completion_lines, {}),
     "num_completions_to_log": ((1, 3), _completion_lines, {"log_completions": True}),
+    "log_top_tokens": ((0, 2), _logged_keys, {"log_completions": True}),
     "teacher_model_name_or_path": (("{folder}/teacher", "{folder}/other"), _teacher_sum, {"method": "kd"}),
     "rollout_batch_size": ((1, 8), _student_rounds, {"per_device_train_batch_size": 8}),
     "model_init_kwargs": ((None, {"dtype": "bfloat16"}), _student_dtype, {"method": "kd"}),
@@ -340,6 +346,7 @@ def test_values_outside_their_range_are_refused_before_training(make_trainer, op
         ({"method": "kd", "top_p": 0.9}, "top_p=0.9 does nothing"),
         ({"method": "kd", "draft_length": "4"}, "draft_length=4 does nothing"),
         ({"method": "kd", "log_completions": True}, "log_completions=True does nothing"),
+        ({"log_top_tokens": 2}, "log_top_tokens=2 does nothing: log_completions is off"),
         ({"num_completions_to_log": 2}, "num_completions_to_log=2 does nothing: log_completions is off"),
         ({"method": "gkd", "draft_length": "4"}, "draft_length=4 does nothing: no teacher checks the rollouts"),
         (

@@ -532,6 +532,32 @@ def test_logged_completions_are_json_lines_of_new_rollouts_only(make_trainer, tm
         assert record["prompt"] in {row["prompt"] for row in RAGGED_ROWS}
 
 
+def test_logged_top_tokens_are_those_of_both_models_on_their_own_prompts(make_trainer):
+    """A teacher that reads another prompt is asked about that one; each distribution agrees with a plain pass."""
+    rows = [{**row, "teacher_prompt": f"! {row['prompt']}"} for row in RAGGED_ROWS[:4]]
+    trainer = make_trainer(
+        build_gpt2(),
+        build_gpt2(seed=1),
+        train_dataset=Dataset.from_list(rows),
+        max_steps=1,
+        logging_steps=1,
+        log_completions=True,
+        log_top_tokens=3,
+    )
+    trainer.train()
+    tokenizer = trainer.processing_class
+    for record in trainer.logged_completions:
+        prompts = {"student": record["prompt_ids"], "teacher": tokenizer(f"! {record['prompt']}")["input_ids"]}
+        for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+            ids = torch.tensor([prompts[name] + record["completion_ids"]])
+            with torch.no_grad():
+                probabilities = model.eval()(ids).logits[0, len(prompts[name]) - 1 : -1].softmax(-1)
+            for token, row in zip(record["top_tokens"], probabilities, strict=True):
+                best = row.topk(3)
+                assert [one["id"] for one in token[name]] == best.indices.tolist()
+                assert [one["probability"] for one in token[name]] == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
 # ---- ruin is never silent
 
 

@@ -73,17 +73,19 @@ class OptionsMixin(_Parser):
         #: What `resolve` left out, a line each.
         self.notes: list[str] = []
 
-    def add_shared_options(self, output_dir: str | None) -> None:
+    def add_shared_options(self, output_dir: str | None, *, overwrite: bool = True) -> None:
         """Add what every command takes.
 
         Args:
-            output_dir: Help of `--output_dir`, or None where the parser has that option already.
+            output_dir: Help of `--output_dir`, or None where the parser has that option already, or has none.
+            overwrite: Whether the command writes a folder that may hold another run.
         """
         group = self.add_argument_group("every command")
         group.add_argument("--config", metavar="FILE", help="YAML file with any of these options; flags win")
         if output_dir is not None:
             group.add_argument("--output_dir", metavar="DIR", help=output_dir)
-        group.add_argument("--overwrite_output_dir", **flag("replace the run that DIR holds"))
+        if overwrite:
+            group.add_argument("--overwrite_output_dir", **flag("replace the run that DIR holds"))
         group.add_argument("--json", **flag("end standard output with one compact JSON object"))
         group.add_argument("--verbose", **flag("show the messages of transformers and datasets too"))
 

@@ -1,6 +1,7 @@
 """`switchkd rollout`: write completions with the teacher in the loop and show who wrote what."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli.console import Console, quiet_libraries, rendered, terminal
@@ -62,6 +63,9 @@ def parser() -> OptionParser:
         "--top_tokens", type=int, default=0, metavar="K", help="also show both models' K likeliest tokens at each token"
     )
     output.add_argument(
+        "--html", metavar="FILE", help="also write a page with the writers marked, and with --top_tokens those tokens"
+    )
+    output.add_argument(
         "--color", default="auto", metavar="WHEN", help="auto (a terminal gets marks and colours), always or never"
     )
     result.add_shared_options("also write the rollouts, config and versions there; nothing is written without it")
@@ -110,7 +114,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             if folder is not None:
                 folder.append("rollouts.jsonl", [row])
     summary = {"policy": options.policy, "seed": options.seed, **_totals(rollouts)}
-    console.say(_last_line(summary))
+    said = _last_line(summary)
+    console.say(said)
+    if options.html is not None:
+        _write_page(rows, summary, said, Path(options.html).expanduser(), console)
     if folder is not None:
         folder.append("metrics.jsonl", [summary])
         folder.write_json("summary.json", summary)
@@ -131,6 +138,18 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f'draft_length must be "auto" or an integer >= 1, got {options.draft_length!r}')
     check_count("top_tokens", options.top_tokens, 0)
     check_policy_options(options)
+    if options.html is not None:
+        from switchkd.page.document import check_file
+
+        check_file(Path(options.html).expanduser())
+
+
+def _write_page(rows: list[dict[str, Any]], summary: dict[str, Any], said: str, path: Path, console: Console) -> None:
+    from switchkd.page.document import write
+    from switchkd.page.rollouts import rollouts_page
+
+    write(rollouts_page(rows, summary, said), path)
+    console.say(f"page: {path}")
 
 
 def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any, list[int]]:

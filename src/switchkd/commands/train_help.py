@@ -50,6 +50,7 @@ TASKS: dict[str, tuple[str, ...]] = {
         *("output_dir", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"),
         "allow_other_inputs",
         *("hub_model_id", "logging_steps", "report_to", "run_name", "log_completions", "num_completions_to_log"),
+        "log_top_tokens",
     ),
 }
 #: Options of one method that are no option of its policy.

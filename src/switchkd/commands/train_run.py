@@ -74,7 +74,8 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     before = 0.0 if checkpoint is not None else time.perf_counter() - started
     for name, report in trainer.prepare_reports.items():
         console.say(f"{name} data: {report}")
-    console.say(_first_prompt(trainer))
+    first_prompt = _first_prompt(trainer)
+    console.say(first_prompt)
     console.say(f"student: {_size(trainer.model)}")
     if trainer.teacher_model is not None:
         console.say(f"teacher: {_size(trainer.teacher_model)}")
@@ -102,7 +103,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         trainer.evaluate()
     config.push_to_hub = False  # saving would push as well, and lose the rest where that fails
     trainer.save_model()
-    summary = _summary(trainer, seconds)
+    summary = {**_summary(trainer, seconds), "first_prompt": first_prompt}
     folder.write_json("summary.json", summary)
     if text := _table(trainer, console):
         console.say(f"\n{text}")

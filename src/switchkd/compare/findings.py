@@ -80,6 +80,20 @@ class Comparison:
         scores = self._scores[measure][result["student"], result["run"], result["seed"]]
         return list(mean_with_interval(np.array([value for value, _ in scores.values()])).interval or (None, None))
 
+    def mean(self, student: str, label: str, bucket: str | None = None) -> Difference | None:
+        """Return a run's mean score with its 95% interval, as its difference from 0; None where there is none.
+
+        Args:
+            student: Name of the student.
+            label: Name of the run.
+            bucket: Answers of this length only.
+        """
+        by_seed = [self._scores[self.measure][student, label, one["seed"]] for one in self.of(student, label)]
+        scores = [[value for value, name in one.values() if bucket in (None, name)] for one in by_seed]
+        if not scores or len(scores[0]) < 2 or len({len(one) for one in scores}) > 1:
+            return None
+        return paired_difference(np.array(scores), np.zeros((len(scores), len(scores[0]))))
+
     def difference(self, student: str, first: str, second: str, bucket: str | None = None) -> Difference | None:
         """Return how far one run is ahead of another on the training seeds that both have, or None if there are none.
 

@@ -25,6 +25,7 @@ def top_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     excluded_ids: Sequence[int] = (),
+    teacher_prompts: Sequence[list[int]] | None = None,
 ) -> list[list[dict[str, Any]]]:
     """Return for every token of every completion what each model found likeliest there.
 
@@ -41,6 +42,7 @@ def top_tokens(
         top_k: See there.
         top_p: See there.
         excluded_ids: See there.
+        teacher_prompts: What the teacher read instead of the prompts, where it saw others.
 
     Returns:
         One list per completion with a dict per token: `student` and `teacher`, each a list of `{token, id,
@@ -50,10 +52,13 @@ def top_tokens(
     size = min(model_vocabulary_size(model) for model in readers.values())
     warping = Warping(temperature, top_k, top_p, size, tuple(excluded_ids))
     prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask.bool(), strict=True)]
+    given = {"student": prompts, "teacher": prompts if teacher_prompts is None else teacher_prompts}
     result = []
     with eval_mode(student, teacher):
-        for prompt, completion in zip(prompts, rollout.completions(), strict=True):
-            log_probs = {name: _read(model, prompt, completion, warping) for name, model in readers.items()}
+        for row, (prompt, completion) in enumerate(zip(prompts, rollout.completions(), strict=True)):
+            log_probs = {
+                name: _read(model, list(given[name][row]), completion, warping) for name, model in readers.items()
+            }
             likeliest = {
                 name: _likeliest(values, prompt + completion, len(prompt), tokenizer, count)
                 for name, values in log_probs.items()

@@ -188,6 +188,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         default=False,
         metadata={"help": "Go on from a checkpoint with other data or another teacher than it was trained with."},
     )
+    log_top_tokens: int = field(
+        default=0,
+        metadata={"help": "Also log both models' K likeliest tokens at each token of those rollouts; 0: off."},
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for the student, JSON on the command line."},
@@ -215,6 +219,7 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             "student_token_weight",
             "teacher_token_weight",
             "eval_rouge_l_samples",
+            "log_top_tokens",
             "clip_range",
             "replay_capacity",
         ):

@@ -314,6 +314,7 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "teacher_token_weight": (_steps_that_roll_out, _teacher_in_rollouts, _weights_by_author),
     "log_completions": (_steps_that_roll_out,),
     "num_completions_to_log": (_steps_that_roll_out, _logged_completions),
+    "log_top_tokens": (_steps_that_roll_out, _logged_completions),
     "ce_weight": (_dataset_steps,),
     "supervise": (_dataset_answers,),
     "replay_capacity": (_replay_store,),

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from switchkd.data.batches import Rows, dataset_batches, rollout_batches
 from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
+from switchkd.evaluation.top_tokens import top_tokens
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
 from switchkd.models.loading import is_quantized, with_adapter
@@ -165,7 +166,7 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         self.teacher_passes = 0
         self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
         self._share_watch = make_share_watch(self.plan)
-        self._unlogged_rollout: Rollout | None = None
+        self._unlogged_rollout: tuple[Rollout, list[list[int]] | None] | None = None
         self.logged_completions: list[dict[str, Any]] = []  # those of the last log, see log_completions
         self._training_since = time.perf_counter()
 
@@ -296,14 +297,15 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         self.teacher_passes += rollout.stats["teacher_passes"]
         if self._share_watch is not None and (warning := self._share_watch.add(rollout)):
             warnings.warn(warning, stacklevel=2)
-        self._unlogged_rollout = rollout
         self.text.observe_share(rollout, self._gathered if args.world_size > 1 else None)
         if rollout.teacher_hidden is not None:
             dtype = getattr(torch, args.teacher_hidden_dtype) if args.teacher_hidden_dtype else None
             place = "cpu" if args.offload_teacher_hidden else None
             rollout.teacher_hidden = rollout.teacher_hidden.to(device=place, dtype=dtype)
         teacher_prompts = None
-        if (others := rows.teacher_prompts()) is not None:
+        others = rows.teacher_prompts()
+        self._unlogged_rollout = rollout, others
+        if others is not None:
             teacher_prompts = Prompts.of(others, self.pad_token_id).to(rollout.completion_ids.device)
         batches = rollout_batches(rollout, sizes, teacher_prompts)
         rollout.teacher_hidden = None  # the micro-batches have it; what is kept for the log must not hold it
@@ -367,7 +369,28 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         self.logged_completions = []
         if self._unlogged_rollout is None or not self.is_world_process_zero():
             return
-        rows = self._unlogged_rollout.to_dicts(self.processing_class, self.eos_token_id)
+        rollout, teacher_prompts = self._unlogged_rollout
+        rollout = rollout.first(self.args.num_completions_to_log)
         self._unlogged_rollout = None
-        self.logged_completions = rows[: self.args.num_completions_to_log]
+        self.logged_completions = rollout.to_dicts(self.processing_class, self.eos_token_id)
+        if self.args.log_top_tokens:
+            for row, tokens in zip(self.logged_completions, self._top_tokens(rollout, teacher_prompts), strict=True):
+                row["top_tokens"] = tokens
         append_completions(Path(str(self.args.output_dir)), self.state.global_step, self.logged_completions)
+
+    def _top_tokens(self, rollout: Rollout, teacher_prompts: list[list[int]] | None) -> list[list[dict[str, Any]]]:
+        """What both models find likeliest, now: the student has learned from the rollout since it wrote it."""
+        args, excluded = self.args, self.step_loss.objective.excluded_ids
+        with self._teacher_at_hand() as teacher, self.accelerator.autocast():
+            return top_tokens(
+                self.accelerator.unwrap_model(self.model),
+                teacher,
+                rollout,
+                self.processing_class,
+                count=args.log_top_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                excluded_ids=excluded,
+                teacher_prompts=teacher_prompts,
+            )

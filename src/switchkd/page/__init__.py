@@ -1,0 +1,1 @@
+"""HTML for people: figures as inline SVG, rollouts with their writers marked, one file that needs nothing else."""

@@ -1,0 +1,1 @@
+"""`switchkd report`: runs, read from their folders, as one HTML page."""
