@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from switchkd.methods import METHODS
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import refuse_launch
 from switchkd.training.options import own_fields
+from switchkd.training.ranges import RANGES
 from switchkd.training.resolve import resolve, written_out
 from switchkd.training.trainer import SwitchTrainer
 
@@ -586,3 +588,18 @@ def test_config_survives_json(tmp_path):
     values = json.loads(config.to_json_string())
     assert values["skew"] == 0.2
     assert values["model_init_kwargs"] == {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -2.0, 1e24])
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_of_transformers_that_cannot_be_are_refused_at_the_door(name, value):
+    """`learning_rate nan` ended in a traceback, `max_grad_norm -1` in nothing at all."""
+    assert f"{name} must be a finite number >" in refusal(lambda: SwitchConfig(use_cpu=True, **{name: value}))
+
+
+def test_numbers_that_transformers_takes_are_taken(tmp_path):
+    taken = {"warmup_steps": 0.1, "max_grad_norm": 0.0, "logging_steps": 0.5, "adam_beta1": 0.0, "learning_rate": 0.0}
+    config = SwitchConfig(output_dir=str(tmp_path), use_cpu=True, save_total_limit=None, **taken)
+    assert {name: getattr(config, name) for name in taken} == taken
+    assert "adam_beta1 must be a finite number >= 0 and < 1, got 1.0" in refusal(lambda: SwitchConfig(adam_beta1=1.0))
+    assert "lr_scheduler_kwargs must be a JSON object" in refusal(lambda: SwitchConfig(lr_scheduler_kwargs="x"))

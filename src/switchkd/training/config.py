@@ -10,6 +10,7 @@ from switchkd.data_options import SUPERVISE, TEMPLATES, parse_columns
 from switchkd.errors import UserError, check_choice
 from switchkd.other_names import refuse_unknown
 from switchkd.training.options import DistillationOptions
+from switchkd.training.ranges import check_training_ranges
 
 #: Own fields that are dicts, and JSON on the command line.
 JSON_FIELDS = (
@@ -42,6 +43,7 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
     def __post_init__(self) -> None:
         for name in JSON_FIELDS:
             setattr(self, name, _read_json_object(name, getattr(self, name)))
+        check_training_ranges(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay False: the trainer needs the prepared columns")
