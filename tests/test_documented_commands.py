@@ -91,6 +91,12 @@ RUN: dict[str, Run | Look] = {
     "--columns prompt=query,completion=reply --output_dir runs/qa": Run(TRAIN),
     "switchkd train --model_name_or_path S --teacher_model_name_or_path T "
     "--dataset_mixture chats.jsonl=0.7 questions.csv=0.3 --output_dir runs/mixture": Run(f"{TRAIN} --template none"),
+    "switchkd prepare --source dolly --dataset_name dolly --output_dir data/dolly": Run(),
+    "switchkd train --model_name_or_path S --teacher_model_name_or_path T --dataset_name data/dolly "
+    "--dataset_test_split validation --eval_strategy epoch --output_dir runs/dolly": Run(f"{TRAIN} --template none"),
+    "switchkd evaluate --model_name_or_path runs/dolly --dataset_name data/dolly": Run(
+        f"{SCORE} --template none --decoding_seeds 1"
+    ),
     'zcat stories.txt.gz | awk \'BEGIN { RS = "<[|]endoftext[|]>" } { gsub(/[[:space:]]+/, " "); gsub(/^ | $/, ""); '
     'gsub(/[\\\\"]/, "") if (length($0) > 200) printf "{\\"prompt\\": \\"<s>%s\\"}\\n", substr($0, 1, 40) }\' '
     "> stories.jsonl": Run(),

@@ -15,6 +15,7 @@ LONGEST_FILE = 420
 LAYERS = (
     (
         *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names", "data_options"),
+        "sources",
         *("rollout", "divergences", "sampling"),
     ),
     ("models", "policies", "cli"),

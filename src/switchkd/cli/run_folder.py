@@ -35,6 +35,7 @@ REPORT_FILES = (
     "completions.jsonl",
     "summary.png",
     "diagnose.png",
+    "prepared.json",
 )
 MODEL_FILES = (
     "README.md",

@@ -69,6 +69,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = RunFolder(options.output_dir, "evaluate")
     folder.check(overwrite=options.overwrite_output_dir)
 
+    from switchkd.data.prepared import prepared_facts
+    from switchkd.data.protocol import PREPARED
     from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
     from switchkd.evaluation.losses import samples_the_model
     from switchkd.evaluation.scorers import load_scorer
@@ -133,7 +135,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         }
     summary["seconds"] = time.perf_counter() - started  # the passes over references and answers as well
     console.say("\n" + _tables(summary, console))
+    facts = prepared_facts([options.dataset_name])
     folder.claim({**vars(options), "decoding_seeds": seeds})
+    if facts:
+        folder.write_json(PREPARED, facts)
     folder.append("rows.jsonl", result.rows)
     folder.append(
         "metrics.jsonl", [{"seed": seed, "rouge_l": score} for seed, score in zip(seeds, result.scores, strict=True)]

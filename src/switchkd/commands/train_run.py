@@ -20,6 +20,8 @@ from switchkd.commands.pushing import check_hub, push
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, read_options
 from switchkd.data import load_records
 from switchkd.data.containers import Mixture, first_records
+from switchkd.data.prepared import prepared_facts
+from switchkd.data.protocol import PREPARED
 from switchkd.data_options import parse_mixture
 from switchkd.errors import UserError, UserErrors
 from switchkd.models.loading import load_tokenizer
@@ -70,7 +72,10 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     resolved = {**_resolved(run_args, trainer), "push_to_hub": pushes}
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
+    facts = prepared_facts(_data_names(run_args))
     folder.claim(resolved, keep=resumes)
+    if facts:
+        folder.write_json(PREPARED, facts)
     for name, report in trainer.prepare_reports.items():
         console.say(f"{name} data: {report}")
     console.say(_first_prompt(trainer))
@@ -111,6 +116,11 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if pushes and (failure := push(trainer)):
         raise UserErrors([failure], result)
     return result
+
+
+def _data_names(args: RunArguments) -> list[str | None]:
+    mixture = parse_mixture(args.dataset_mixture) if args.dataset_mixture is not None else {}
+    return [args.dataset_name, *mixture, args.eval_dataset_name]
 
 
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
