@@ -57,7 +57,10 @@ from switchkd.policies import StudentPolicy
 
 # A few thousand parameters stand for the student, most of a hundred thousand for the teacher.
 TEACHER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-STUDENT = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+STUDENTS = {
+    "two_layers": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "one_layer": {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
 COMMON_OPTIONS: dict[str, Any] = {
     "method": "sft",
     "per_device_train_batch_size": 32,
@@ -68,8 +71,10 @@ COMMON_OPTIONS: dict[str, Any] = {
     "use_cpu": True,
 }
 TEACHER_OPTIONS = {"max_steps": 700, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "adam_beta2": 0.95}
-# Stopped where the student answers a third of the walks without an error: 26-47% with seeds 0, 1, 2.
-WARM_START_OPTIONS = {"max_steps": 1000, "learning_rate": 5e-3, "lr_scheduler_type": "constant_with_warmup"}
+# Stopped where the student answers a third to a half of the walks without an error: with seeds 0, 1, 2 two layers
+# answer 51, 55 and 33%, one layer 30, 57 and 15%.
+WARM_START_STEPS = {"two_layers": 850, "one_layer": 1000}
+WARM_START_OPTIONS = {"learning_rate": 5e-3, "lr_scheduler_type": "constant_with_warmup"}
 EVALUATION_SEEDS = (10, 20, 30)
 FIGURES = ("whole", "correct_prefix", "first_error", "followed")
 WINDOW = 8  # steps that the teacher goes on
@@ -171,13 +176,14 @@ def goes_on(
     }
 
 
-def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
+def build(rho: float, output_dir: Path, seed: int, student: str = "two_layers") -> dict[str, Any]:
     """Make the data, the tokenizer, the teacher and a warm-started student, and measure the gate.
 
     Args:
         rho: Share of the places whose detour occurs in the teacher's data, in [0, 1].
         output_dir: Folder to write.
         seed: Seed of data, weights and sampling; the map is always the same.
+        student: One of `STUDENTS`.
 
     Returns:
         The content of `gate.json`.
@@ -200,7 +206,12 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
     trained: dict[str, Any] = {}
     for name, sizes, split, options in (
         ("teacher", TEACHER, "teacher", TEACHER_OPTIONS),
-        ("student_warm_start", STUDENT, "warm_start", WARM_START_OPTIONS),
+        (
+            "student_warm_start",
+            STUDENTS[student],
+            "warm_start",
+            {"max_steps": WARM_START_STEPS[student], **WARM_START_OPTIONS},
+        ),
     ):
         trained[name] = make_model(tokenizer, sizes, seed)
         print(f"{name}: {trained[name].num_parameters():,} parameters", flush=True)
@@ -216,7 +227,7 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
         )
         write_rows(result, output_dir / "answers" / name / "rows.jsonl")
         answers[name] = result.rows
-    student = score_rows(walk_map, answers["student_warm_start"])
+    alone = score_rows(walk_map, answers["student_warm_start"])
     teacher = score_rows(walk_map, answers["teacher"])
     go_on = {
         when: goes_on(
@@ -226,8 +237,8 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
     }
     clean, blind = go_on["before_error"]["followed"], go_on["after_error"]["followed"]
     holds = {
-        "student answers 20-60%": 20 <= student["whole"] <= 60,
-        "median first error at 15-50%": 15 <= student["first_error"] <= 50,
+        "student answers 20-60%": 20 <= alone["whole"] <= 60,
+        "median first error at 15-50%": 15 <= alone["first_error"] <= 50,
         "teacher answers > 95%": teacher["whole"] > 95,
         "teacher goes on before an error > 95%": clean > 95,
     }
@@ -241,7 +252,7 @@ def build(rho: float, output_dir: Path, seed: int) -> dict[str, Any]:
             "rho": rho,
             "seed": seed,
             "holds": holds,
-            "student": student,
+            "student": alone,
             "teacher": teacher,
             "teacher_goes_on": go_on,
             "seconds": time.perf_counter() - started,
@@ -288,6 +299,7 @@ def main() -> int:
     what.add_argument("--score", type=Path, nargs="+", metavar="DIR", help="score every rows.jsonl below these folders")
     parser.add_argument("--output_dir", type=Path, help="folder to write; with --rho")
     parser.add_argument("--seed", type=int, default=0, help="data, weights and sampling")
+    parser.add_argument("--student", choices=STUDENTS, default="two_layers", help="which student is warm-started")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on models this small a second one costs more waiting than it saves
     try:
@@ -298,7 +310,8 @@ def main() -> int:
                 table(rows, ["model", "whole [%]", "correct prefix [%]", "first error [%]", "followed [%]", *buckets])
             )
             return 0
-        gate = build(options.rho, options.output_dir or Path(f"runs/walk_{options.rho:g}"), options.seed)
+        folder = options.output_dir or Path(f"runs/walk_{options.rho:g}")
+        gate = build(options.rho, folder, options.seed, options.student)
     except UserError as error:
         print(f"partial_walk: error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,8 @@ HELP = {
     "template": "around instructions and prompts of text: auto (alpaca for instructions, none for prompts), none, "
     "alpaca, or chat (the tokenizer's)",
     "split_special_tokens": "special tokens that the data spell, such as </s>, are text; false: they are the tokens",
+    "chat_template_kwargs": 'JSON that the chat template reads, e.g. {"enable_thinking": false}',
+    "chat_template_path": "another chat template: a jinja file, or the folder or hub id of a tokenizer that has it",
     "supervise": "which turns of the assistant are trained on in steps on dataset answers: last or all",
 }
 

@@ -231,9 +231,17 @@ def test_scoring_a_folder_makes_one_line_of_the_seeds_of_a_run(splits, tmp_path)
 
 def test_the_example_distils_the_student_whose_gate_was_measured_with_the_lengths_of_the_walks():
     example = yaml.safe_load((ROOT / "examples" / "map_walk.yaml").read_text())
-    train = example["train"]
-    assert Path(train["model_name_or_path"]).name == "student_warm_start"
-    assert Path(train["teacher_model_name_or_path"]).parent == Path(train["model_name_or_path"]).parent
+    [options] = example["students"].values()
+    sizes = partial_walk.STUDENTS["two_layers"]
+    heads = sizes["num_attention_heads"]
+    same = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+    assert options["student_config"] == {**sizes, **same}
+    warm_start, steps = example["warm_start"], partial_walk.WARM_START_STEPS["two_layers"]
+    wanted = {"max_steps": steps, **partial_walk.WARM_START_OPTIONS}
+    assert {name: float(warm_start[name]) if name == "learning_rate" else warm_start[name] for name in wanted} == wanted
+    data = Path(example["train"]["dataset_name"]).parent
+    assert Path(warm_start["dataset_name"]) == data / "warm_start.jsonl"
+    assert Path(example["train"]["teacher_model_name_or_path"]).parent == data.parent
     for section in ("train", "evaluate"):
         for name in ("max_prompt_length", "max_completion_length"):
             assert example[section][name] == partial_walk.COMMON_OPTIONS[name], (section, name)

@@ -160,7 +160,7 @@ def test_top_tokens_are_shown_and_written(models: Path, tmp_path: Path, run: Run
         (["--max_completion_length", "500"], "exceed the student's context"),
         (["--temperature", "-1"], "temperature must be >= 0"),
         (["--draft_length", "-2"], "draft_length"),
-        (["--num_samples", "0"], "num_samples must be >= 1"),
+        (["--num_samples", "0"], "num_samples must be an integer >= 1"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--color", "maybe"], "color must be one of"),
         (["--prompt", ""], "the prompt is empty"),

@@ -172,7 +172,15 @@ def test_streaming_trains_and_evaluates_on_the_records_that_are_asked_for(run, m
     code, out, err = run(*options)
     assert code == 0 and "train data: 8 of 8 records kept" in out, err  # two steps of four rows
     scoring = ("evaluate", "--model_name_or_path", models / "student", "--dataset_name", models / "train.jsonl")
-    more = ("--seeds", 1, "--max_completion_length", 4, "--output_dir", tmp_path / "scores", "--dataset_streaming")
+    more = (
+        "--decoding_seeds",
+        1,
+        "--max_completion_length",
+        4,
+        "--output_dir",
+        tmp_path / "scores",
+        "--dataset_streaming",
+    )
     assert "dataset_streaming needs max_samples" in one_line_error(*run(*scoring, *more))
     code, out, err = run(*scoring, *more, "--max_samples", 2)
     assert code == 0 and "data: 2 of 2 records kept" in out, err
@@ -184,7 +192,7 @@ def test_every_command_that_reads_data_names_its_columns(run, models, tmp_path):
     data = ("--dataset_name", path, "--columns", "prompt=q,completion=a", "--max_samples", 2)
     short = ("--max_completion_length", 6)
     for command, options in {
-        "evaluate": ("--seeds", 1, "--output_dir", tmp_path / "evaluate"),
+        "evaluate": ("--decoding_seeds", 1, "--output_dir", tmp_path / "evaluate"),
         "calibrate": ("--tolerance", 0.9),
         "rollout": (),
         "diagnose": ("--output_dir", tmp_path / "diagnose", "--initial_threshold", 0.4, "--positions", "0,2"),

@@ -225,8 +225,10 @@ EFFECTS = {
 
 
 # Options whose effect needs more than two values is shown in test_step.py; those of a GPU are refused without one
-# and run with one there.
+# and run with one there. What is loaded is shown in test_loading_options.py.
 ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden"}
+ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "tokenizer_kwargs"}
+ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
 
 
 def test_every_option_of_the_project_has_a_stated_effect():
@@ -463,7 +465,7 @@ def test_a_method_without_a_teacher_does_not_load_the_one_that_is_named(make_tra
 
 def test_missing_or_doubled_models_are_refused(make_trainer):
     assert "method 'switch' needs a teacher; give teacher_model" in refusal(lambda: make_trainer(build_gpt2()))
-    assert "processing_class is needed" in refusal(
+    assert "give processing_class, the tokenizer" in refusal(
         lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), processing_class=None)
     )
     model = build_gpt2()

@@ -72,7 +72,9 @@ def test_references_that_rouge_cannot_see_are_said(tiny_tokenizer, texts, warns)
     )
     data = data.add_column("prompt", ["p"] * 3)
     found = said(
-        lambda: evaluate(build_gpt2(), tiny_tokenizer, data, seeds=[1], max_completion_length=2, progress=False)
+        lambda: evaluate(
+            build_gpt2(), tiny_tokenizer, data, decoding_seeds=[1], max_completion_length=2, progress=False
+        )
     )
     assert [one.partition(":")[0] for one in found] == ["2 of 3 references have no letter a-z and no digit"] * warns
 

@@ -1,6 +1,7 @@
 """Where text for people goes, and which messages of other libraries are shown."""
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -60,6 +61,8 @@ def quiet(console: Console) -> Iterator[None]:
 
     with warnings.catch_warnings():
         if not console.verbose:
+            # Where it is installed, peft imports it, and without a GPU it complains although nothing asked for it.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"switchkd\b")
         warnings.showwarning = show

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -125,6 +125,14 @@ class OptionsMixin(_Parser):
             if isinstance(action, argparse._AppendAction) and getattr(options, action.dest) is not None:
                 setattr(of_file, action.dest, None)
         return self._parse(flags, of_file)
+
+    def add_to(self, options: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+        """Return options that were resolved before, with the flags of `argv` over them.
+
+        Raises:
+            UserError: As `resolve`.
+        """
+        return self._parse(self._known_flags(argv), options)
 
     def _known_flags(self, argv: Sequence[str]) -> list[str]:
         """The arguments with `--top-k=5` as `--top_k=5`; unknown options that would change nothing are left out."""
@@ -262,6 +270,19 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f'{name} must be a JSON object, {{"name": value, ...}}, got {text}')
     return value
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Return options as one would type them; a name that does not exist is refused by the parser itself."""
+    tokens: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            tokens.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, list):
+            tokens += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            tokens.append(f"--{name}={value}")
+    return tokens
 
 
 def is_terminal(stream: Any) -> bool:

@@ -9,6 +9,14 @@ from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data
+from switchkd.commands.pair import (
+    add_pair_options,
+    add_sampling_options,
+    check_pair_options,
+    read_excluded_ids,
+    read_model,
+    read_tokenizer,
+)
 from switchkd.commands.policy_options import (
     OPTIONS,
     add_policy_choice,
@@ -36,9 +44,7 @@ def parser() -> OptionParser:
         "prompts. Use the student, the lengths and the sampling options that training will start with.",
     )
     inputs = result.add_argument_group("models and prompts")
-    inputs.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
-    inputs.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
-    inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    add_pair_options(inputs)
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id to take prompts from")
     inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
     add_data_options(inputs)
@@ -54,12 +60,7 @@ def parser() -> OptionParser:
     add_policy_choice(policy, f"{', '.join(WITH_THRESHOLD)}; or your own as module:Class")
     add_policy_options(policy, WITH_THRESHOLD)
     sampling = result.add_argument_group("sampling")
-    sampling.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
-    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
-    sampling.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
-    sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
-    sampling.add_argument("--batch_size", type=int, default=32, metavar="N", help="completions written at once")
+    add_sampling_options(sampling, max_completion_length=256, batch_size=32, at_once="completions written at once")
     result.add_shared_options("also write summary.json, config and versions there; nothing is written without it")
     return result
 
@@ -71,7 +72,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
     from switchkd.models.vocabulary import readable_pad_id, require_eos
     from switchkd.policies import ThresholdPolicy
     from switchkd.training.calibration import calibrate
@@ -83,11 +83,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"policy {options.policy!r} has no threshold to calibrate; take one of {', '.join(WITH_THRESHOLD)}, or a "
             "class of your own that is a switchkd.policies.ThresholdPolicy"
         )
-    tokenizer = load_tokenizer(options.model_name_or_path)
-    excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
-    kwargs, device = {"dtype": options.dtype}, default_device()
-    teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
-    student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
+    tokenizer = read_tokenizer(options)
+    excluded_ids = read_excluded_ids(options, tokenizer)
+    teacher, student = read_model(options, "teacher"), read_model(options)
     data, report = prepare_data(
         options,
         options.dataset_train_split,
@@ -127,19 +125,13 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, meaning in (
-        ("model_name_or_path", "the student"),
-        ("teacher_model_name_or_path", "the teacher"),
-        ("dataset_name", "the data to take prompts from"),
-    ):
-        if getattr(options, name) is None:
-            raise UserError(f"give --{name}, {meaning}")
+    check_pair_options(
+        options,
+        model_name_or_path="the student",
+        teacher_model_name_or_path="the teacher",
+        dataset_name="the data to take prompts from",
+    )
     check_data_options(options)
-    for name in ("max_samples", "max_prompt_length", "max_completion_length", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
-    if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
     check_policy_options(options)
 
 

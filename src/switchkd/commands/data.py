@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from switchkd.cli.options import flag
+from switchkd.cli.options import flag, json_object
 from switchkd.data_options import HELP, TEMPLATES, parse_columns
 from switchkd.errors import UserError, check_choice
 
@@ -20,6 +20,8 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset_streaming", **flag("read only the records that max_samples asks for"))
     group.add_argument("--columns", metavar="NAME=COLUMN,...", help=HELP["columns"])
     group.add_argument("--template", default="auto", metavar="NAME", help=HELP["template"])
+    group.add_argument("--chat_template_path", metavar="NAME", help=HELP["chat_template_path"])
+    group.add_argument("--chat_template_kwargs", metavar="JSON", help=HELP["chat_template_kwargs"])
     group.add_argument("--split_special_tokens", **flag(HELP["split_special_tokens"], default=True))
 
 
@@ -30,9 +32,20 @@ def check_data_options(options: argparse.Namespace) -> None:
         UserError: Names the option.
     """
     parse_columns(options.columns)
+    template_kwargs(options)
     check_choice("template", options.template, TEMPLATES)
     if options.dataset_streaming and options.max_samples is None:
         raise UserError("dataset_streaming needs max_samples: the number of records to take")
+
+
+def template_kwargs(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what `--chat_template_kwargs` gives, None where it gives nothing.
+
+    Raises:
+        UserError: It is no JSON object.
+    """
+    text = options.chat_template_kwargs
+    return None if text is None else json_object("chat_template_kwargs", text)
 
 
 def load_data(options: argparse.Namespace, split: str) -> "Dataset":
@@ -79,6 +92,7 @@ def prepare_data(
         tokenizer,
         columns=options.columns,
         template=options.template,
+        chat_template_kwargs=template_kwargs(options),
         split_special_tokens=options.split_special_tokens,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,

@@ -7,8 +7,16 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser, integers
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data
+from switchkd.commands.pair import (
+    add_pair_options,
+    add_sampling_options,
+    check_pair_options,
+    read_excluded_ids,
+    read_model,
+    read_tokenizer,
+)
 from switchkd.commands.policy_options import OPTIONS
-from switchkd.errors import UserError, check_range, check_warping
+from switchkd.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from switchkd.policies import SwitchPolicy
@@ -28,9 +36,7 @@ def parser() -> OptionParser:
         "whose text to train on. Use the student, the lengths and the sampling options that training will start with.",
     )
     inputs = result.add_argument_group("models and data")
-    inputs.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
-    inputs.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
-    inputs.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    add_pair_options(inputs)
     inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
     inputs.add_argument("--dataset_train_split", default="train", metavar="SPLIT", help="split to use")
     add_data_options(inputs)
@@ -70,12 +76,7 @@ def parser() -> OptionParser:
         help = option.help_text("max_completion_length") if name != "initial_threshold" else "threshold, not calibrated"
         policy.add_argument(f"--{name}", type=option.kind, metavar=option.metavar, help=help)
     sampling = result.add_argument_group("sampling")
-    sampling.add_argument("--max_completion_length", type=int, default=256, metavar="N", help="length limit, tokens")
-    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
-    sampling.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
-    sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
-    sampling.add_argument("--batch_size", type=int, default=32, metavar="N", help="texts read or written at once")
+    add_sampling_options(sampling, max_completion_length=256, batch_size=32, at_once="texts read or written at once")
     result.add_shared_options("where to write (default: the first free one of runs/diagnose, runs/diagnose-2, ...)")
     return result
 
@@ -91,7 +92,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.evaluation.diagnosis import diagnose
     from switchkd.evaluation.guidance import Pair, Quality, positions_below, require_answers
     from switchkd.evaluation.scorers import load_scorer
-    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
     from switchkd.policies import SwitchPolicy
 
     quiet_libraries(options.verbose)
@@ -99,8 +99,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     given = {name: value for name, value in flags.items() if value is not None}
     policy = SwitchPolicy(**({"horizon": options.max_completion_length} | given))
     scorer = load_scorer(options.scorer) if options.scorer is not None else None
-    tokenizer = load_tokenizer(options.model_name_or_path)
-    excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
+    tokenizer = read_tokenizer(options)
+    excluded_ids = read_excluded_ids(options, tokenizer)
     data, found = prepare_data(
         options,
         options.dataset_train_split,
@@ -110,9 +110,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     console.progress(f"data: {found}")
     require_answers(data)
-    kwargs, device = {"dtype": options.dtype}, default_device()
-    teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(device)
-    student = load_model(options.model_name_or_path, kwargs, role="student").to(device)
+    teacher, student = read_model(options, "teacher"), read_model(options)
     pair = Pair(
         student,
         teacher,
@@ -170,23 +168,16 @@ def _calibrated(pair: Any, policy: "SwitchPolicy", share: float, console: Consol
 
 def _check(options: argparse.Namespace) -> list[int] | None:
     """Refuse options out of range, and return the positions where they are given."""
-    for name, meaning in (
-        ("model_name_or_path", "the student"),
-        ("teacher_model_name_or_path", "the teacher"),
-        ("dataset_name", "prompts and answers"),
-    ):
-        if getattr(options, name) is None:
-            raise UserError(f"give --{name}, {meaning}")
+    check_pair_options(
+        options,
+        model_name_or_path="the student",
+        teacher_model_name_or_path="the teacher",
+        dataset_name="prompts and answers",
+    )
     check_data_options(options)
-    for name in ("max_samples", "max_prompt_length", "max_completion_length", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
-    if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"dtype must be one of auto, float32, bfloat16, float16, got {options.dtype!r}")
     check_range("harm_probability", options.harm_probability, 0.0, 1.0)
     if not 0.0 < options.target_teacher_share < 1.0:
         raise UserError(f"target_teacher_share must lie in (0, 1), got {options.target_teacher_share}")
-    check_warping(options.temperature, options.top_k, options.top_p)
     positions = integers(options.positions, "positions")
     if positions is not None:
         inside = [0 <= position < options.max_completion_length for position in positions]

@@ -7,7 +7,15 @@ from switchkd.cli.console import Console, quiet_libraries, rendered, terminal
 from switchkd.cli.options import OptionParser
 from switchkd.cli.rollouts import legend, rollout_block, rollout_text, tokens_block, tokens_text
 from switchkd.cli.run_folder import RunFolder
-from switchkd.commands.data import add_data_options, check_data_options, prepare_data
+from switchkd.commands.data import add_data_options, check_data_options, prepare_data, template_kwargs
+from switchkd.commands.pair import (
+    add_pair_options,
+    add_sampling_options,
+    check_pair_options,
+    read_excluded_ids,
+    read_model,
+    read_tokenizer,
+)
 from switchkd.commands.policy_options import (
     NAMES,
     add_policy_choice,
@@ -15,7 +23,7 @@ from switchkd.commands.policy_options import (
     check_policy_options,
     make_policy,
 )
-from switchkd.errors import UserError, check_count
+from switchkd.errors import UserError, check_choice, check_count
 
 if TYPE_CHECKING:
     from switchkd.policies import Policy
@@ -31,9 +39,7 @@ def parser() -> OptionParser:
         "[brackets] where the output is not a terminal.",
     )
     models = result.add_argument_group("models")
-    models.add_argument("--model_name_or_path", metavar="STUDENT", help="student: folder or hub id")
-    models.add_argument("--teacher_model_name_or_path", metavar="TEACHER", help="teacher: folder or hub id")
-    models.add_argument("--dtype", default="auto", help="weights: auto (as saved), float32, bfloat16 or float16")
+    add_pair_options(models)
     prompts = result.add_argument_group("prompts")
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt, in quotes; may be given several times"
@@ -47,15 +53,10 @@ def parser() -> OptionParser:
     add_policy_choice(policy, f"{', '.join(NAMES)}; or your own as module:Class")
     add_policy_options(policy)
     sampling = result.add_argument_group("sampling")
-    sampling.add_argument("--max_completion_length", type=int, default=128, metavar="N", help="length limit, tokens")
-    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of both models; 0 is greedy")
-    sampling.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
-    sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    add_sampling_options(sampling, max_completion_length=128, batch_size=8, at_once="completions written at once")
     sampling.add_argument(
         "--draft_length", default="auto", metavar="N", help="tokens drafted per teacher pass, or auto"
     )
-    sampling.add_argument("--batch_size", type=int, default=8, metavar="N", help="completions written at once")
     output = result.add_argument_group("output")
     output.add_argument(
         "--top_tokens", type=int, default=0, metavar="K", help="also show both models' K likeliest tokens at each token"
@@ -118,20 +119,14 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    choices = {"color": ["auto", "always", "never"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
-    for name, valid in choices.items():
-        if getattr(options, name) not in valid:
-            raise UserError(f"{name} must be one of {', '.join(valid)}, got {getattr(options, name)!r}")
-    if options.model_name_or_path is None:
-        raise UserError("give --model_name_or_path, the student")
+    check_choice("color", options.color, ("auto", "always", "never"))
+    check_pair_options(options, model_name_or_path="the student")
     if options.teacher_model_name_or_path is None and options.policy in NAMES and options.policy != "student":
         raise UserError(f"policy {options.policy} needs --teacher_model_name_or_path; or use --policy student")
     if (options.prompt is None) == (options.dataset_name is None):
         raise UserError("give either --prompt or --dataset_name")
     check_data_options(options)
-    for name in ("max_samples", "num_samples", "max_completion_length", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be >= 1, got {getattr(options, name)}")
+    check_count("num_samples", options.num_samples, 1)
     if options.draft_length != "auto" and not options.draft_length.isdecimal():
         raise UserError(f'draft_length must be "auto" or an integer >= 1, got {options.draft_length!r}')
     check_count("top_tokens", options.top_tokens, 0)
@@ -139,23 +134,23 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace, policy: "Policy") -> tuple[Any, Any, Any, list[int]]:
-    from switchkd.models.loading import default_device, excluded_with, load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(options.model_name_or_path)
-    kwargs = {"dtype": options.dtype}
+    tokenizer = read_tokenizer(options)
     teacher, excluded_ids = None, []
     if policy.needs_teacher:
-        excluded_ids = excluded_with(tokenizer, options.teacher_model_name_or_path)
-        teacher = load_model(options.teacher_model_name_or_path, kwargs, role="teacher").to(default_device())
-    student = load_model(options.model_name_or_path, kwargs, role="student").to(default_device())
-    return student, teacher, tokenizer, excluded_ids
+        excluded_ids = read_excluded_ids(options, tokenizer)
+        teacher = read_model(options, "teacher")
+    return read_model(options), teacher, tokenizer, excluded_ids
 
 
 def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -> list[list[int]]:
     from switchkd.data import encode_prompt
 
     if options.prompt is not None:
-        reading = {"template": options.template, "split_special_tokens": options.split_special_tokens}
+        reading = {
+            "template": options.template,
+            "split_special_tokens": options.split_special_tokens,
+            "chat_template_kwargs": template_kwargs(options),
+        }
         return [encode_prompt(text, tokenizer, **reading) for text in options.prompt]
     data, report = prepare_data(options, options.dataset_train_split, tokenizer, answers=False)
     console.progress(f"prompts: {report}")

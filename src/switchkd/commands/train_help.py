@@ -11,13 +11,16 @@ from switchkd.policy_options import POLICY_OPTIONS
 TASKS: dict[str, tuple[str, ...]] = {
     "models": (
         *("model_name_or_path", "teacher_model_name_or_path", "tokenizer_name_or_path"),
-        *("student_config", "student_layers", "model_init_kwargs", "teacher_model_init_kwargs"),
+        *("student_config", "student_layers", "dtype", "attn_implementation", "model_revision"),
+        *("teacher_model_revision", "trust_remote_code", "model_init_kwargs", "teacher_model_init_kwargs"),
+        *("tokenizer_kwargs", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
     ),
     "data": (
-        *("dataset_name", "dataset_train_split", "max_train_samples", "max_prompt_length", "max_completion_length"),
-        "lm_dataset_name",
+        *("dataset_name", "dataset_mixture", "dataset_config", "dataset_streaming", "dataset_train_split"),
+        *("columns", "template", "supervise", "chat_template_path", "chat_template_kwargs", "split_special_tokens"),
+        *("max_train_samples", "max_prompt_length", "max_completion_length", "lm_dataset_name"),
     ),
-    "method": ("method",),
+    "method": ("method", "policy", "policy_kwargs"),
     "rollouts": (
         *("on_policy_fraction", "target_teacher_share", "temperature", "top_k", "top_p", "truncation_start"),
         *("truncation_warmup", "draft_length", "rollout_batch_size"),
@@ -31,7 +34,10 @@ TASKS: dict[str, tuple[str, ...]] = {
         *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"),
         *("disable_dropout", "seed"),
     ),
-    "LoRA": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "LoRA": (
+        *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+        "use_rslora",
+    ),
     "speed and memory": (
         *("bf16", "fp16", "gradient_checkpointing", "use_cpu", "dataloader_num_workers", "deepspeed"),
         *("reuse_teacher_hidden", "teacher_hidden_dtype", "offload_teacher_hidden", "offload_teacher"),

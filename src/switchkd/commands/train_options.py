@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from switchkd.cli.options import OptionsMixin, json_object, truth
+from switchkd.commands.pair import DTYPES
 from switchkd.commands.train_help import arrange
 from switchkd.commands.training_arguments import UNREAD, training_arguments
 from switchkd.data_options import parse_mixture
-from switchkd.errors import UserError
+from switchkd.errors import UserError, check_choice
 from switchkd.methods import get_method
 from switchkd.training.options import DistillationOptions, own_fields
 
@@ -36,6 +37,25 @@ class RunArguments:
         default=None,
         metadata={"help": "Tokenizer: folder or hub id. Default: that of the student, or else of the teacher."},
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the student on the hub."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of both models: auto (as saved), float32, bfloat16 or float16. Default: float32 for the "
+            "student, the teacher as saved."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of both models, e.g. sdpa, eager or flash_attention_2."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the student in 4 bits and train an adapter of it (QLoRA)."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same in 8 bits."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Kind of the 4 bits: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
     student_config: str | None = field(
         default=None,
         metadata={
@@ -74,6 +94,10 @@ class RunArguments:
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter. Default 16."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Default 32."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapter. Default 0.05."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the adapter by lora_alpha over the root of r."})
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that train in full beside the adapter, e.g. lm_head."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter, or all-linear. Default: that of peft."}
     )
@@ -172,9 +196,23 @@ def _check(args: RunArguments, teacher: str | None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
-    for name in (*LORA_DEFAULTS, "lora_target_modules"):
-        if not args.use_peft and getattr(args, name) is not None:
+    for name in (*LORA_DEFAULTS, "lora_target_modules", "lora_modules_to_save", "use_rslora"):
+        if not args.use_peft and getattr(args, name) not in (None, False):
             raise UserError(f"{name} does nothing without use_peft; add --use_peft or remove it")
+    check_choice("dtype", args.dtype or "auto", DTYPES)
+    _check_quantization(args)
+
+
+def _check_quantization(args: RunArguments) -> None:
+    check_choice("bnb_4bit_quant_type", args.bnb_4bit_quant_type, ("nf4", "fp4"))
+    for name, other in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
+        if getattr(args, name) != other and not args.load_in_4bit:
+            raise UserError(f"{name} does nothing without load_in_4bit; add --load_in_4bit or remove it")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(args, name) and not args.use_peft:
+            raise UserError(f"{name} trains an adapter only; add --use_peft")
+        if getattr(args, name) and (args.student_config is not None or args.student_layers is not None):
+            raise UserError(f"{name} needs a student that is loaded, by --model_name_or_path alone")
 
 
 def _check_data(args: RunArguments) -> None:

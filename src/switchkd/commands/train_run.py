@@ -8,29 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
-from torch import nn
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from switchkd.cli.console import Console, quiet_libraries
-from switchkd.cli.options import integers, json_object
 from switchkd.cli.run_folder import RunFolder, plain, read_config, without_secrets
 from switchkd.commands.progress import RunCallback
 from switchkd.commands.pushing import check_hub, push
-from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments, read_options
+from switchkd.commands.train_inputs import load_datasets, lora_config, make_student, set_init_kwargs
+from switchkd.commands.train_options import RunArguments, read_options
 from switchkd.data import load_records
-from switchkd.data.containers import Mixture, first_records
 from switchkd.data.prepared import prepared_facts
 from switchkd.data.protocol import PREPARED
 from switchkd.data_options import parse_mixture
 from switchkd.errors import UserError, UserErrors
-from switchkd.models.loading import load_tokenizer
-from switchkd.models.untrained import student_from_config, student_from_layers
+from switchkd.models.loading import load_tokenizer, quantization
 from switchkd.rollout import label_of, unit_of
 from switchkd.training.card import Origin, changed_options, typed
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
 from switchkd.training.resolve import written_out
+from switchkd.training.setup import tokenizer_place
 from switchkd.training.trainer import SwitchTrainer
 
 # A resumed run may change these: its length, what it logs and saves, and how fast it reads.
@@ -51,6 +49,7 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = RunFolder(options.output_dir, "train")
     options.output_dir = str(folder.path)
     run_args, config = read_options(options)
+    set_init_kwargs(run_args, config)
     checkpoint = _checkpoint(config.resume_from_checkpoint, folder)
     if checkpoint is not None and options.overwrite_output_dir:
         raise UserError("resume_from_checkpoint and overwrite_output_dir exclude each other; remove one")
@@ -125,10 +124,19 @@ def _data_names(args: RunArguments) -> list[str | None]:
 
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:
     source = args.model_name_or_path or config.teacher_model_name_or_path
-    tokenizer = load_tokenizer(str(args.tokenizer_name_or_path or source))
+    tokenizer = load_tokenizer(
+        str(args.tokenizer_name_or_path or source),
+        init_kwargs=tokenizer_place(config, "student"),
+        template=config.chat_template_path,
+    )
     train, evaluation = load_datasets(args, config)
-    student = _student(args, config, source, tokenizer)
-    peft_config = _peft_config(args) if args.use_peft else None
+    student = make_student(args, config, source, tokenizer)
+    quantization_config = quantization(
+        in_4bit=args.load_in_4bit,
+        in_8bit=args.load_in_8bit,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+    )
     folder.make()  # the Trainer would, with a traceback where it cannot
     try:
         return SwitchTrainer(
@@ -137,7 +145,8 @@ def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> Swi
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            peft_config=peft_config,
+            peft_config=lora_config(args) if args.use_peft else None,
+            quantization_config=quantization_config,
             lm_dataset=load_records(args.lm_dataset_name) if args.lm_dataset_name is not None else None,
         )
     except UserError:
@@ -145,50 +154,6 @@ def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> Swi
     except (ValueError, HfHubHTTPError) as error:
         # transformers, accelerate and peft refuse options with a ValueError; --verbose shows where.
         raise UserError(str(error)) from error
-
-
-def _student(args: RunArguments, config: SwitchConfig, source: str | None, tokenizer: Any) -> nn.Module | str:
-    kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else None
-    if args.student_config is not None:
-        overrides = json_object("student_config", args.student_config)
-        return student_from_config(overrides, base=source, tokenizer=tokenizer, seed=config.seed, init_kwargs=kwargs)
-    if args.student_layers is not None:
-        return student_from_layers(str(source), integers(args.student_layers, "student_layers") or [], kwargs)
-    return str(args.model_name_or_path)
-
-
-def load_datasets(args: RunArguments, config: SwitchConfig) -> tuple[Any, Any]:
-    """Return training and evaluation records; None where there is nothing to evaluate on.
-
-    Raises:
-        UserError: A data set cannot be found or read, or the evaluation has none.
-    """
-    if args.dataset_streaming and args.max_train_samples is None and config.max_steps <= 0:
-        raise UserError("dataset_streaming needs max_train_samples or max_steps: the number of records to take")
-    train: Any
-    if args.dataset_mixture is not None:
-        weights = parse_mixture(args.dataset_mixture)
-        train = Mixture({name: _train_records(name, args) for name in weights}, weights)
-    else:
-        train = _train_records(str(args.dataset_name), args)
-    if args.eval_dataset_name is None and args.dataset_test_split is None:
-        if config.eval_strategy != "no":
-            strategy = IntervalStrategy(config.eval_strategy).value
-            raise UserError(f"eval_strategy={strategy} needs --eval_dataset_name or --dataset_test_split")
-        return train, None
-    name = args.eval_dataset_name or str(args.dataset_name)
-    if args.eval_dataset_name is None and Path(name).expanduser().is_file():
-        raise UserError(f"{name} is a file, which has only one split; give --eval_dataset_name")
-    configuration = args.dataset_config if args.eval_dataset_name is None else None
-    records = load_records(name, split=args.dataset_test_split or "test", configuration=configuration)
-    return train, first_records(records, args.max_eval_samples)
-
-
-def _train_records(name: str, args: RunArguments) -> Any:
-    records = load_records(
-        name, split=args.dataset_train_split, configuration=args.dataset_config, streaming=args.dataset_streaming
-    )
-    return first_records(records, args.max_train_samples)
 
 
 def _first_prompt(trainer: SwitchTrainer) -> str:
@@ -202,24 +167,6 @@ def _first_prompt(trainer: SwitchTrainer) -> str:
         text = f"{text[:half]} ... {text[-half:]}"
     special = sum(token in tokenizer.all_special_ids for token in row["prompt_ids"])
     return f"first prompt, {len(row['prompt_ids'])} tokens ({special} special): {text}"
-
-
-def _peft_config(args: RunArguments) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("use_peft needs the peft package: pip install 'switchkd[peft]'") from None
-    given = {
-        name: getattr(args, name) if getattr(args, name) is not None else LORA_DEFAULTS[name] for name in LORA_DEFAULTS
-    }
-    modules: Any = args.lora_target_modules
-    return LoraConfig(
-        r=given["lora_r"],
-        lora_alpha=given["lora_alpha"],
-        lora_dropout=given["lora_dropout"],
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _origin(args: RunArguments, config: SwitchConfig) -> Origin:

@@ -17,9 +17,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser, flag, integers
-from switchkd.cli.run_folder import RunFolder
+from switchkd.cli.run_folder import RunFolder, folder_name
 from switchkd.compare.checks import check
-from switchkd.compare.grid import all_runs, axes_of, folder_name
+from switchkd.compare.grid import all_runs, axes_of
 from switchkd.compare.pairs import partners
 from switchkd.compare.plan import plan
 from switchkd.compare.tasks import MEASURES, TEACHER_MEASURES, WARM_START, Task, execute, trim

@@ -91,6 +91,7 @@ class Chat:
         tools: JSON schemas that the template shows.
         tokens: Finds the tokenizer's special tokens, None if it has none.
         split: Special tokens are only text in what the user wrote.
+        options: What the template reads besides messages and tools, e.g. `enable_thinking`.
     """
 
     messages: Messages
@@ -99,6 +100,7 @@ class Chat:
     tools: list[dict[str, Any]] | None = None
     tokens: re.Pattern[str] | None = None
     split: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
     _marks: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,7 +136,7 @@ class Chat:
             count: How many messages.
             waits: Whether the assistant is to speak next.
         """
-        options = {} if self.tools is None else {"tools": self.tools}
+        options = {**self.options, **({} if self.tools is None else {"tools": self.tools})}
         try:
             rendered: str = self.tokenizer.apply_chat_template(
                 self.messages[:count], tokenize=False, add_generation_prompt=waits, **options

@@ -69,6 +69,7 @@ def prepare(
     template: str = "auto",
     supervise: str = "last",
     split_special_tokens: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     plain_text: bool = False,
 ) -> tuple[Dataset, PrepareReport]:
     """Return the records as token ids, and the counts of what was dropped and cut.
@@ -88,6 +89,7 @@ def prepare(
         supervise: `last`, the last answer of a chat, or `all`, every turn of the assistant.
         split_special_tokens: Special tokens that records spell, such as `</s>`, are read as text; otherwise as the
             tokens. Those that a chat template writes are always tokens.
+        chat_template_kwargs: What the chat template reads besides the messages, e.g. `{"enable_thinking": False}`.
         plain_text: Whether a column `text` may be read: answers without a prompt, which nobody can continue.
 
     Returns:
@@ -116,7 +118,8 @@ def prepare(
     if len(records) == 0:
         raise UserError("the data set holds no records: check the file and the split")
     tokens = special_tokens(tokenizer)
-    reader = Reader(tokenizer, chosen.names, chosen.sources, template, supervise, tokens, split_special_tokens)
+    options = chat_template_kwargs or {}
+    reader = Reader(tokenizer, chosen.names, chosen.sources, template, supervise, tokens, split_special_tokens, options)
     lengths: list[int] = []
     spelled: list[str] = []
     tables, cut, row = [], 0, 0
@@ -179,7 +182,12 @@ def _warn(lengths: list[int], limit: int, spelled: list[str]) -> None:
 
 
 def encode_prompt(
-    prompt: str | Messages, tokenizer: Any, *, template: str = "auto", split_special_tokens: bool = True
+    prompt: str | Messages,
+    tokenizer: Any,
+    *,
+    template: str = "auto",
+    split_special_tokens: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of one prompt, exactly as `prepare` makes them: no other code makes prompt ids.
 
@@ -192,10 +200,12 @@ def encode_prompt(
         tokenizer: A Hugging Face tokenizer.
         template: As `prepare` takes it.
         split_special_tokens: Likewise.
+        chat_template_kwargs: Likewise.
 
     Raises:
         UserError: The prompt is empty, or it is a chat and the tokenizer has no chat template.
     """
     where, tokens = "this prompt", special_tokens(tokenizer)
-    reader = Reader(tokenizer, ("prompt",), {}, template, "last", tokens, split_special_tokens)
+    options = chat_template_kwargs or {}
+    reader = Reader(tokenizer, ("prompt",), {}, template, "last", tokens, split_special_tokens, options)
     return encode_prompts([reader.prompt_of({"prompt": prompt}, "prompt", where)], tokenizer, [where])[0]

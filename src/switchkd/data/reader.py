@@ -64,6 +64,7 @@ class Reader:
         supervise: Likewise.
         tokens: Finds the tokenizer's special tokens, None if it has none.
         split: Special tokens that a record spells are only text.
+        template_options: What the chat template reads besides messages and tools.
     """
 
     tokenizer: Any
@@ -73,6 +74,7 @@ class Reader:
     supervise: str
     tokens: re.Pattern[str] | None
     split: bool
+    template_options: Mapping[str, Any]
 
     @property
     def reads_answers(self) -> bool:
@@ -179,7 +181,7 @@ class Reader:
 
     def _chat(self, messages: Messages, record: dict[str, Any], where: str) -> Chat:
         tools = as_tools(record.get("tools"), where)
-        return Chat(messages, self.tokenizer, where, tools, self.tokens, self.split)
+        return Chat(messages, self.tokenizer, where, tools, self.tokens, self.split, self.template_options)
 
     def prompt_ids(self, examples: list[Example], places: list[str]) -> list[list[int]]:
         """Return the ids of each prompt; those of plain text have only the token that begins a text."""

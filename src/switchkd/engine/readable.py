@@ -204,7 +204,8 @@ def _is_half(model: Any) -> bool:
     half = model.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
     # Products of TF32 keep ten bits, as float16 does.
     tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return half or tf32 or torch.is_autocast_enabled(device)
+    in_8bit = bool(getattr(model, "is_loaded_in_8bit", False))  # inputs of every layer are rounded to 8 bits, too
+    return half or tf32 or in_8bit or torch.is_autocast_enabled(device)
 
 
 def _rows_differ(model: Any, length: int, reader: RowReader) -> str | None:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_peft_available
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available, is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.errors import UserError
@@ -46,7 +46,8 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
         UserError: The model cannot be found or read, or its file lacks a tensor, holds one that the model has not, or
             one of another shape: transformers would put random weights in its place.
     """
-    init_kwargs = init_kwargs or {}
+    # Said explicitly: where nothing is said, transformers asks on a terminal whether to run the code.
+    init_kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
     path = local_folder(name_or_path, role)
     source = str(path or name_or_path)
     # Where an adapter's files are looked for, as for those of a model.
@@ -75,46 +76,123 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
     return model
 
 
-def load_tokenizer(name_or_path: str, *, role: str = "tokenizer") -> Any:
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    role: str = "tokenizer",
+    init_kwargs: dict[str, Any] | None = None,
+    template: str | None = None,
+) -> Any:
     """Return the tokenizer saved with a model; its padding token is the EOS token where it has none.
 
+    Args:
+        name_or_path: A folder, or a hub id.
+        role: What it is for, named in errors.
+        init_kwargs: Passed to `from_pretrained`. Remote code stays off unless `trust_remote_code` is set here.
+        template: As `set_chat_template` takes it.
+
     Raises:
-        UserError: The tokenizer cannot be found or read.
+        UserError: The tokenizer, or the chat template, cannot be found or read.
     """
     source = str(local_folder(name_or_path, role) or name_or_path)
-    tokenizer = _reading(f"{role} {name_or_path!r}", source, lambda: AutoTokenizer.from_pretrained(source))
+    given = {name: value for name, value in (init_kwargs or {}).items() if value is not None}
+    options = {"trust_remote_code": False, **given}
+    tokenizer = _reading(f"{role} {name_or_path!r}", source, lambda: AutoTokenizer.from_pretrained(source, **options))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    set_chat_template(tokenizer, template)
     return tokenizer
 
 
-def excluded_with(tokenizer: Any, teacher: str) -> list[int]:
+def set_chat_template(tokenizer: Any, template: str | None) -> None:
+    """Give a tokenizer another chat template, as TRL's `chat_template_path` does.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; it is changed.
+        template: A file of jinja, or the folder or hub id of a tokenizer that has one; None changes nothing.
+
+    Raises:
+        UserError: It cannot be read, or has no chat template.
+    """
+    if template is None:
+        return
+    path = Path(template).expanduser()
+    if path.is_file() or path.suffix in (".jinja", ".jinja2", ".txt"):
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"chat_template_path: cannot read {template}: {error}") from error
+        return
+    found = load_tokenizer(template, role="chat_template_path").chat_template
+    if not found:
+        raise UserError(f"chat_template_path: the tokenizer of {template} has no chat template")
+    tokenizer.chat_template = found
+
+
+def excluded_with(tokenizer: Any, teacher: str, *, init_kwargs: dict[str, Any] | None = None) -> list[int]:
     """Return the ids that only the student's tokenizer or only the teacher's knows, see `check_tokenizers`.
 
     Args:
         tokenizer: The student's.
         teacher: Folder or hub id of the teacher, with its tokenizer.
+        init_kwargs: Passed to `from_pretrained` of the teacher's tokenizer.
 
     Raises:
         UserError: The teacher's tokenizer cannot be read, or the two give one id two meanings.
     """
-    return check_tokenizers(tokenizer, load_tokenizer(teacher, role="teacher tokenizer"))
+    return check_tokenizers(tokenizer, load_tokenizer(teacher, role="teacher tokenizer", init_kwargs=init_kwargs))
 
 
-def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def with_adapter(model: nn.Module, peft_config: Any, *, gradient_checkpointing: bool = False) -> nn.Module:
     """Return the model with a fresh adapter of `peft`, the only part that trains.
+
+    A model in 4 or 8 bits is prepared as `peft` asks for it (QLoRA): norms and output layer in float32.
+
+    Args:
+        model: The student.
+        peft_config: A `peft` config.
+        gradient_checkpointing: Whether training computes activations again in the backward pass.
 
     Raises:
         UserError: `peft` is not installed.
     """
     try:
-        from peft import get_peft_model
+        from peft import get_peft_model, prepare_model_for_kbit_training
     except ImportError:
         raise UserError("peft_config needs the peft package: pip install 'switchkd[peft]'") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        if is_quantized(model):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
         return get_peft_model(model, peft_config)
+
+
+def is_quantized(model: Any) -> bool:
+    """Return whether a model's weights are in 4 or 8 bits, so that only an adapter of it can train."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def quantization(*, in_4bit: bool, in_8bit: bool, **options: Any) -> Any:
+    """Return the `BitsAndBytesConfig` of two switches, None where both are off; 4 bits compute in bfloat16.
+
+    Args:
+        in_4bit: `load_in_4bit`.
+        in_8bit: `load_in_8bit`.
+        options: Further options of 4 bits.
+
+    Raises:
+        UserError: Both are set, or bitsandbytes is not installed.
+    """
+    if not (in_4bit or in_8bit):
+        return None
+    if in_4bit and in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit exclude each other; give one")
+    if not is_bitsandbytes_available():
+        raise UserError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'switchkd[quantization]'")
+    if in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
 
 
 def default_device() -> torch.device:
@@ -148,6 +226,8 @@ def _reading(what: str, source: str, read: Callable[[], Loaded]) -> Loaded:
         if from_hub and (unreachable := unreachable_reason(error)):
             raise UserError(f"cannot load {what}: no such folder here, {unreachable}") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which only runs with trust_remote_code; read that code first"
         if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
             reason = f"its weight file is damaged ({reason}); copy or download it again"
         raise UserError(f"cannot load {what}: {reason}") from error

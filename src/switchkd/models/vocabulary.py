@@ -33,9 +33,9 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int
     Raises:
         UserError: The first ids that differ are named; or the student's end of sequence is unknown to the teacher.
     """
-    _compare_habits(student_tokenizer, teacher_tokenizer)
     student, teacher = _Names.of(student_tokenizer), _Names.of(teacher_tokenizer)
     if student.token_of == teacher.token_of:
+        _compare_habits(student_tokenizer, teacher_tokenizer)
         return []
     differing = [
         index
@@ -60,6 +60,7 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int
             f"the student ends its texts with id {eos} ({student.token_of[eos]!r}), which the teacher's tokenizer does "
             "not know: set the student tokenizer's eos_token to the token with which the teacher ends its own"
         )
+    _compare_habits(student_tokenizer, teacher_tokenizer)
     parts = []
     if excluded:
         parts.append(f"{len(excluded)} known to one side only, never written nor compared: {_listed(excluded, shown)}")

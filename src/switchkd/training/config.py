@@ -12,7 +12,10 @@ from switchkd.other_names import refuse_unknown
 from switchkd.training.options import DistillationOptions
 
 #: Own fields that are dicts, and JSON on the command line.
-JSON_FIELDS = ("model_init_kwargs", "teacher_model_init_kwargs", "policy_kwargs")
+JSON_FIELDS = (
+    *("model_init_kwargs", "teacher_model_init_kwargs", "tokenizer_kwargs", "chat_template_kwargs"),
+    "policy_kwargs",
+)
 
 
 @dataclass

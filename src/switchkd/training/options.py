@@ -55,6 +55,17 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         default=None, metadata={"help": "Options of that policy, or of the method's; JSON on the command line."}
     )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: folder or hub id."})
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the hub."}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a model or tokenizer; only for sources you trust."},
+    )
+    tokenizer_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained for the tokenizers, JSON on the command line."},
+    )
     divergence: str | None = field(
         default=None,
         metadata={"help": f"What is learned: one of {', '.join(OBJECTIVES)}. Default: the method's."},
@@ -110,6 +121,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     columns: dict[str, str] | str | None = field(default=None, metadata={"help": _DATA_HELP["columns"]})
     template: str = field(default="auto", metadata={"help": _DATA_HELP["template"]})
     supervise: str = field(default="last", metadata={"help": _DATA_HELP["supervise"]})
+    chat_template_path: str | None = field(default=None, metadata={"help": _DATA_HELP["chat_template_path"]})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": _DATA_HELP["chat_template_kwargs"]}
+    )
     split_special_tokens: bool = field(default=True, metadata={"help": _DATA_HELP["split_special_tokens"]})
     max_prompt_length: int = field(
         default=256, metadata={"help": "Longer prompts are dropped and counted, never cut. Tokens."}

@@ -18,7 +18,7 @@ from switchkd.data.plain_text import PlainText
 from switchkd.data_options import parse_columns
 from switchkd.errors import UserError
 from switchkd.methods import Method
-from switchkd.models.loading import excluded_with, load_model
+from switchkd.models.loading import excluded_with, load_model, load_tokenizer, set_chat_template
 from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
@@ -47,10 +47,19 @@ def load_models(
     args: SwitchConfig,
     *,
     plan: Plan,
+    quantization_config: Any = None,
 ) -> tuple[nn.Module, nn.Module | None, list[int]]:
     """Return student and teacher, loaded where they are names, and the ids that only one of them knows.
 
     The teacher is None where nothing asks it. Models given as objects bring no tokenizer: nothing is known of them.
+
+    Args:
+        model: The student, a model or its name.
+        teacher_model: The teacher, likewise, or None.
+        tokenizer: The student's.
+        args: The configuration.
+        plan: What it means.
+        quantization_config: For a student that is loaded here.
 
     Raises:
         UserError: A teacher is missing, is the student itself, or has another tokenizer.
@@ -69,21 +78,52 @@ def load_models(
         raise UserError(f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it")
     excluded_ids: list[int] = []
     if isinstance(teacher_model, str):
-        excluded_ids = excluded_with(tokenizer, teacher_model)
+        excluded_ids = excluded_with(tokenizer, teacher_model, init_kwargs=tokenizer_place(args, "teacher"))
     # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
-    student: nn.Module = (
-        load_model(model, {"dtype": "float32", **_as_dict(args.model_init_kwargs)}, role="student")
-        if isinstance(model, str)
-        else model
-    )
+    if isinstance(model, str):
+        kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **_as_dict(args.model_init_kwargs)}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        student: nn.Module = load_model(model, kwargs, role="student")
+    elif quantization_config is not None:
+        raise UserError("quantization_config does nothing: the student is given as an object; load it with it")
+    else:
+        student = model
     if copies_student:
         return student, copy.deepcopy(student), excluded_ids
-    teacher: nn.Module | None = (
-        load_model(teacher_model, _as_dict(args.teacher_model_init_kwargs), role="teacher")
-        if isinstance(teacher_model, str)
-        else teacher_model
-    )
-    return student, teacher, excluded_ids
+    if not isinstance(teacher_model, str):
+        return student, teacher_model, excluded_ids
+    kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.teacher_model_init_kwargs)}
+    if args.teacher_model_revision is not None:
+        kwargs.setdefault("revision", args.teacher_model_revision)
+    return student, load_model(teacher_model, kwargs, role="teacher"), excluded_ids
+
+
+def find_tokenizer(model: nn.Module | str, processing_class: Any, args: SwitchConfig) -> Any:
+    """Return the student's tokenizer: the one that is given, or that of the student's name.
+
+    Raises:
+        UserError: The student is an object without a name, or its tokenizer cannot be read.
+    """
+    tokenizer = processing_class
+    if tokenizer is None:
+        config = getattr(model, "config", None)
+        name = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
+        if not name:
+            raise UserError(
+                "give processing_class, the tokenizer: the student is an object that names no folder or hub id"
+            )
+        return load_tokenizer(name, init_kwargs=tokenizer_place(args, "student"), template=args.chat_template_path)
+    set_chat_template(tokenizer, args.chat_template_path)
+    return tokenizer
+
+
+def tokenizer_place(args: SwitchConfig, role: str) -> dict[str, Any]:
+    """Return the keyword arguments with which the tokenizer of a role is loaded, `student` or `teacher`."""
+    model_kwargs = _as_dict(args.model_init_kwargs if role == "student" else args.teacher_model_init_kwargs)
+    revision = model_kwargs.get("revision") or (args.teacher_model_revision if role == "teacher" else None)
+    place = {"trust_remote_code": args.trust_remote_code, "revision": revision}
+    return {**place, **_as_dict(args.tokenizer_kwargs)}
 
 
 def frozen(teacher: nn.Module, device: torch.device, *, offload: bool) -> nn.Module:
@@ -205,6 +245,7 @@ def _prepare_set(
             template=args.template,
             supervise=args.supervise,
             split_special_tokens=args.split_special_tokens,
+            chat_template_kwargs=_as_dict(args.chat_template_kwargs),
             plain_text=answers and not continued and args.eval_rouge_l_samples == 0,
         )
         if not answers:

@@ -20,7 +20,7 @@ from switchkd.engine.readable import require_readable
 from switchkd.errors import UserError
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
-from switchkd.models.loading import load_tokenizer, with_adapter
+from switchkd.models.loading import is_quantized, with_adapter
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.policies import Policy
 from switchkd.rollout import Prompts, Rollout
@@ -34,6 +34,7 @@ from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
 from switchkd.training.saving import SavingTrainer
 from switchkd.training.setup import (
+    find_tokenizer,
     frozen,
     load_models,
     make_plain_text,
@@ -67,11 +68,12 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
             `datasets.Dataset`, a list of dicts, a data frame, a `switchkd.Mixture` of several, or with `max_steps` a
             stream. docs/data.md shows every shape.
         eval_dataset: Likewise, with answers.
-        processing_class: The student's tokenizer; loaded with the student if None and the student is a name.
+        processing_class: The student's tokenizer; if None that of the folder or hub id that the student names.
         peft_config: A `peft` config: only an adapter of the student is trained.
         callbacks: `transformers.TrainerCallback` objects.
         lm_dataset: Rows with a column `text`, for `lm_weight`.
         policy: Who writes the rolled-out text, instead of the method's own policy.
+        quantization_config: Of transformers, for a student that is given by its name; with `peft_config`.
         kwargs: Passed on to `transformers.Trainer`, e.g. `optimizers`.
 
     Raises:
@@ -92,6 +94,7 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         lm_dataset: Dataset | None = None,
         policy: Policy | None = None,
+        quantization_config: Any = None,
         **kwargs: Any,
     ) -> None:
         args = SwitchConfig() if args is None else args
@@ -101,18 +104,20 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         self.plan = resolve(args, policy)
         self.origin = Origin.of(model, teacher_model, train_dataset)
         self.text = make_text_source(self.plan, args)
-        tokenizer = processing_class
-        if tokenizer is None:
-            if not isinstance(model, str):
-                raise UserError("processing_class is needed when the student is given as an object")
-            tokenizer = load_tokenizer(model)
-        student, teacher, excluded_ids = load_models(model, teacher_model, tokenizer, args, plan=self.plan)
+        tokenizer = find_tokenizer(model, processing_class, args)
+        student, teacher, excluded_ids = load_models(
+            model, teacher_model, tokenizer, args, plan=self.plan, quantization_config=quantization_config
+        )
+        if is_quantized(student) and peft_config is None:
+            raise UserError(
+                "the student is in 4 or 8 bits, of which only an adapter can train: give peft_config (use_peft)"
+            )
         self.step_loss = make_step_loss(self.plan, args, excluded_ids)
         self.source_use_cache = getattr(student.config, "use_cache", None)
         if args.disable_dropout:
             disable_dropout(student)
         if peft_config is not None:
-            student = with_adapter(student, peft_config)
+            student = with_adapter(student, peft_config, gradient_checkpointing=bool(args.gradient_checkpointing))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # the caller's tokenizer too: it is saved with the student
         self.eos_token_id = require_eos(tokenizer, student, teacher)
