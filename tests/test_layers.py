@@ -25,7 +25,7 @@ LAYERS = (
     ("training",),
     ("commands",),
     ("compare",),
-    ("demo",),
+    ("demo", "recipes"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The package's own names, and `python -m`: not part of any layer.

@@ -24,6 +24,7 @@ COMMANDS = {
         "switchkd.compare.command",
         "train and score methods side by side, several seeds each, and say which differences are significant",
     ),
+    "recipe": ("switchkd.recipes.command", "whole experiments of the papers, stage by stage: list, show, run"),
 }
 
 

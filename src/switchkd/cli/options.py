@@ -9,24 +9,15 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from switchkd.cli.config_file import construct, read_entries, read_value
 from switchkd.errors import UserError, UserErrors, nearest_name
 from switchkd.other_names import changes_nothing, way_out
 
 WIDEST_HELP = 110
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as text for want of a dot; nested values are read as JSON would."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -153,7 +144,7 @@ class OptionsMixin(_Parser):
                 given = list(itertools.takewhile(lambda one: not one.startswith("--"), words))
                 del words[: len(given)]
                 value = " ".join(given) or "true"
-            self._leave_out(name, _value(value), problems, f"unknown option --{name}")
+            self._leave_out(name, read_value(value), problems, f"unknown option --{name}")
         if problems:
             raise UserErrors(problems)
         return flags
@@ -194,13 +185,13 @@ class OptionsMixin(_Parser):
         flags: list[str] = []
         seen: set[str] = set()
         problems: list[str] = []
-        for key_node, value_node in _mapping(path):
-            where = f"{path}, line {key_node.start_mark.line + 1}"
+        for key_node, value_node in read_entries(path):
+            where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
             name = str(key_node.value).replace("-", "_")
             action = self._known().get(f"--{name}")
             if action is None or name in ("config", "help"):
                 what = f"{where}: unknown key {key_node.value!r}"
-                self._leave_out(name, _construct(value_node), problems, what)
+                self._leave_out(name, construct(value_node), problems, what)
                 continue
             if name in seen:
                 problems.append(f"{where}: duplicate key {name!r}")
@@ -290,27 +281,6 @@ def is_terminal(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)())
 
 
-def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no config file {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {error}") from error
-    try:
-        root = yaml.compose(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path}, line {line}: malformed YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: malformed YAML ({str(error).splitlines()[0]})") from error
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}: expected lines of `key: value`")
-    return root.value
-
-
 def _flag_tokens(flag_name: str, node: yaml.Node, action: argparse.Action) -> list[str]:
     """The command-line words for a key's value; none for an empty value, which leaves the default."""
     takes_list = action.nargs == "+"
@@ -325,20 +295,4 @@ def _flag_tokens(flag_name: str, node: yaml.Node, action: argparse.Action) -> li
         if isinstance(action, argparse._AppendAction):
             return [f"{flag_name}={value}" for value in values]
         return [flag_name, *values] if takes_list else [f"{flag_name}={','.join(values)}"]
-    return [f"{flag_name}={json.dumps(_construct(node))}"]
-
-
-def _value(text: str) -> Any:
-    """The value of a flag, read as one of a file is."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        return text
-
-
-def _construct(node: yaml.Node) -> Any:
-    loader = _Loader("")
-    try:
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
+    return [f"{flag_name}={json.dumps(construct(node))}"]

@@ -50,7 +50,7 @@ def parser() -> OptionParser:
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Prepare the source, print and write what was done to it, and return that."""
-    _check(options)
+    check(options)
     folder = RunFolder(options.output_dir, "prepare")
     folder.check(overwrite=options.overwrite_output_dir)
 
@@ -96,7 +96,12 @@ def _sizes(source: str, given: dict[str, int | None]) -> dict[str, int] | None:
     return {split: SOURCES[source].sizes.get(split, 0) if size is None else size for split, size in given.items()}
 
 
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that are missing, out of range or do nothing.
+
+    Raises:
+        UserError: Names the option.
+    """
     if options.source is None:
         raise UserError(f"give --source, one of {', '.join(SOURCES)}")
     check_choice("source", options.source, tuple(SOURCES))
