@@ -24,7 +24,7 @@ import transformers
 from helpers.tiny import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/data.md", "examples/README.md")
+DOCUMENTS = ("README.md", "docs/data.md", "docs/reproducing.md", "examples/README.md")
 PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git")
 SHELLS = ("bash", "sh", "shell", "console")
 
@@ -87,6 +87,17 @@ RUN: dict[str, Run | Look] = {
     ),
     "switchkd calibrate --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl "
     "--target_teacher_share 0.53": Run("--max_completion_length 8 --tolerance 0.5"),
+    "switchkd recipe run gpt2-small --output_dir runs/gpt2-small": Look(
+        "--help", "days on a GPU; tests/recipes runs every stage small"
+    ),
+    "switchkd recipe run gpt2-small --output_dir runs/gpt2-small --set dolly=data/dolly sni=null unni=null": Look(
+        "--help", "as above"
+    ),
+    "switchkd recipe run miniature --output_dir runs/miniature": Look("--help", "40 minutes, downloads; as above"),
+    "switchkd recipe list": Run(),
+    "switchkd recipe show opt-350m": Run(),
+    "switchkd recipe show gpt2-small --stages teacher > teacher.yaml": Run("> teacher.yaml"),
+    "torchrun --nproc-per-node 4 -m switchkd train --config teacher.yaml": Look("--help", "four processes"),
     "switchkd train --model_name_or_path S --teacher_model_name_or_path T --dataset_name qa.csv "
     "--columns prompt=query,completion=reply --output_dir runs/qa": Run(TRAIN),
     "switchkd train --model_name_or_path S --teacher_model_name_or_path T "
