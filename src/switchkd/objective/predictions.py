@@ -30,7 +30,13 @@ class Predictions:
 
     def logits(self) -> Tensor:
         """Return all logits, `[B, C, V]`."""
-        return self.values if self.head is None else self.head.logits(self.head.module(self.values))
+        if self.head is None:
+            return self.values
+        # Under autocast a model whose last layer is linear, such as OPT-350M, returns states of another precision.
+        weight = getattr(self.head.module, "weight", None)
+        casts = isinstance(weight, Tensor) and weight.is_floating_point()
+        states = self.values.to(weight.dtype) if casts else self.values
+        return self.head.logits(self.head.module(states))
 
 
 def predict(
