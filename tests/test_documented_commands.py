@@ -94,7 +94,7 @@ RUN: dict[str, Run | Look] = {
     "switchkd recipe run gpt2-small --output_dir runs/gpt2-small --set dolly=data/dolly sni=null unni=null": Look(
         "--help", "as above"
     ),
-    "switchkd recipe run miniature --output_dir runs/miniature": Look("--help", "40 minutes, downloads; as above"),
+    "switchkd recipe run miniature --output_dir runs/miniature": Look("--help", "half an hour, downloads; as above"),
     "switchkd recipe list": Run(),
     "switchkd recipe show opt-350m": Run(),
     "switchkd recipe show gpt2-small --stages teacher > teacher.yaml": Run(),
