@@ -33,9 +33,9 @@ class Predictions:
         if self.head is None:
             return self.values
         # Under autocast a model whose last layer is linear, such as OPT-350M, returns states of another precision.
-        weight = getattr(self.head.module, "weight", None)
-        casts = isinstance(weight, Tensor) and weight.is_floating_point()
-        states = self.values.to(weight.dtype) if casts else self.values
+        weight, states = getattr(self.head.module, "weight", None), self.values
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            states = states.to(weight.dtype)
         return self.head.logits(self.head.module(states))
 
 
