@@ -9,13 +9,16 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 LOWER := .venv-lower
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
-.PHONY: demo test lint install docs docs-serve test-lower-bounds clean
+.PHONY: demo test test-long lint install docs docs-serve test-lower-bounds clean
 
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
 
-test: install  ## Install, then run every test, the slow ones included.
-	$(BIN)/python -m pytest
+test: install  ## Install, then run the tests, the slow ones included.
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: install  ## What takes minutes: two steps of every stage of every recipe.
+	$(BIN)/python -m pytest -m long
 
 lint: install  ## Style, types, and the file tree in README.md.
 	$(BIN)/ruff check src tests benchmarks docs/theme

@@ -1,9 +1,10 @@
 """Fail where the tree in README.md and the files that git tracks disagree: no stray notes, no forgotten file.
 
-The tree must name every entry of the repository root and every file of src/switchkd below the line of its folder. A
-folder's `__init__.py` is named by the folder itself.
+The tree must name every entry of the repository root and every file of src/switchkd below the line of its folder, one
+by one or as a pattern such as `*.yaml`. A folder's `__init__.py` is named by the folder itself.
 """
 
+import fnmatch
 import re
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def main() -> int:
     shown, found = named_in_tree((ROOT / "README.md").read_text(encoding="utf-8")), tracked()
     wrong = []
     for folder in sorted(shown.keys() | found.keys()):
+        for pattern in [name for name in shown[folder] if "*" in name]:
+            shown[folder] = shown[folder] - {pattern} | set(fnmatch.filter(found[folder], pattern))
         wrong += [f"{folder}{name} is not in README.md's tree" for name in sorted(found[folder] - shown[folder])]
         wrong += [f"{folder}{name} is in README.md's tree only" for name in sorted(shown[folder] - found[folder])]
     print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)

@@ -6,6 +6,7 @@ it small (a flag wins, also over an earlier one), so that the documented words a
 not know fails the test, and so does an entry of `RUN` that no document has any more.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -34,6 +35,7 @@ DOCUMENTS = (
     GUIDE,
     "docs/scale.md",
     "docs/report.md",
+    "docs/reproducing.md",
     "examples/README.md",
 )
 PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git", "accelerate")
@@ -104,6 +106,16 @@ RUN: dict[str, Run | Look] = {
     ),
     "switchkd calibrate --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl "
     "--target_teacher_share 0.53": Run("--max_completion_length 8 --tolerance 0.5"),
+    "switchkd recipe run gpt2-small --output_dir runs/gpt2-small": Look(
+        "--help", "days on a GPU; tests/recipes runs every stage small"
+    ),
+    "switchkd recipe run gpt2-small --output_dir runs/gpt2-small --set dolly=data/dolly sni=null unni=null": Look(
+        "--help", "as above"
+    ),
+    "switchkd recipe run miniature --output_dir runs/miniature": Look("--help", "half an hour, downloads; as above"),
+    "switchkd recipe list": Run(),
+    "switchkd recipe show opt-350m": Run(),
+    "switchkd recipe show gpt2-small --stages teacher > teacher.yaml": Run(),
     "switchkd train --model_name_or_path S --teacher_model_name_or_path T --dataset_name qa.csv "
     "--columns prompt=query,completion=reply --output_dir runs/qa": Run(TRAIN),
     "switchkd train --model_name_or_path S --teacher_model_name_or_path T "
@@ -143,6 +155,12 @@ RUN: dict[str, Run | Look] = {
     "--gradient_checkpointing": Run(f"{CHATS} --bf16 false"),
     "accelerate launch --num_processes 2 -m switchkd train --config train.yaml --output_dir runs/mine": Look(
         "--help", "each process says its help; tests/training/test_distributed.py trains with two"
+    ),
+    "switchkd prepare --source dolly --dataset_name dolly --output_dir data/dolly": Run(),
+    "switchkd train --model_name_or_path S --teacher_model_name_or_path T --dataset_name data/dolly "
+    "--dataset_test_split validation --eval_strategy epoch --output_dir runs/dolly": Run(f"{TRAIN} --template none"),
+    "switchkd evaluate --model_name_or_path runs/dolly --dataset_name data/dolly": Run(
+        f"{SCORE} --template none --decoding_seeds 1"
     ),
     'zcat stories.txt.gz | awk \'BEGIN { RS = "<[|]endoftext[|]>" } { gsub(/[[:space:]]+/, " "); gsub(/^ | $/, ""); '
     'gsub(/[\\\\"]/, "") if (length($0) > 200) printf "{\\"prompt\\": \\"<s>%s\\"}\\n", substr($0, 1, 40) }\' '
@@ -282,9 +300,13 @@ def execute(command: str, options: str, monkeypatch: pytest.MonkeyPatch) -> int 
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", line], timeout=60, env={**os.environ, "PATH": here}
         ).returncode
+    command, _, file = command.partition(" > ")
     monkeypatch.setattr(sys, "argv", shlex.split(f"{command} {options}"))
     try:
-        runpy.run_module("switchkd", run_name="__main__")
+        with contextlib.ExitStack() as stack:
+            if file:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(file, "w"))))
+            runpy.run_module("switchkd", run_name="__main__")
     except SystemExit as done:
         return done.code
     return 0

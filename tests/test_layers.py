@@ -15,6 +15,7 @@ LONGEST_FILE = 420
 LAYERS = (
     (
         *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names", "data_options"),
+        "sources",
         *("rollout", "divergences", "sampling"),
     ),
     ("models", "policies", "cli", "page"),
@@ -24,7 +25,7 @@ LAYERS = (
     ("training",),
     ("commands",),
     ("compare",),
-    ("demo", "report"),
+    ("demo", "recipes", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The package's own names, and `python -m`: not part of any layer.

@@ -112,7 +112,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_source_and_nothing_else(wheel: Path) -> None:
     source = [path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert {path.suffix for path in source} == {".py", ".typed", ".jinja", ".bib", ".css", ".js"}
+    assert {path.suffix for path in source} == {".py", ".typed", ".jinja", ".bib", ".css", ".js", ".yaml"}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert packed == {path.relative_to(SOURCE.parent).as_posix() for path in source}

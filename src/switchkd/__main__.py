@@ -8,6 +8,7 @@ from switchkd.cli.main import run
 #: Name -> the module that is the command, and its line of help.
 COMMANDS = {
     "demo": ("switchkd.demo.command", "self-contained demo: distil a small student with SWITCH, no download"),
+    "prepare": ("switchkd.commands.prepare", "make folders of the papers' data, or of your own, to train and score on"),
     "train": ("switchkd.commands.train", "distil a student on your models and data"),
     "rollout": ("switchkd.commands.rollout", "write completions with the teacher in the loop and show who wrote what"),
     "evaluate": ("switchkd.commands.evaluate", "score a model's own answers: ROUGE-L over several decoding seeds"),
@@ -24,6 +25,7 @@ COMMANDS = {
         "train and score methods side by side, several seeds each, and say which differences are significant",
     ),
     "report": ("switchkd.report.command", "make one HTML page from the folders of runs"),
+    "recipe": ("switchkd.recipes.command", "whole experiments of the papers, stage by stage: list, show, run"),
 }
 
 

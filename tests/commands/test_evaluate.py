@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from helpers.command_line import Run, evaluate_options, write_rows
 
-from switchkd import evaluation
 from switchkd.cli.run_folder import read_config
+from switchkd.commands import scoring
 from switchkd.evaluation import reference_losses
 
 
@@ -26,7 +26,7 @@ def test_the_pass_over_the_references_has_a_bar_and_counts_in_seconds(
         spent.append(time.perf_counter() - started)
         return result
 
-    monkeypatch.setattr(evaluation, "reference_losses", slow)
+    monkeypatch.setattr(scoring, "reference_losses", slow)
     code, out, err = run(*evaluate_options(models, models / "student", tmp_path / "a", "--max_samples", 2, "--json"))
     assert code == 0 and json.loads(out)["seconds"] > spent[0] > 1.0
     assert "references: " in err
@@ -115,3 +115,94 @@ def test_without_a_teacher_no_line_compares_with_one(models: Path, tmp_path: Pat
     assert "sequence_divergences" not in summary and "forward_kl" not in summary["reference_losses"]
     assert "KL(" not in err and "teacher's" not in err and "repeated 4-grams" in err
     assert summary["intervals"] == {"rouge_l": None}  # one prompt shows no spread between prompts
+
+
+def test_several_test_sets_are_scored_as_each_one_alone(models: Path, tmp_path: Path, run: Run) -> None:
+    short = write_rows(tmp_path / "short.jsonl", [{"prompt": "a b", "completion": "one two"}] * 2)
+    long = write_rows(
+        tmp_path / "long.jsonl", [{"prompt": "c", "completion": "w " * 6}, {"prompt": "d", "completion": "w " * 11}]
+    )
+    base = ["evaluate", "--model_name_or_path", models / "student", "--decoding_seeds", "10,20", "--json"]
+    base += ["--max_completion_length", 6, "--batch_size", 2]
+    code, out, err = run(*base, "--dataset_name", short, long, "--output_dir", tmp_path / "both")
+    assert code == 0, err
+    found = json.loads(out)
+    assert list(found["datasets"]) == ["short", "long"] and "mean of the sets" in err
+    for name, file in (("short", short), ("long", long)):
+        code, out, err = run(*base, "--dataset_name", file, "--output_dir", tmp_path / name)
+        assert code == 0, err
+        assert (tmp_path / "both" / name / "rows.jsonl").read_text() == (tmp_path / name / "rows.jsonl").read_text()
+        assert not (tmp_path / "both" / name / "answers.jsonl").exists()
+    assert found["rouge_l"] == sum(one["rouge_l"] for one in found["datasets"].values()) / 2
+    words = found["datasets"]["long"]["by_words"]
+    assert {name: row["examples"] for name, row in words.items()} == {"6-10": 1, "over 10": 1}
+    config = tmp_path / "sets.yaml"
+    config.write_text(f"datasets:\n  first: {short}\n  second: {{dataset_name: {long}, max_samples: 1}}\n")
+    code, out, err = run(*base, "--config", config, "--output_dir", tmp_path / "named")
+    assert code == 0, err
+    assert {name: one["examples"] for name, one in json.loads(out)["datasets"].items()} == {"first": 2, "second": 1}
+    assert run(*base, "--config", tmp_path / "named" / "config.yaml", "--output_dir", tmp_path / "again")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--datasets", '{"a": 3}'], "must be a path, or options with a dataset_name"),
+        (["--datasets", '{"a": "x.jsonl"}', "--dataset_name", "y.jsonl"], "give dataset_name or datasets, not both"),
+        (["--datasets", '{"a": {"dataset_name": "x", "model_name_or_path": "y"}}'], "the same for all test sets"),
+        (["--datasets", '{"a": {"dataset_name": "x", "max_sample": 1}}'], "unknown option --max_sample"),
+        (["--dataset_name", "x/test.jsonl", "y/test.jsonl"], "two test sets are called 'test'"),
+        (["--dataset_name", "DATA", "missing.jsonl"], "no file or folder missing.jsonl"),
+        (["--dataset_name", "DATA", "--protocol", "ours"], "protocol must be one of ancestors"),
+        (["--dataset_name", "DATA", "--protocol", "ancestors", "--no_repeat_ngram_size", "3"], "ngram_size=6, not 3"),
+    ],
+)  # fmt: skip
+def test_wrong_test_sets_are_one_line(models: Path, tmp_path: Path, run: Run, more: list[str], message: str) -> None:
+    given = [str(models / "train.jsonl") if word == "DATA" else word for word in more]
+    code, out, err = run("evaluate", "--model_name_or_path", models / "student", *given, "--output_dir", tmp_path / "x")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_ancestors_protocol_blocks_repeated_six_grams_and_says_so(models: Path, tmp_path: Path, run: Run) -> None:
+    options = evaluate_options(models, models / "student", tmp_path / "run", "--max_samples", 1, "--json")
+    code, out, err = run(*options, "--protocol", "ancestors")
+    assert code == 0, err
+    decoding = json.loads(out)["decoding"]
+    assert (decoding["no_repeat_ngram_size"], decoding["temperature"], decoding["top_p"]) == (6, 1.0, 1.0)
+    assert "no_repeat_ngram_size 6" in err
+
+
+def test_a_stopped_evaluation_goes_on_at_the_row_and_finds_the_same(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(folder: str, *more: Any) -> list[Any]:
+        return evaluate_options(models, models / "student", tmp_path / folder, "--batch_size", 2, *more)
+
+    assert run(*options("whole"))[0] == 0
+    answers: list[int] = []
+    real = scoring.evaluate
+
+    def stopped(*arguments: Any, keep: Any, **more: Any) -> Any:
+        def keep_two(seed: int, batch: Any) -> None:
+            keep(seed, batch)
+            answers.extend(batch)
+            if len(answers) >= 4:
+                raise KeyboardInterrupt
+
+        return real(*arguments, keep=keep_two, **more)
+
+    monkeypatch.setattr(scoring, "evaluate", stopped)
+    assert run(*options("stopped"))[0] == 130
+    monkeypatch.setattr(scoring, "evaluate", real)
+    with (tmp_path / "stopped" / "answers.jsonl").open("a") as file:
+        file.write('{"seed": 10, "ind')  # a line that was cut off
+    assert "holds another run" in run(*options("stopped"))[2]
+    code, _, err = run(*options("stopped", "--resume", "--temperature", 0.5))
+    assert code == 2 and "were written with temperature=1.0, now it is 0.5" in err
+    code, out, err = run(*options("stopped", "--resume", "--batch_size", 3))
+    assert code == 0 and "4 of " in out, err
+    for name in ("rows.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    code, out, _ = run(*options("stopped", "--resume"))
+    assert code == 0 and "finished before" in out

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.compare.grid import all_runs, folder_name
+from switchkd.cli.run_folder import folder_name
+from switchkd.compare.grid import all_runs
 from switchkd.compare.pairs import partners
 from switchkd.compare.plan import plan
 from switchkd.errors import UserError

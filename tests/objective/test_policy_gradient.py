@@ -8,7 +8,9 @@ import torch
 
 from switchkd.divergences import reverse_kl
 from switchkd.errors import UserError
+from switchkd.models.heads import OutputHead
 from switchkd.objective.policy_gradient import future_returns, importance_weights, policy_gradient_losses
+from switchkd.objective.predictions import Predictions
 
 SIZE, EOS, FIRST = 3, 0, 1
 
@@ -165,3 +167,12 @@ def test_options_outside_their_range_are_refused(options, message):
     one = torch.zeros(1, 1)
     with pytest.raises(UserError, match=message):
         policy_gradient_losses(one, one, one.bool(), **options)
+
+
+def test_minillm_reads_states_of_another_precision_than_the_head() -> None:
+    """OPT-350M ends in a linear layer: under autocast its states were bfloat16, its head float32, and it failed."""
+    head = torch.nn.Linear(4, 7, bias=False)
+    states = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    logits = Predictions(states, OutputHead(head)).logits()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, head(states.float()))

@@ -8,25 +8,16 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from switchkd.cli.config_file import construct, read_entries, read_value
 from switchkd.errors import UserError, UserErrors, nearest_name
 from switchkd.other_names import changes_nothing, way_out
 
 WIDEST_HELP = 110
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as text for want of a dot; nested values are read as JSON would."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -128,6 +119,14 @@ class OptionsMixin(_Parser):
                 setattr(of_file, action.dest, None)
         return self._parse(flags, of_file)
 
+    def add_to(self, options: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+        """Return options that were resolved before, with the flags of `argv` over them.
+
+        Raises:
+            UserError: As `resolve`.
+        """
+        return self._parse(self._known_flags(argv), options)
+
     def _known_flags(self, argv: Sequence[str]) -> list[str]:
         """The arguments with `--top-k=5` as `--top_k=5`; unknown options that would change nothing are left out."""
         flags: list[str] = []
@@ -147,7 +146,7 @@ class OptionsMixin(_Parser):
                 given = list(itertools.takewhile(lambda one: not one.startswith("--"), words))
                 del words[: len(given)]
                 value = " ".join(given) or "true"
-            self._leave_out(name, _value(value), problems, f"unknown option --{name}")
+            self._leave_out(name, read_value(value), problems, f"unknown option --{name}")
         if problems:
             raise UserErrors(problems)
         return flags
@@ -188,13 +187,13 @@ class OptionsMixin(_Parser):
         flags: list[str] = []
         seen: set[str] = set()
         problems: list[str] = []
-        for key_node, value_node in _mapping(path):
-            where = f"{path}, line {key_node.start_mark.line + 1}"
+        for key_node, value_node in read_entries(path):
+            where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
             name = str(key_node.value).replace("-", "_")
             action = self._known().get(f"--{name}")
             if action is None or name in ("config", "help"):
                 what = f"{where}: unknown key {key_node.value!r}"
-                self._leave_out(name, _construct(value_node), problems, what)
+                self._leave_out(name, construct(value_node), problems, what)
                 continue
             if name in seen:
                 problems.append(f"{where}: duplicate key {name!r}")
@@ -266,30 +265,22 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Return options as one would type them; a name that does not exist is refused by the parser itself."""
+    tokens: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            tokens.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, list):
+            tokens += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            tokens.append(f"--{name}={value}")
+    return tokens
+
+
 def is_terminal(stream: Any) -> bool:
     """Return whether this stream is a terminal."""
     return bool(getattr(stream, "isatty", lambda: False)())
-
-
-def _mapping(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no config file {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {error}") from error
-    try:
-        root = yaml.compose(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path}, line {line}: malformed YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: malformed YAML ({str(error).splitlines()[0]})") from error
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}: expected lines of `key: value`")
-    return root.value
 
 
 def _flag_tokens(flag_name: str, node: yaml.Node, action: argparse.Action) -> list[str]:
@@ -306,20 +297,4 @@ def _flag_tokens(flag_name: str, node: yaml.Node, action: argparse.Action) -> li
         if isinstance(action, argparse._AppendAction):
             return [f"{flag_name}={value}" for value in values]
         return [flag_name, *values] if takes_list else [f"{flag_name}={','.join(values)}"]
-    return [f"{flag_name}={json.dumps(_construct(node))}"]
-
-
-def _value(text: str) -> Any:
-    """The value of a flag, read as one of a file is."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        return text
-
-
-def _construct(node: yaml.Node) -> Any:
-    loader = _Loader("")
-    try:
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
+    return [f"{flag_name}={json.dumps(construct(node))}"]

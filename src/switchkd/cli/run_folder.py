@@ -36,10 +36,12 @@ REPORT_FILES = (
     "metrics.jsonl",
     "summary.json",
     "rows.jsonl",
+    "answers.jsonl",
     "rollouts.jsonl",
     "completions.jsonl",
     "summary.png",
     "diagnose.png",
+    "prepared.json",
 )
 MODEL_FILES = (
     "README.md",
@@ -59,6 +61,12 @@ MODEL_FILES = (
 MODEL_FOLDERS = ("checkpoint-[0-9]*",)
 OWN_FILES = (*REPORT_FILES, *MODEL_FILES)
 
+
+# How a run is continued in its folder.
+_CONTINUED = {
+    "train": ", or --resume_from_checkpoint true to continue it",
+    "evaluate": ", or --resume to continue it",
+}
 
 _HELD: dict[Path, FileLock] = {}
 
@@ -127,7 +135,7 @@ class RunFolder:
         if not overwrite:
             raise UserError(
                 f"output_dir {self.path} holds another run; give another folder, add --overwrite_output_dir to replace "
-                "that run" + (", or --resume_from_checkpoint true to continue it" if self.command == "train" else "")
+                f"that run{_CONTINUED.get(self.command, '')}"
             )
 
     def holds_run(self, command: str = "") -> bool:
@@ -280,6 +288,18 @@ def _free_folder(command: str) -> Path:
         number += 1
         folder = Path("runs") / f"{command}-{number}"
     return folder
+
+
+def folder_name(label: str) -> str:
+    """Return the name of the folder that holds what has this label."""
+    return re.sub(r"[^\w.%+=()-]+", "-", label)
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse what cannot be the name of a folder and stand in a label."""
+    valid = name.isprintable() and any(map(str.isalnum, name)) and name[0] not in "." and name.strip() == name
+    if not valid or set(name) & set("/:,"):
+        raise UserError(f"{name!r} is not a valid name of a {what.rstrip(',')}; leave out / : , and a dot in front")
 
 
 def plain(value: Any) -> Any:

@@ -4,18 +4,19 @@ import argparse
 import time
 from typing import Any
 
+import yaml
+
 from switchkd.cli.console import Console, quiet_libraries
-from switchkd.cli.options import OptionParser, integers, is_terminal
-from switchkd.cli.run_folder import RunFolder
-from switchkd.commands.data import add_data_options, check_data_options, prepare_data
-from switchkd.commands.pair import (
-    add_pair_options,
-    check_pair_options,
-    read_excluded_ids,
-    read_model,
-    read_tokenizer,
-)
-from switchkd.errors import UserError
+from switchkd.cli.options import OptionParser, as_flags, flag, integers
+from switchkd.cli.run_folder import RunFolder, folder_name
+from switchkd.commands.data import add_data_options, check_data_options
+from switchkd.commands.pair import add_pair_options, check_pair_options
+from switchkd.commands.score_tables import overview
+from switchkd.commands.several_sets import named_test_sets
+from switchkd.errors import UserError, check_choice
+
+#: Decoding that a published protocol fixes beyond the defaults here: its scripts block repeated 6-grams silently.
+PROTOCOLS = {"ancestors": {"no_repeat_ngram_size": 6}}
 
 
 def parser() -> OptionParser:
@@ -33,7 +34,12 @@ def parser() -> OptionParser:
         teacher="also compare the model with it: on the reference answers, the model's own and the teacher's",
     )
     inputs.add_argument("--tokenizer_name_or_path", metavar="NAME", help="tokenizer (default: that of the model)")
-    inputs.add_argument("--dataset_name", metavar="DATA", help="file, folder or hub id, with answers")
+    inputs.add_argument(
+        "--dataset_name", nargs="+", metavar="DATA", help="file, folder or hub id, with answers; several are test sets"
+    )
+    inputs.add_argument(
+        "--datasets", metavar="JSON", help="test sets by name instead: {name: DATA, name: {option: value}}"
+    )
     inputs.add_argument(
         "--dataset_test_split", default="test", metavar="SPLIT", help="split to use; a file has only one"
     )
@@ -59,89 +65,82 @@ def parser() -> OptionParser:
     decoding.add_argument("--top_k", type=int, default=0, metavar="K", help="0 keeps every token")
     decoding.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1 keeps every token")
     decoding.add_argument(
-        "--no_repeat_ngram_size", type=int, default=0, metavar="N", help="forbid repeated N-grams; 0 allows them"
+        "--no_repeat_ngram_size", type=int, metavar="N", help="forbid repeated N-grams; 0, the default, allows them"
+    )
+    decoding.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="decoding of a published protocol: ancestors (MiniLLM and DistiLLM: no_repeat_ngram_size 6)",
     )
     decoding.add_argument("--batch_size", type=int, default=8, metavar="N", help="answers written at once")
+    decoding.add_argument("--resume", **flag("go on with a stopped evaluation; its answers are not written again"))
     result.add_shared_options("where to write (default: the first free one of runs/evaluate, runs/evaluate-2, ...)")
     return result
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Evaluate, print the table, write summary and rows, and return the summary."""
+    """Evaluate on every test set, print the tables, write summaries and rows, and return what was found."""
     seeds = check(options)
     folder = RunFolder(options.output_dir, "evaluate")
-    folder.check(overwrite=options.overwrite_output_dir)
+    sets = chosen_sets(options)
+    resumes = options.resume and folder.holds_run("switchkd evaluate")
+    if not resumes:
+        folder.check(overwrite=options.overwrite_output_dir)
 
-    from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
-    from switchkd.evaluation.losses import samples_the_model
-    from switchkd.evaluation.scorers import load_scorer
+    from switchkd.commands.scoring import Scoring
 
     quiet_libraries(options.verbose)
-    tokenizer = read_tokenizer(options, options.tokenizer_name_or_path)
-    data, report = prepare_data(
-        options,
-        options.dataset_test_split,
-        tokenizer,
-        max_prompt_length=options.max_prompt_length,
-        max_completion_length=options.max_completion_length,
-    )
-    console.say(f"data: {report}")
-    teacher, excluded_ids = None, []
-    if options.teacher_model_name_or_path is not None:
-        excluded_ids = read_excluded_ids(options, tokenizer)
-        teacher = read_model(options, "teacher")
-    model = read_model(options, "model")
-    started, progress = time.perf_counter(), is_terminal(console.stream)
-    shared: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
-    losses = reference_losses(model, tokenizer, data, teacher=teacher, excluded_ids=excluded_ids, **shared)
-    result = evaluate(
-        model,
-        tokenizer,
-        data,
-        decoding_seeds=seeds,
-        max_completion_length=options.max_completion_length,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-        scorer=load_scorer(options.scorer) if options.scorer is not None else None,
-        **shared,
-    )
+    scoring = Scoring(options, seeds, console)
+    if sets is None:
+        summary = scoring.score(options, folder)
+        console.say(f"\nsummary.json, rows.jsonl, config.yaml in {folder.path}")
+        return {**summary, "output_dir": str(folder.path)}
+    started = time.perf_counter()
+    for name, of_set in sets.items():
+        of_set.output_dir = str(folder.path / folder_name(name))
+    scoring.read(list(sets.values()))  # what is wrong with any set is said before the first one is scored
+    folder.claim({**vars(options), "decoding_seeds": seeds}, keep=resumes)
+    summaries = {}
+    for name, of_set in sets.items():
+        console.say(f"\n{name}")
+        one = RunFolder(of_set.output_dir, "evaluate")
+        one.check(overwrite=options.overwrite_output_dir or resumes)
+        summaries[name] = scoring.score(of_set, one)
     summary = {
         "model_name_or_path": options.model_name_or_path,
-        "dataset_name": options.dataset_name,
-        **result.summary(),
-        "reference_losses": losses,
-        "data": vars(report),
+        "rouge_l": sum(one["rouge_l"] for one in summaries.values()) / len(summaries),
+        "datasets": summaries,
+        "seconds": time.perf_counter() - started,
     }
-    if teacher is not None:
-        divergences = sequence_divergences(
-            model,
-            teacher,
-            tokenizer,
-            data,
-            [(row["index"], ids) for row, ids in zip(result.rows, result.completion_ids, strict=True)],
-            max_completion_length=options.max_completion_length,
-            seed=seeds[0],
-            excluded_ids=excluded_ids,
-            **shared,
-        )
-        for row, value in zip(result.rows, divergences["reverse_sequence_kl"].pop("of_answers"), strict=True):
-            row["reverse_sequence_kl"] = value
-        summary["sequence_divergences"] = {
-            "answers_sample_the_model": samples_the_model(result.decoding),
-            **divergences,
-        }
-    summary["seconds"] = time.perf_counter() - started  # the passes over references and answers as well
-    console.say("\n" + _tables(summary, console))
-    folder.claim({**vars(options), "decoding_seeds": seeds})
-    folder.append("rows.jsonl", result.rows)
-    folder.append(
-        "metrics.jsonl", [{"seed": seed, "rouge_l": score} for seed, score in zip(seeds, result.scores, strict=True)]
-    )
     folder.write_json("summary.json", summary)
-    console.say(f"\nsummary.json, rows.jsonl, config.yaml in {folder.path}")
+    console.say(f"\n{overview(summaries, console)}")
+    console.say(f"\nsummary.json, a folder for each test set in {folder.path}")
     return {**summary, "output_dir": str(folder.path)}
+
+
+def chosen_sets(options: argparse.Namespace) -> dict[str, argparse.Namespace] | None:
+    """Return name -> options of every test set, or None where there is one without a name.
+
+    Raises:
+        UserError: Sets without a name of their own, or options that do not exist.
+    """
+    given = options.datasets if options.datasets is not None else options.dataset_name
+    if options.datasets is not None:
+        if options.dataset_name is not None:
+            raise UserError("give dataset_name or datasets, not both")
+        given = yaml.safe_load(options.datasets)
+    if not isinstance(given, list | dict):
+        return None
+    known, sets = parser(), {}
+    for name, values in named_test_sets(given, "datasets").items():
+        for own in ("model_name_or_path", "output_dir", "datasets", "config"):
+            if own in values:
+                raise UserError(
+                    f"datasets: {own} in {name!r} does nothing: it is the same for all test sets; remove it"
+                )
+        sets[name] = known.add_to(argparse.Namespace(**{**vars(options), "datasets": None}), as_flags(values))
+        check(sets[name])
+    return sets
 
 
 def check(options: argparse.Namespace) -> list[int]:
@@ -150,7 +149,13 @@ def check(options: argparse.Namespace) -> list[int]:
     Raises:
         UserError: Names the option.
     """
-    check_pair_options(options, model_name_or_path="the model to score", dataset_name="the data to answer")
+    required = {"model_name_or_path": "the model to score", "dataset_name": "the data to answer"}
+    if options.datasets is not None:
+        del required["dataset_name"]
+    check_pair_options(options, **required)
+    if isinstance(options.dataset_name, list) and len(options.dataset_name) == 1:
+        options.dataset_name = options.dataset_name[0]
+    _fill_in_protocol(options)
     check_data_options(options)
     if options.seeds is not None:
         raise UserError(f"seeds={' '.join(options.seeds)}: seeds are those of training; here it is decoding_seeds")
@@ -160,81 +165,15 @@ def check(options: argparse.Namespace) -> list[int]:
     return seeds
 
 
-def _tables(summary: dict[str, Any], console: Console) -> str:
-    decoding, losses, diversity = summary["decoding"], summary["reference_losses"], summary["diversity"]
-    measures = {"rouge_l": "ROUGE-L"} | {name: name for name in summary["by_scorer"]}
-    compared = {"cross_entropy": "cross-entropy", "forward_kl": "KL(teacher, model)"}
-    ends = {f"{measure}_interval": pair for measure, pair in summary["intervals"].items()}
-    rows = {"all": {"rouge_l": summary["rouge_l"], **summary["by_scorer"], **ends, "examples": summary["examples"]}}
-    of_losses = {"all": losses, **losses["by_length"]}
-    scores = [
-        (
-            name,
-            row["examples"],
-            *(_with_interval(row[measure], row[f"{measure}_interval"], 1) for measure in measures),
-            *(
-                _with_interval(of_losses[name][loss], of_losses[name]["intervals"][loss], 3)
-                for loss in compared
-                if loss in losses
-            ),
-        )
-        for name, row in (rows | summary["by_length"]).items()
-    ]
-    heads = (*measures.values(), *(head for loss, head in compared.items() if loss in losses))
-    lines = [
-        console.table(scores, ("reference tokens", "examples", *heads)),
-        "scores of the answers, losses of the references in nats per token; 95% intervals over prompts",
-        "",
-        f"ROUGE-L {summary['rouge_l']:.2f} +- {summary['rouge_l_std']:.2f} over decoding seeds "
-        + ", ".join(f"{seed}: {score:.2f}" for seed, score in summary["scores"].items()),
-        f"exact matches {summary['exact_match']:.1f}%, mean length {summary['completion_tokens']:.0f} tokens, "
-        f"{summary['finished_share']:.0%} ended with an end-of-sequence token",
-        *(
-            f"{of}: distinct 1, 2 and 3-grams {diversity[f'{prefix}distinct_1']:.3f}, "
-            f"{diversity[f'{prefix}distinct_2']:.3f}, {diversity[f'{prefix}distinct_3']:.3f}; "
-            f"repeated 4-grams {diversity[f'{prefix}repetition']:.1%}"
-            for of, prefix in (("answers", ""), ("references", "reference_"))
-        ),
-        "decoding: " + ", ".join(f"{name} {value}" for name, value in decoding.items() if name != "decoding_seeds"),
-        f"on the {losses['tokens']:,} reference tokens: cross-entropy {losses['cross_entropy']:.3f} nats"
-        + (f", KL(teacher, model) {losses['forward_kl']:.3f}, JSD {losses['jsd']:.3f}" if "jsd" in losses else ""),
-    ]
-    if "sequence_divergences" in summary:
-        lines += ["", *_sequence_table(summary["sequence_divergences"], console)]
-    return "\n".join(lines)
-
-
-def _sequence_table(found: dict[str, Any], console: Console) -> list[str]:
-    """How far the model is from the teacher as a writer: per token by position, and per text."""
-    heads = {
-        "reverse_sequence_kl": "KL(model, teacher)",
-        "teacher_cross_entropy": "teacher's cross-entropy",
-        "forward_sequence_kl": "KL(teacher, model)",
-    }
-
-    def at(name: str, part: str, position: str | None = None) -> str:
-        parts = found[name] if position is None else found[name]["by_position"].get(position)
-        return "" if parts is None else _with_interval(parts[part], parts[f"{part}_interval"], 3)
-
-    positions = [position for name in heads for position in found[name]["by_position"]]
-    rows = [("per token", *(at(name, "per_token") for name in heads))]
-    rows += [
-        (f"position {position}", *(at(name, "per_token", position) for name in heads))
-        for position in dict.fromkeys(positions)
-    ]
-    rows.append(("per text", *(at(name, "per_sequence") for name in heads)))
-    lines = [
-        console.table(rows, ("nats", *heads.values())),
-        "the first two on the model's answers, the last on texts that the teacher wrote",
-    ]
-    if not found["answers_sample_the_model"]:
-        lines.append(
-            "The answers were not sampled from the model as it is (see decoding): the first two are means on these "
-            "answers, not estimates of a KL between texts."
-        )
-    return lines
-
-
-def _with_interval(value: float, interval: tuple[float, float] | None, digits: int) -> str:
-    ends = "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
-    return f"{value:.{digits}f}{ends}"
+def _fill_in_protocol(options: argparse.Namespace) -> None:
+    """Set what the named protocol decides."""
+    if options.protocol is not None:
+        check_choice("protocol", options.protocol, tuple(PROTOCOLS))
+        for name, value in PROTOCOLS[options.protocol].items():
+            if getattr(options, name) not in (None, value):
+                raise UserError(
+                    f"protocol={options.protocol} has {name}={value}, not {getattr(options, name)}; remove one"
+                )
+            setattr(options, name, value)
+    if options.no_repeat_ngram_size is None:
+        options.no_repeat_ngram_size = 0

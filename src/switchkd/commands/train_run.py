@@ -19,6 +19,9 @@ from switchkd.commands.stopping import Stopper
 from switchkd.commands.train_inputs import load_datasets, lora_config, make_student, set_init_kwargs
 from switchkd.commands.train_options import RunArguments, read_options
 from switchkd.data import load_records
+from switchkd.data.prepared import prepared_facts
+from switchkd.data.protocol import PREPARED
+from switchkd.data_options import parse_mixture
 from switchkd.errors import Stopped, UserError, UserErrors
 from switchkd.models.loading import load_tokenizer, quantization
 from switchkd.rollout import label_of, unit_of
@@ -70,8 +73,11 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     resolved = {**_resolved(run_args, trainer), "push_to_hub": pushes}
     if checkpoint is not None:
         _check_same_run(resolved, checkpoint)
+    facts = prepared_facts(_data_names(run_args))
     folder.claim(resolved, keep=resumes)
     before = 0.0 if checkpoint is not None else time.perf_counter() - started
+    if facts:
+        folder.write_json(PREPARED, facts)
     for name, report in trainer.prepare_reports.items():
         console.say(f"{name} data: {report}")
     first_prompt = _first_prompt(trainer)
@@ -128,6 +134,11 @@ def _stopped(trainer: SwitchTrainer, folder: RunFolder, stopper: Stopper) -> Sto
         f"{found}",
         number,
     )
+
+
+def _data_names(args: RunArguments) -> list[str | None]:
+    mixture = parse_mixture(args.dataset_mixture) if args.dataset_mixture is not None else {}
+    return [args.dataset_name, *mixture, args.eval_dataset_name]
 
 
 def _trainer(args: RunArguments, config: SwitchConfig, folder: RunFolder) -> SwitchTrainer:

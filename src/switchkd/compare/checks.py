@@ -1,13 +1,12 @@
 """Everything that a run would refuse is refused before the first one starts: one line for each distinct mistake."""
 
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from switchkd.cli.options import integers
+from switchkd.cli.options import as_flags, integers
 from switchkd.cli.run_folder import json_line
 from switchkd.compare.tasks import Task
 from switchkd.errors import UserError, UserErrors
@@ -142,14 +141,14 @@ def _read_training(task: Task, parser: Any) -> tuple[Any, Any, Any]:
     from switchkd.commands import train_options
     from switchkd.training.resolve import resolve
 
-    tokens = [*_flags(task.train), "--output_dir", str(task.folder / "train")]
+    tokens = [*as_flags(task.train), "--output_dir", str(task.folder / "train")]
     args, config = train_options.read_options(parser.resolve(tokens))
     return args, config, resolve(config)
 
 
 def _read_scoring(values: Mapping[str, Any]) -> Any:
     evaluate = import_module("switchkd.commands.evaluate")
-    options = evaluate.parser().resolve(_flags({**values, "model_name_or_path": "the run's"}))
+    options = evaluate.parser().resolve(as_flags({**values, "model_name_or_path": "the run's"}))
     evaluate.check(options)
     return options
 
@@ -261,16 +260,3 @@ def _student(text: str, source: str | None, tokenizer: Any) -> None:
 
     with torch.device("meta"):
         student_from_config(json_object("student_config", text), base=source, tokenizer=tokenizer, seed=0)
-
-
-def _flags(values: Mapping[str, Any]) -> list[str]:
-    """Options as one would type them; a name that does not exist is refused by the parser itself."""
-    tokens: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            tokens.append(f"--{name}={json.dumps(value)}")
-        elif isinstance(value, list):
-            tokens += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            tokens.append(f"--{name}={value}")
-    return tokens

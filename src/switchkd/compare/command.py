@@ -11,15 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from switchkd.cli.console import Console, quiet_bitsandbytes, quiet_libraries
 from switchkd.cli.options import OptionParser, flag, integers
-from switchkd.cli.run_folder import RunFolder
+from switchkd.cli.run_folder import RunFolder, folder_name
 from switchkd.compare.checks import check
-from switchkd.compare.grid import all_runs, axes_of, folder_name
+from switchkd.compare.grid import all_runs, axes_of
 from switchkd.compare.pairs import partners
 from switchkd.compare.plan import plan
 from switchkd.compare.tasks import MEASURES, TEACHER_MEASURES, WARM_START, Task, execute, trim
@@ -76,19 +77,8 @@ def parser() -> OptionParser:
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run what is not finished, then print and write the results."""
     folder = RunFolder(options.output_dir, "compare")
-    sections = {name: _section(name, getattr(options, name)) for name in SECTIONS}
-    seeds = integers(options.seeds, "seeds") or []
-    if not sections["runs"] and not sections["grid"]:
-        raise UserError("give `runs` (labels with options) or `grid` (axes) in the config file")
-    for name in ("jobs", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be >= 1, got {value}")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds must be different integers, got {' '.join(options.seeds)}")
-    tasks = plan(output_dir=folder.path, seeds=seeds, **sections)
+    tasks, sections, seeds = planned(options, folder.path)
     pairs = compared(options, sections)
-    _check_measure(options.measure, tasks)
     quiet_libraries(options.verbose)
     check(tasks)
     resumes = folder.holds_run("switchkd compare")
@@ -117,6 +107,31 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
         raise UserErrors([message], result=summary)
     return summary
+
+
+def planned(options: argparse.Namespace, output_dir: Path) -> tuple[list[Task], dict[str, Any], list[int]]:
+    """Return every run of a comparison, the sections of its file and its training seeds.
+
+    Args:
+        options: Of `switchkd compare`.
+        output_dir: Where the runs have their folders.
+
+    Raises:
+        UserError: A section, a seed or a measure that cannot be used.
+    """
+    sections = {name: _section(name, getattr(options, name)) for name in SECTIONS}
+    seeds = integers(options.seeds, "seeds") or []
+    if not sections["runs"] and not sections["grid"]:
+        raise UserError("give `runs` (labels with options) or `grid` (axes) in the config file")
+    for name in ("jobs", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be >= 1, got {value}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds must be different integers, got {' '.join(options.seeds)}")
+    tasks = plan(output_dir=output_dir, seeds=seeds, **sections)
+    _check_measure(options.measure, tasks)
+    return tasks, sections, seeds
 
 
 def _section(name: str, text: str | None) -> Any:

@@ -2,17 +2,16 @@
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from switchkd.cli.run_folder import check_name
 from switchkd.errors import UserError, nearest_name
 
 #: Stands between the axes' labels in the label of a cell.
 BETWEEN = " / "
 #: Separate names elsewhere: axes in a label, the two runs of a pair, pairs in a list.
-_SEPARATORS = "/:,"
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ def axes_of(grid: Any) -> dict[str, list[str]]:
         for axis, labels in _axes(part).items():
             found.setdefault(axis, {}).update(dict.fromkeys(labels))
     return {axis: list(labels) for axis, labels in found.items()}
-
-
-def folder_name(label: str) -> str:
-    """Return the name of the folder that holds the runs of a label."""
-    return re.sub(r"[^\w.%+=()-]+", "-", label)
 
 
 def _cells(grid: Any) -> list[Run]:
@@ -184,10 +178,3 @@ def _matches(cell: Mapping[str, str], chosen: Mapping[str, set[str]]) -> bool:
 def as_label(value: Any) -> str:
     """A value as a label: YAML reads `on` and `1e-3` as a truth value and a number."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse what cannot be the name of a folder and stand in a label."""
-    valid = name.isprintable() and any(map(str.isalnum, name)) and name[0] not in "." and name.strip() == name
-    if not valid or set(name) & set(_SEPARATORS):
-        raise UserError(f"{name!r} is not a valid name of a {what.rstrip(',')}; leave out / : , and a dot in front")

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchkd.compare.grid import all_runs, check_name, folder_name
+from switchkd.cli.run_folder import check_name, folder_name
+from switchkd.commands.several_sets import named_test_sets
+from switchkd.compare.grid import all_runs
 from switchkd.compare.tasks import ONE_SET, WARM_START, Task, scoring_folder
 from switchkd.errors import UserError
 
@@ -92,41 +94,19 @@ def evaluations(evaluate: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return test set -> options of `switchkd evaluate`.
 
     Args:
-        evaluate: Those options; or with `datasets` the shared ones, and there the test sets: a list of paths and
-            options, each called by its `name` or else by its file, or a mapping from names to them.
+        evaluate: Those options; or with `datasets` the shared ones, and there the test sets, see `named_test_sets`.
     """
     shared = {name: value for name, value in evaluate.items() if name != "datasets"}
     sets = evaluate.get("datasets")
+    if sets is None and isinstance(shared.get("dataset_name"), list):
+        sets = shared.pop("dataset_name")
     if sets is None:
         return {ONE_SET: _as_typed(shared)}
-    if isinstance(sets, list):
-        sets = _named_sets(sets)
-    if not isinstance(sets, Mapping) or not sets:
-        raise UserError(f"evaluate: datasets must be a list of paths or options, or a mapping to them, got {sets!r}")
     if "dataset_name" in shared:
         raise UserError("evaluate: give dataset_name or datasets, not both")
-    found = {}
-    for name, given in sets.items():
-        check_name(name, "test set")
-        if not isinstance(given, str | Mapping):
-            raise UserError(f"evaluate: data set {name!r} must be a path or a mapping of options, got {given!r}")
-        found[name] = _as_typed({**shared, **({"dataset_name": given} if isinstance(given, str) else given)})
+    named = named_test_sets(sets, "evaluate: datasets")
+    found = {name: _as_typed({**shared, **given}) for name, given in named.items()}
     _check_folders({name: scoring_folder(name) for name in found})
-    return found
-
-
-def _named_sets(sets: Sequence[Any]) -> dict[str, Any]:
-    """Name -> options; without a `name` that of the file without its endings, or the last part of a hub id."""
-    found: dict[str, Any] = {}
-    for given in sets:
-        options = {"dataset_name": given} if isinstance(given, str) else given
-        if not isinstance(options, Mapping) or not isinstance(options.get("dataset_name"), str):
-            raise UserError(f"evaluate: a test set must be a path, or options with a dataset_name, got {given!r}")
-        own = options.get("name")
-        name = str(own) if own is not None else Path(options["dataset_name"]).name.partition(".")[0]
-        if name in found:
-            raise UserError(f"evaluate: two test sets are called {name!r}; give one of them another `name`")
-        found[name] = {key: value for key, value in options.items() if key != "name"}
     return found
 
 

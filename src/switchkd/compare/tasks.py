@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from switchkd.cli.run_folder import plain, remove_model
-from switchkd.compare.grid import folder_name
+from switchkd.cli.run_folder import folder_name, plain, remove_model
 from switchkd.errors import UserError
 
 WARM_START = "warm start"

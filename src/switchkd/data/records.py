@@ -91,17 +91,46 @@ def _load_file(path: Path) -> Dataset:
         if suffix == ".parquet" and path.suffix.lower() == suffix:
             with _quiet_datasets():
                 return Dataset.from_parquet(str(path))
-        data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
+        data = _unpacked(path)
         if suffix == ".parquet":
             return Dataset(pq.read_table(io.BytesIO(data)))
+    except UserError:
+        raise
     except _UNREADABLE as error:
         raise UserError(f"cannot read {path}: {_first_line(error.__cause__ or error)}") from error
-    rows = _json_rows(data, path, whole=suffix == ".json")
-    if not rows:
-        raise UserError(f"{path} is empty: it holds no records")
-    return _from_rows(rows, path)
+    return _from_rows([row for _, row in _json_rows(data, path, whole=suffix == ".json")], path)
+
+
+def numbered_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the records of a file as they are, each with its place: "line 3" of JSON Lines, else "record 3".
+
+    Raises:
+        UserError: The file cannot be read; the line is named.
+    """
+    suffix = _known_suffix(path)
+    if suffix in (".jsonl", ".json"):
+        try:
+            data = _unpacked(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+        return _json_rows(data, path, whole=suffix == ".json")
+    return [(f"record {number}", row) for number, row in enumerate(_load_file(path), start=1)]
+
+
+def _unpacked(path: Path) -> bytes:
+    """The content of a file, decompressed where its name ends with .gz."""
+    data = path.read_bytes()
+    if not path.name.lower().endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, zlib.error) as error:
+        with contextlib.suppress(zlib.error):
+            line = zlib.decompressobj(wbits=31).decompress(data).count(b"\n") + 1
+            raise UserError(
+                f"cannot read {path}: the compressed file breaks off in line {line}; copy or download it again"
+            ) from error
+        raise
 
 
 def _load_table(path: Path, suffix: str) -> Dataset:
@@ -142,8 +171,8 @@ def _quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _json_rows(data: bytes, path: Path, whole: bool) -> list[dict[str, Any]]:
-    """Rows of JSON Lines, or with `whole` of one list of objects (a .json file may be either)."""
+def _json_rows(data: bytes, path: Path, whole: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Place and row of JSON Lines, or with `whole` of one list of objects (a .json file may be either)."""
     if whole and data.strip():
         try:
             document = json.loads(data)
@@ -166,7 +195,9 @@ def _json_rows(data: bytes, path: Path, whole: bool) -> list[dict[str, Any]]:
     for number, row in numbered:
         if not isinstance(row, dict):
             raise UserError(f"{path}, {unit} {number}: expected a JSON object, found {str(row)[:40]!r}")
-    return [row for _, row in numbered]
+    if not numbered:
+        raise UserError(f"{path} is empty: it holds no records")
+    return [(f"{unit} {number}", row) for number, row in numbered]
 
 
 def _from_rows(rows: list[dict[str, Any]], path: Path) -> Dataset:
@@ -185,14 +216,21 @@ def _from_rows(rows: list[dict[str, Any]], path: Path) -> Dataset:
     return Dataset(pa.table(arrays))
 
 
+def data_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, and of those in it, that can be read as records, by name."""
+    return [path for path in sorted(folder.rglob("*")) if _is_data(path, str(path.relative_to(folder)))]
+
+
+def _is_data(path: Path, name: str) -> bool:
+    """Whether a file below a folder holds records; others describe those beside them."""
+    about = r"(^|/)\.|dataset_infos?\.json$|(^|/)(prepared|versions)\.json$"
+    return bool(_data_suffix(path)) and path.is_file() and not re.search(about, name)
+
+
 def _load_folder(folder: Path, split: str | None) -> Dataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _one_split(datasets.load_from_disk(str(folder)), str(folder), split)
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if _data_suffix(path) and path.is_file() and not re.search(r"(^|/)\.|dataset_infos?\.json$", name):
-            files[path] = set(re.split(r"[^a-z0-9]+", name.lower()))
+    files = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) for path in data_files(folder)}
     if not files:
         raise UserError(f"folder {folder} holds no data: it needs {ACCEPTED}")
     chosen = list(files)

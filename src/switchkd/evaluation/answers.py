@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from switchkd.evaluation.metrics import (
     repetition,
     rouge_l,
     unseen_by_rouge,
+    word_bucket,
+    word_bucket_names,
 )
 from switchkd.evaluation.scorers import Scorer
 from switchkd.models.forward import context_length, device_of, eval_mode
@@ -45,17 +47,18 @@ class EvaluationResult:
     Attributes:
         rows: One dict per seed and example, by seed, then by example: `index` (of the data set), `seed`, `prompt`,
             `completion`, `references`, `rouge_l`, `exact_match`, `completion_tokens` (the end of sequence included),
-            `finished` (whether it ended with an end of sequence), `reference_tokens` (of the first reference),
-            `repetition` (share of its 4-grams that occurred before in it), and under the name of a scorer its score
-            in [0, 100].
+            `finished` (whether it ended with an end of sequence), `reference_tokens` and `reference_words` (of the
+            first reference), `repetition` (share of its 4-grams that occurred before in it), and under the name of a
+            scorer its score in [0, 100].
         completion_ids: The tokens of each row, the end of sequence included.
         decoding_seeds: The seeds that the answers were sampled with.
         scores: Mean ROUGE-L of each seed, in the order of `decoding_seeds`, in [0, 100].
         rouge_l: Their mean.
         rouge_l_std: Their sample standard deviation (divisor n - 1; 0 for one seed).
         exact_match: Exact matches, percent of all rows.
-        by_length: For every length of the first reference that occurs: `examples`, mean `rouge_l` and the scorer's,
-            and with `_interval` their 95% intervals over prompts.
+        by_length: For every length of the first reference that occurs, in tokens: `examples`, mean `rouge_l` and the
+            scorer's, and with `_interval` their 95% intervals over prompts.
+        by_words: The same by its length in words.
         by_scorer: Name of the scorer -> mean over all rows; empty without one.
         intervals: `rouge_l` and the scorer -> ends of the 95% interval over prompts; None for a single prompt.
         diversity: `distinct_1`, `distinct_2`, `distinct_3` (means over seeds of what all answers of a seed hold),
@@ -72,6 +75,7 @@ class EvaluationResult:
     rouge_l_std: float
     exact_match: float
     by_length: dict[str, dict[str, Any]]
+    by_words: dict[str, dict[str, Any]]
     by_scorer: dict[str, float]
     intervals: dict[str, tuple[float, float] | None]
     diversity: dict[str, float]
@@ -90,6 +94,7 @@ class EvaluationResult:
             "completion_tokens": sum(row["completion_tokens"] for row in self.rows) / len(self.rows),
             "finished_share": sum(row["finished"] for row in self.rows) / len(self.rows),
             "by_length": self.by_length,
+            "by_words": self.by_words,
             "by_scorer": self.by_scorer,
             "diversity": self.diversity,
             "seconds": self.seconds,
@@ -111,6 +116,8 @@ def evaluate(
     no_repeat_ngram_size: int = 0,
     scorer: Scorer | None = None,
     progress: bool = True,
+    written: Mapping[tuple[int, int], list[int]] | None = None,
+    keep: Callable[[int, Mapping[int, list[int]]], None] | None = None,
 ) -> EvaluationResult:
     """Return the scores of the model's own answers to every prompt, once per decoding seed.
 
@@ -131,6 +138,9 @@ def evaluate(
             DistiLLM score with 6.
         scorer: One more measure, see `switchkd.evaluation.scorers.load_scorer`.
         progress: Whether to show a progress bar on standard error.
+        written: (seed, index) -> tokens of answers that an earlier call wrote with the same settings: they are not
+            written again. With `no_repeat_ngram_size` only seeds that are complete count.
+        keep: Called with the seed and index -> tokens as soon as a batch of answers is there.
 
     Raises:
         UserError: A row has no reference, the longest prompt and `max_completion_length` exceed the model's context,
@@ -159,20 +169,27 @@ def evaluate(
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    answers: dict[tuple[int, int], list[int]] = {}
+    answers = {place: list(ids) for place, ids in (written or {}).items()}
     started = time.perf_counter()
     with tqdm(
         total=len(order) * len(decoding_seeds), desc="answers", unit="row", disable=not progress, leave=False
     ) as bar:
         for seed in decoding_seeds:
+            missing = [batch for batch in batches if any((seed, index) not in answers for index in batch)]
+            if blocked is not None and missing:
+                missing = batches  # one stream of random numbers for all of them
+            bar.update(len(order) - sum(map(len, missing)))
             with _seeded(model, seed, enabled=blocked is not None):
-                for batch in batches:
+                for batch in missing:
                     read = [prompts[index] for index in batch]
                     if blocked is not None:
                         texts = _generate(model, Prompts.of(read, pad), blocked, eos)
                     else:
                         texts = _sample(model, read, batch, seed, settings, eos, pad)
-                    answers.update({(seed, index): ids for index, ids in zip(batch, texts, strict=True)})
+                    of_batch = dict(zip(batch, texts, strict=True))
+                    answers.update({(seed, index): ids for index, ids in of_batch.items()})
+                    if keep is not None:
+                        keep(seed, of_batch)
                     bar.update(len(batch))
     seconds = time.perf_counter() - started
     decoder = "roll_out" if blocked is None else "transformers.generate"
@@ -285,6 +302,7 @@ def _score(
                     "completion_tokens": len(ids),
                     "finished": finished,
                     "reference_tokens": len(of_reference[index]),
+                    "reference_words": len(accepted[0].split()),
                     "repetition": repetition(written[seed][-1]),
                     **({scorer.name: scorer(prompts[index], text, accepted)} if scorer is not None else {}),
                 }
@@ -304,12 +322,15 @@ def _score(
             found[measure] = mean_with_interval(by_prompt).interval
         return found
 
-    by_length = {}
-    for name in bucket_names():
-        chosen = [row for row in rows if length_bucket(row["reference_tokens"]) == name]
-        if chosen:
-            ends = {f"{measure}_interval": pair for measure, pair in intervals(chosen).items()}
-            by_length[name] = {"examples": len(chosen) // len(seeds), **means(chosen), **ends}
+    def parts(length: str, bucket: Callable[[int], str], names: list[str]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name in names:
+            chosen = [row for row in rows if bucket(row[length]) == name]
+            if chosen:
+                ends = {f"{measure}_interval": pair for measure, pair in intervals(chosen).items()}
+                found[name] = {"examples": len(chosen) // len(seeds), **means(chosen), **ends}
+        return found
+
     by_scorer = {measure: value for measure, value in means(rows).items() if measure != "rouge_l"}
     matches = 100.0 * sum(row["exact_match"] for row in rows) / len(rows)
     diversity = {
@@ -326,7 +347,8 @@ def _score(
         rouge_l=mean,
         rouge_l_std=std,
         exact_match=matches,
-        by_length=by_length,
+        by_length=parts("reference_tokens", length_bucket, bucket_names()),
+        by_words=parts("reference_words", word_bucket, word_bucket_names()),
         by_scorer=by_scorer,
         intervals=intervals(rows),
         diversity=diversity,

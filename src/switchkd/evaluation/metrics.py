@@ -12,6 +12,8 @@ from scipy import stats
 
 # Upper edges, in tokens and inclusive, of every length bucket but the last.
 LENGTH_EDGES = (10, 40, 100)
+# The same in words, as MiniLLM groups responses.
+WORD_EDGES = (5, 10)
 #: First position, counted from 0, of every range of positions.
 POSITION_STARTS = (0, *LENGTH_EDGES)
 
@@ -58,17 +60,37 @@ def length_bucket(reference_tokens: int) -> str:
 
     The name states its edges, both inclusive: "0-10", "11-40", "41-100" or "over 100".
     """
+    return _bucket(reference_tokens, LENGTH_EDGES)
+
+
+def word_bucket(reference_words: int) -> str:
+    """Return the name of the bucket that a reference of this length, in words, falls into.
+
+    "0-5", "6-10" or "over 10", both edges inclusive.
+
+    Reference:
+        Gu et al., arXiv 2306.08543, section 3: the ranges of response lengths.
+    """
+    return _bucket(reference_words, WORD_EDGES)
+
+
+def _bucket(length: int, edges: tuple[int, ...]) -> str:
     lower = 0
-    for edge in LENGTH_EDGES:
-        if reference_tokens <= edge:
+    for edge in edges:
+        if length <= edge:
             return f"{lower}-{edge}"
         lower = edge + 1
-    return f"over {LENGTH_EDGES[-1]}"
+    return f"over {edges[-1]}"
 
 
 def bucket_names() -> list[str]:
     """Return the names of all length buckets, shortest references first."""
     return [length_bucket(tokens) for tokens in (*LENGTH_EDGES, LENGTH_EDGES[-1] + 1)]
+
+
+def word_bucket_names() -> list[str]:
+    """Return the names of all buckets by words, shortest references first."""
+    return [word_bucket(words) for words in (*WORD_EDGES, WORD_EDGES[-1] + 1)]
 
 
 def position_names() -> list[str]:

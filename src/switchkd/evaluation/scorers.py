@@ -9,7 +9,7 @@ from switchkd.plugins import load_object
 
 # What rows of answers and their means by length hold already.
 _ROW = ("index", "seed", "prompt", "completion", "references", "rouge_l", "exact_match", "completion_tokens")
-_TAKEN = (*_ROW, "finished", "reference_tokens", "repetition", "examples")
+_TAKEN = (*_ROW, "finished", "reference_tokens", "reference_words", "repetition", "examples")
 
 
 @dataclass(frozen=True)

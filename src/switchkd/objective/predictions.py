@@ -30,7 +30,13 @@ class Predictions:
 
     def logits(self) -> Tensor:
         """Return all logits, `[B, C, V]`."""
-        return self.values if self.head is None else self.head.logits(self.head.module(self.values))
+        if self.head is None:
+            return self.values
+        # Under autocast a model whose last layer is linear, such as OPT-350M, returns states of another precision.
+        weight, states = getattr(self.head.module, "weight", None), self.values
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            states = states.to(weight.dtype)
+        return self.head.logits(self.head.module(states))
 
 
 def predict(

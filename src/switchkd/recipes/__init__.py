@@ -1,0 +1,1 @@
+"""Whole experiments, stage by stage, from one file: those of the papers, of modern pairs, and a miniature."""
