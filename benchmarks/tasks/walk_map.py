@@ -237,6 +237,17 @@ def correct_prefix(prompt: str, answer: str, references: Sequence[str]) -> float
     return found.correct / found.steps
 
 
+def followed(prompt: str, answer: str, references: Sequence[str]) -> float:
+    """Return the share of steps that lead where the map leads from the place before, right or wrong as that is.
+
+    For `scorer:` of `switchkd diagnose`: what is said after an error still counts, unlike in `correct_prefix`.
+    """
+    directions, start = read_prompt(prompt)
+    given = answer.split()
+    end = min(len(given), len(directions))
+    return sum(following(make_map(), directions, start, given, 0, end)) / len(directions)
+
+
 def summarize(scores: Sequence[Score]) -> dict[str, float]:
     """Return the figures of many answers, shares in percent.
 

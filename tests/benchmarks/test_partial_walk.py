@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "tasks"))
 
 import partial_walk  # noqa: E402
+import walk_map  # noqa: E402
 from walk_map import (  # noqa: E402
     DIRECTIONS,
     PLACES,
@@ -245,6 +246,19 @@ def test_the_example_distils_the_student_whose_gate_was_measured_with_the_length
     for section in ("train", "evaluate"):
         for name in ("max_prompt_length", "max_completion_length"):
             assert example[section][name] == partial_walk.COMMON_OPTIONS[name], (section, name)
+
+
+def test_what_follows_an_error_counts_in_one_measure_and_not_in_the_other(splits):
+    row = splits[0.0]["test"][0]
+    words = row["completion"].split()
+    directions, _ = read_prompt(row["prompt"])
+    wrong = next(name for name in MAP.names if name != words[4])
+    answer = [*words[:4], wrong]
+    for direction in directions[5:]:
+        answer.append(links()[answer[-1], direction][0])
+    text = " ".join(answer)
+    assert walk_map.correct_prefix(row["prompt"], text, []) == 4 / len(words)
+    assert walk_map.followed(row["prompt"], text, []) == (len(words) - 1) / len(words)
 
 
 def test_a_gate_that_cannot_be_measured_is_null_and_the_file_stays_json(splits):
