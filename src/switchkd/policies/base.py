@@ -10,12 +10,14 @@ the vocabulary work is done once for a whole draft and the rest is arithmetic on
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from switchkd.errors import UserError
 from switchkd.rollout import Author
 
 
@@ -92,9 +94,23 @@ class Policy:
         """Return the policy with these options.
 
         Raises:
-            UserError: A value outside its range.
+            UserError: A value outside its range, or something else than a number where one is needed.
         """
+        cls.check_kinds(options)
         return cls(**options)
+
+    @classmethod
+    def check_kinds(cls, options: Mapping[str, Any]) -> None:
+        """Refuse something else than a number for an option whose default is one.
+
+        Raises:
+            UserError: Names the option.
+        """
+        defaults = cls.options()
+        for name, value in options.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(defaults.get(name), int | float) and not (is_number and value == value):
+                raise UserError(f"{name} must be a number, got {value!r}")
 
     def at_progress(self, progress: float) -> Self:
         """Return the policy at a moment of training; the policy itself where nothing is annealed.

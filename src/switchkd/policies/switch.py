@@ -72,6 +72,7 @@ class SwitchPolicy(ThresholdPolicy):
     @classmethod
     def of(cls, *, minimum_leg: int = 1, clock: Clock = "position", **options: Any) -> "ThresholdPolicy":
         """Return the rule with these options, inside a `PacedSwitchPolicy` where they go beyond it."""
+        cls.check_kinds({**options, "minimum_leg": minimum_leg})
         rule = cls(**options)
         is_rule = (minimum_leg, clock) == (1, "position")
         return rule if is_rule else PacedSwitchPolicy(rule, minimum_leg, clock)
