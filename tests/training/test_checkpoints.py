@@ -178,7 +178,12 @@ def test_a_signal_ends_a_training_with_a_checkpoint_and_its_exit_code(models, tm
     words[words.index("--max_steps") + 1] = 10_000
     words[words.index("--save_steps") + 1] = 10_000
     process = subprocess.Popen(
-        [sys.executable, "-m", "switchkd", *map(str, words)], env=environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "switchkd", *map(str, words)],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Ignored where the tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 60
     while time.monotonic() < limit and not (folder / "metrics.jsonl").exists():

@@ -30,15 +30,16 @@ class Stopper(TrainerCallback):
     def listening(self) -> Iterator[None]:
         """Listen to the signals of `SIGNALS` inside; elsewhere they do what they did before.
 
-        Several processes must agree on the step they stop at, so that they are left to their launcher; a process that
-        leaves Ctrl-C to another one is left alone too.
+        Several processes must agree on the step they stop at, so that they are left to their launcher. A signal that
+        is ignored, as `nohup` and shells in the background have it, or that somebody else handles stays so.
         """
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        main = threading.current_thread() is threading.main_thread()
-        if not (alone and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        if not alone or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        heard = [number for number in SIGNALS if signal.getsignal(number) in usual]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         timer = signal.signal(signal.SIGALRM, self._give_up)
         try:
             yield
