@@ -6,6 +6,8 @@ DEMO_DIR ?= runs/demo
 
 # The oldest torch that is declared is a large download; continuous integration sets TORCH=torch==2.11.0.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+# Test processes; a file of tests stays in one of them.
+WORKERS ?= 2
 LOWER := .venv-lower
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
@@ -15,7 +17,7 @@ demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWIT
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
 
 test: install  ## Install, then run the tests, the slow ones included.
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist loadfile
 
 test-long: install  ## What takes minutes: two steps of every stage of every recipe.
 	$(BIN)/python -m pytest -m long

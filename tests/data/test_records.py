@@ -181,7 +181,7 @@ def test_bad_lines_are_named_with_file_and_number(tmp_path, content, where):
         ("bad.json", b"[]", "is empty"),
         ("bad.json", b"", "is empty"),
         ("bad.jsonl.gz", b"not gzip", "cannot read"),
-        ("bad.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50)[:30], "cannot read"),
+        ("bad.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50, mtime=0)[:30], "cannot read"),
         ("bad.parquet", b"not parquet", "cannot read"),
         ("bad.txt", b"prompt\nx\n", "give a .jsonl, .json, .csv, .tsv or .parquet file"),
         ("bad.csv", b'prompt,completion\n"a, b",2\nNA,x,y\n', "Expected 2 fields in line 3, saw 3"),

@@ -83,7 +83,7 @@ def written(pair, **over):
         {"draft_length": "auto"},
         {"row_ids": ROWS.numpy()[::-1].copy()[::-1]},
     ],
-    ids=str,
+    ids=lambda over: " ".join(over),
 )
 def test_other_ways_to_say_the_same_write_the_same(pair, over):
     assert_same(written(pair, **over), written(pair))
