@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from switchkd import plugins
 from switchkd.errors import UserError, check_choice, check_range
 from switchkd.objective_names import CROSS_ENTROPY, OBJECTIVES
-from switchkd.plugins import announced, is_path, load_announced, load_object
 from switchkd.policy_options import POLICY_OPTIONS
 
 if TYPE_CHECKING:  # importing them takes torch, which the help and a wrong option need not wait for
@@ -98,9 +98,6 @@ class Method:
 
         return find_policy(self.policy) if isinstance(self.policy, str) else self.policy
 
-
-#: Entry points under which installed packages announce methods: name -> `Method`.
-GROUP = "switchkd.methods"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -312,17 +309,12 @@ def get_method(name: str) -> Method:
     Raises:
         UserError: No such method; the nearest name is given.
     """
-    if name in METHODS:
-        return METHODS[name]
-    if is_path(name):
-        found = load_object("method", name)
-    else:
-        valid = [*METHODS, *announced(GROUP)]
-        if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"unknown method {name!r}; {hint}valid: {', '.join(valid)}")
-        found = load_announced(GROUP, name)
+    found = METHODS.get(name) or plugins.load_named("method", plugins.METHODS, name)
+    if found is None:
+        valid = [*METHODS, *plugins.announced(plugins.METHODS)]
+        near = difflib.get_close_matches(name, valid, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown method {name!r}; {hint}valid: {', '.join(valid)}")
     if not isinstance(found, Method):
         raise UserError(f"method {name}: expected a switchkd.Method, got {found!r}")
     return found

@@ -12,6 +12,9 @@ from typing import Any
 
 from switchkd.errors import UserError, nearest_name
 
+#: Groups of entry points under which installed packages announce policies (classes) and methods: name -> object.
+POLICIES, METHODS = "switchkd.policies", "switchkd.methods"
+
 
 def is_path(spec: str) -> bool:
     """Return whether a name is `path/to/file.py:name` or `module:name` rather than that of something built in."""
@@ -44,12 +47,23 @@ def announced(group: str) -> list[str]:
     return sorted(entry_points(group=group).names)
 
 
-def load_announced(group: str, name: str) -> Any:
-    """Return what an installed package announces under a name of `announced`.
+def load_named(option: str, group: str, name: str) -> Any:
+    """Return what a name stands for outside this package, None where nothing is known of it.
+
+    Args:
+        option: The option that names it, for messages.
+        group: Of entry points.
+        name: As `load_object` takes it, or one of `announced`.
 
     Raises:
-        UserError: It cannot be imported.
+        UserError: It cannot be found or imported.
     """
+    if is_path(name):
+        return load_object(option, name)
+    return _load_announced(group, name) if name in announced(group) else None
+
+
+def _load_announced(group: str, name: str) -> Any:
     [entry] = list(entry_points(group=group, name=name))[:1]
     try:
         return entry.load()

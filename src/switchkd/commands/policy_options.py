@@ -3,9 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from switchkd import plugins
 from switchkd.cli.options import json_object
 from switchkd.errors import UserError
-from switchkd.plugins import announced, is_path
 from switchkd.policy_options import POLICY_OPTIONS, TRAINING_ONLY
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def check_policy_options(options: argparse.Namespace) -> None:
         UserError: Names the option and a policy it belongs to.
     """
     policy_kwargs(options)
-    valid = (*NAMES, *announced("switchkd.policies"))
-    if not is_path(options.policy) and options.policy not in valid:
+    valid = (*NAMES, *plugins.announced(plugins.POLICIES))
+    if not plugins.is_path(options.policy) and options.policy not in valid:
         raise UserError(
             f"policy must be one of {', '.join(valid)}, or a class of your own as module:Class, got {options.policy!r}"
         )

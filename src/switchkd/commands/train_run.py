@@ -26,7 +26,7 @@ from switchkd.errors import Stopped, UserError, UserErrors
 from switchkd.models.loading import load_tokenizer, quantization
 from switchkd.rollout import label_of, unit_of
 from switchkd.training.card import Origin, changed_options, typed
-from switchkd.training.checkpoints import newest_whole, require_whole
+from switchkd.training.checkpoints import chosen, newest_whole
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
 from switchkd.training.resolve import written_out
@@ -222,20 +222,11 @@ def _keep_models(args: RunArguments, config: SwitchConfig, folder: RunFolder) ->
 
 
 def _checkpoint(wanted: str | None, folder: RunFolder, console: Console) -> str | None:
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() in ("true", "auto"):
-        found, passed_over = newest_whole(folder.path)
-        for line in passed_over:
-            console.progress(f"switchkd: warning: {line}")
-        if found is None and wanted.lower() == "true":
-            raise UserError(
-                f"resume_from_checkpoint: {folder.path} holds no whole checkpoint; remove the option to start from the "
-                "beginning"
-            )
-        return None if found is None else str(found)
-    require_whole(Path(wanted))
-    return wanted
+    words: dict[str, str | bool] = {"true": True, "false": False, "auto": "auto"}
+    checkpoint, passed_over = chosen(words.get(wanted.lower(), wanted) if wanted else None, folder.path)
+    for line in passed_over:
+        console.progress(f"switchkd: warning: {line}")
+    return checkpoint
 
 
 def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import time
 import traceback
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from switchkd.cli.run_folder import folder_name, plain, remove_model
+from switchkd.cli.run_folder import folder_name, plain, remove_model, whole
 from switchkd.errors import UserError
 
 WARM_START = "warm start"
@@ -156,10 +155,8 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
         "evaluate": scored,
         "seconds": time.perf_counter() - started,
     }
-    # Written beside and moved: a file that is there is whole.
-    part = task.folder / "result.json.part"
-    part.write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, task.folder / "result.json")
+    with whole(task.folder / "result.json") as part:
+        part.write(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     return result
 
 

@@ -4,13 +4,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from switchkd import plugins
 from switchkd.errors import UserError, nearest_name
-from switchkd.plugins import announced, is_path, load_announced, load_object
 from switchkd.policies.base import Policy
 from switchkd.policies.registry import POLICIES
-
-#: Entry points under which installed packages announce policies: name -> class.
-GROUP = "switchkd.policies"
 
 
 def find_policy(name: str) -> type[Policy]:
@@ -23,18 +20,13 @@ def find_policy(name: str) -> type[Policy]:
     Raises:
         UserError: There is no such policy, or it is no subclass of `Policy`.
     """
-    if is_path(name):
-        found = load_object("policy", name)
-    elif name in POLICIES:
-        return POLICIES[name]
-    else:
-        valid = [*POLICIES, *announced(GROUP)]
-        if name not in valid:
-            raise UserError(
-                f"unknown policy {name!r}; the nearest is {nearest_name(name, valid)!r}; valid: {', '.join(valid)}, or "
-                "a class of your own as module:Class"
-            )
-        found = load_announced(GROUP, name)
+    found = POLICIES.get(name) or plugins.load_named("policy", plugins.POLICIES, name)
+    if found is None:
+        valid = [*POLICIES, *plugins.announced(plugins.POLICIES)]
+        raise UserError(
+            f"unknown policy {name!r}; the nearest is {nearest_name(name, valid)!r}; valid: {', '.join(valid)}, or a "
+            "class of your own as module:Class"
+        )
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise UserError(f"policy {name}: expected a subclass of switchkd.Policy, got {found!r}")
     return found

@@ -1,12 +1,13 @@
 """Checkpoints are whole or they do not count: what says so, and which one training goes on from."""
 
+import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from switchkd.cli.run_folder import whole
 from switchkd.errors import UserError
 
 #: Written last, and moved into place: a checkpoint without it was not written to its end.
@@ -21,13 +22,12 @@ def write_manifest(folder: Path, step: int) -> None:
         step: Optimizer step.
     """
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(MANIFEST)
     }
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / MANIFEST)
+    with whole(folder / MANIFEST) as file:
+        file.write(json.dumps({"step": step, "files": files}, indent=1) + "\n")
 
 
 def problem_of(folder: Path) -> str | None:
@@ -48,7 +48,7 @@ def problem_of(folder: Path) -> str | None:
             return f"{name} is missing"
         if (found := file.stat().st_size) != size:
             return f"{name} has {found:,} instead of {size:,} bytes"
-        if _digest(file) != digest:
+        if _digest_of(file) != digest:
             return f"{name} is damaged (another checksum)"
     return None
 
@@ -68,15 +68,32 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def require_whole(folder: Path) -> None:
-    """Refuse a checkpoint that was named and is not whole.
+def chosen(wanted: str | bool | None, run: Path) -> tuple[str | None, list[str]]:
+    """Return the checkpoint to go on from, None to start, and why newer ones are passed over.
+
+    Args:
+        wanted: A checkpoint; True for the newest one of the run that is whole, "auto" for that one if there is one;
+            False or None for none.
+        run: Folder of the run.
 
     Raises:
-        UserError: Names the file, what is wrong with it, and a checkpoint that is whole if there is one.
+        UserError: There is none, or the one that is named is not whole: the file is named, what is wrong with it, and
+            a checkpoint that is whole if there is one.
     """
+    if not wanted:
+        return None, []
+    if wanted is True or wanted == "auto":
+        newest, passed_over = newest_whole(run)
+        if newest is None and wanted is True:
+            raise UserError(
+                f"resume_from_checkpoint: {run} holds no whole checkpoint; remove the option to start from "
+                "the beginning"
+            )
+        return None if newest is None else str(newest), passed_over
+    folder = Path(wanted)
     problem = problem_of(folder)
     if problem is None:
-        return
+        return wanted, []
     other, _ = newest_whole(folder.parent)
     way_out = f"go on from {other}" if other is not None else "start again without it"
     raise UserError(f"resume_from_checkpoint: {folder} cannot be gone on from: {problem}; {way_out}")
@@ -87,6 +104,13 @@ def _step(folder: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _digest(path: Path) -> str:
+def _digest_of(path: Path) -> str:
+    found = path.stat()
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, size: int, modified: int) -> str:
+    """Of a file as it is now: one that did not change is read once, however often a process asks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from switchkd.errors import UserError
 from switchkd.models.vocabulary import forget_unreadable_pad
 from switchkd.training.card import CARD_FILE, Origin, is_generated, make_card
-from switchkd.training.checkpoints import newest_whole, require_whole, write_manifest
+from switchkd.training.checkpoints import chosen, write_manifest
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import check_student
 from switchkd.training.inputs import checksums, require_same
@@ -114,17 +114,10 @@ class SavingTrainer(Trainer):
         Args:
             wanted: As `train` takes it.
         """
-        if wanted is True:
-            found, passed_over = newest_whole(Path(str(self.args.output_dir)))
-            for line in passed_over:
-                warnings.warn(line, stacklevel=3)
-            if found is None:
-                raise UserError(f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint")
-            return str(found)
-        if not wanted:
-            return None
-        require_whole(Path(wanted))
-        return str(wanted)
+        checkpoint, passed_over = chosen(wanted, Path(str(self.args.output_dir)))
+        for line in passed_over:
+            warnings.warn(line, stacklevel=3)
+        return checkpoint
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder) / f"text_source_{self.args.process_index}.pt"
