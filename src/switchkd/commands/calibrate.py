@@ -26,6 +26,7 @@ from switchkd.commands.policy_options import (
     policy_kwargs,
 )
 from switchkd.errors import UserError
+from switchkd.policy_options import DEFAULT_TEACHER_SHARE
 
 if TYPE_CHECKING:
     from switchkd.training.calibration import Calibration
@@ -52,7 +53,11 @@ def parser() -> OptionParser:
     inputs.add_argument("--max_prompt_length", type=int, default=256, metavar="N", help="longer prompts are dropped")
     share = result.add_argument_group("the share")
     share.add_argument(
-        "--target_teacher_share", type=float, default=0.53, metavar="S", help="target share of the tokens, in [0, 1]"
+        "--target_teacher_share",
+        type=float,
+        default=DEFAULT_TEACHER_SHARE,
+        metavar="S",
+        help="target share of the tokens, in [0, 1]",
     )
     share.add_argument("--tolerance", type=float, default=0.02, metavar="S", help="largest accepted distance from it")
     share.add_argument("--max_rounds", type=int, default=8, metavar="N", help="maximum number of rollouts")

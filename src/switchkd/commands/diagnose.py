@@ -17,6 +17,7 @@ from switchkd.commands.pair import (
 )
 from switchkd.commands.policy_options import OPTIONS
 from switchkd.errors import UserError, check_range
+from switchkd.policy_options import DEFAULT_TEACHER_SHARE
 
 if TYPE_CHECKING:
     from switchkd.policies import SwitchPolicy
@@ -66,7 +67,7 @@ def parser() -> OptionParser:
     policy.add_argument(
         "--target_teacher_share",
         type=float,
-        default=0.5,
+        default=DEFAULT_TEACHER_SHARE,
         metavar="S",
         help="share of the tokens that the teacher writes, in (0, 1); the threshold is calibrated to it, unless "
         "--initial_threshold gives one",

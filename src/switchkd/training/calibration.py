@@ -18,6 +18,7 @@ from switchkd.engine import roll_out
 from switchkd.engine.arguments import IdsLike
 from switchkd.errors import UserError, check_count, check_range
 from switchkd.policies import SwitchPolicy, ThresholdPolicy
+from switchkd.policy_options import DEFAULT_TEACHER_SHARE
 from switchkd.rollout import Author, Rollout, unit_of
 
 #: Below this many nats a divergence is rounding: it must not distinguish two models that agree.
@@ -77,7 +78,7 @@ def calibrate(
     prompt_mask: IdsLike | None = None,
     *,
     policy: ThresholdPolicy,
-    target_teacher_share: float = 0.53,
+    target_teacher_share: float = DEFAULT_TEACHER_SHARE,
     max_new_tokens: int = 256,
     tolerance: float = 0.02,
     max_rounds: int = 8,
@@ -97,7 +98,7 @@ def calibrate(
         prompt_ids: Prompts as `roll_out` takes them; 64 of the training prompts are enough.
         prompt_mask: Likewise.
         policy: The schedule and all other options; its own threshold is where the search begins.
-        target_teacher_share: In [0, 1]; 0.53 is reported for SWITCH.
+        target_teacher_share: In [0, 1]; half by default, as in training; 0.53 is reported for SWITCH.
         max_new_tokens: Length limit of completions; take that of the training.
         tolerance: How far from the target is near enough, in (0, 1).
         max_rounds: At most this many rollouts.

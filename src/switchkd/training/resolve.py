@@ -9,12 +9,8 @@ from switchkd.methods import Method, get_method
 from switchkd.objective import Objective
 from switchkd.policies import Policy, ThresholdPolicy, find_policy
 from switchkd.policies.find import make_policy
-from switchkd.policy_options import POLICY_OPTIONS
+from switchkd.policy_options import DEFAULT_TEACHER_SHARE, POLICY_OPTIONS
 from switchkd.training.config import SwitchConfig
-
-#: The share that the teacher gets where neither a threshold nor a share is given: half of the tokens, as good as any
-#: in docs/evidence.md and near the 53% of the paper. A threshold in nats means something else for every pair.
-DEFAULT_TEACHER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
