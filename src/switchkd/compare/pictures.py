@@ -180,7 +180,8 @@ def heat_map(comparison: Comparison, findings: Sequence[Finding], against: Mappi
             sharey=True,
             layout="constrained",
         )
-        shades = plt.get_cmap("cividis"), Normalize(low, high)
+        lower_is_better = comparison.measure in TEACHER_MEASURES
+        shades = plt.get_cmap("cividis_r" if lower_is_better else "cividis"), Normalize(low, high)  # bright is good
         for axes, (student, title, plane) in zip(grid.flat, panels, strict=False):
             chosen = {
                 one.first: one for one in findings if one.student == student and against.get(one.first) == one.second
@@ -193,7 +194,8 @@ def heat_map(comparison: Comparison, findings: Sequence[Finding], against: Mappi
         figure.supxlabel(f"{names[1]}\n(below: minus baseline; * significant, Holm)", fontsize=10)
         figure.supylabel(names[0], fontsize=10)
         bar = figure.colorbar(plt.cm.ScalarMappable(shades[1], shades[0]), ax=grid, shrink=0.8, pad=0.02)
-        bar.set_label(f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]")
+        note = "\n(lower is better)" if lower_is_better else ""
+        bar.set_label(f"{measure_title(comparison.measure)} [{unit(comparison.measure)}]{note}")
         bar.outline.set_visible(False)
         _save(plt, figure, path)
     return True
