@@ -96,6 +96,11 @@ class Warping:
         logits = restricted(logits, self.vocabulary_size, self.excluded_ids)
         return warp(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
+    def constants(self, device: torch.device) -> list[Tensor]:
+        """Return the tensors that draws of this vocabulary read again and again: whoever captures a draw holds them."""
+        ids = [_index_below(self.vocabulary_size, self.excluded_ids, device)] if self.excluded_ids else []
+        return [_hashed_ids(self.vocabulary_size, device), *ids]
+
     def into(self, out: Tensor, logits: Tensor) -> Tensor:
         """Write the log-probabilities of logits `[N, >= V]` into a tensor `[N, V]` and return it."""
         some = rows_at_once(logits)
@@ -116,9 +121,18 @@ def noise_keys(seed: int, row_ids: Tensor, positions: Tensor, stream: Stream) ->
     Returns:
         int64 `[N]`, well mixed.
     """
+    return position_keys(row_keys(seed, row_ids, stream), positions)
+
+
+def row_keys(seed: int, row_ids: Tensor, stream: Stream) -> Tensor:
+    """Return what `noise_keys` knows of a row before it knows a position, int64 in the shape of `row_ids`."""
     start = _splitmix_python(seed * 16 + int(stream))
-    key = _splitmix(row_ids.to(torch.int64) ^ _signed(start))
-    return _splitmix(key ^ _splitmix(positions.to(torch.int64) + _signed(_GOLDEN_64)))
+    return _splitmix(row_ids.to(torch.int64) ^ _signed(start))
+
+
+def position_keys(keys: Tensor, positions: Tensor) -> Tensor:
+    """Return `noise_keys` from the rows' part of it; both int64, of shapes that fit each other."""
+    return _splitmix(keys ^ _splitmix(positions.to(torch.int64) + _signed(_GOLDEN_64)))
 
 
 def uniform(keys: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from helpers.tiny import BUILDERS, EOS_ID
+from helpers.tiny import BUILDERS, EOS_ID, build_qwen3
 
 
 def make_pair(family: str = "gpt2", seed: int = 0, noise: float = 0.15, dtype: Any = torch.float32, **over: Any) -> Any:
     """A student and its teacher: the student is a perturbed copy, related as real pairs are."""
-    teacher = BUILDERS[family](seed=seed, **over)
+    teacher = {**BUILDERS, "qwen3": build_qwen3}[family](seed=seed, **over)
     student = copy.deepcopy(teacher)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -15,6 +15,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 torch.set_num_threads(1)
@@ -104,6 +106,25 @@ def build_llama(seed: int = 0, vocab_size: int = len(TINY_VOCABULARY), train: bo
     return _finish(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **(options | over)), seed, train)
 
 
+def build_qwen3(seed: int = 0, vocab_size: int = len(TINY_VOCABULARY), train: bool = False, **over: Any) -> Any:
+    """A 2-layer Qwen3 of width 32: as LLaMA, with norms of queries and keys and heads wider than their share."""
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+    return _finish(Qwen3ForCausalLM, Qwen3Config(vocab_size=vocab_size, **(options | over)), seed, train)
+
+
+#: The families that most laws are tested on; Qwen3 comes to those of reading and writing.
 BUILDERS: dict[str, ModelFactory] = {"gpt2": build_gpt2, "opt": build_opt, "llama": build_llama}
 
 

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from switchkd.data import prepare
 from switchkd.errors import UserError
 from switchkd.methods import METHODS
+from switchkd.models.known import known
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import refuse_launch
 from switchkd.training.options import own_fields
@@ -161,6 +162,11 @@ def _student_rounds(trainer):
     return trainer.teacher_passes
 
 
+def _keeps_a_session(trainer):
+    trainer.train()
+    return known(trainer.model).session is not None
+
+
 # option -> (two values, what must differ, options both runs share)
 EFFECTS = {
     "method": (("kd", "switch"), _weights, {}),
@@ -220,6 +226,7 @@ EFFECTS = {
     "temperature": ((1.0, 0.5), _weights, {}),
     "top_k": ((0, 3), _weights, {}),
     "top_p": ((1.0, 0.5), _weights, {}),
+    "cuda_graphs": ((False, True), _keeps_a_session, {}),
     "draft_length": (("1", "6"), _teacher_passes, {"initial_threshold": 0.69, "schedule": "constant"}),
     "disable_dropout": ((True, False), _weights, {"method": "kd"}),
     "log_completions": ((False, True), _completion_lines, {}),

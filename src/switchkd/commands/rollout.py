@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli.console import Console, quiet_libraries, rendered, terminal
-from switchkd.cli.options import OptionParser
+from switchkd.cli.options import OptionParser, flag
 from switchkd.cli.rollouts import legend, rollout_block, rollout_text, tokens_block, tokens_text
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data, template_kwargs
@@ -57,6 +57,9 @@ def parser() -> OptionParser:
     add_sampling_options(sampling, max_completion_length=128, batch_size=8, at_once="completions written at once")
     sampling.add_argument(
         "--draft_length", default="auto", metavar="N", help="tokens drafted per teacher pass, or auto"
+    )
+    sampling.add_argument(
+        "--cuda_graphs", **flag("write with static shapes, on a GPU through CUDA graphs; it changes no text")
     )
     output = result.add_argument_group("output")
     output.add_argument(
@@ -204,6 +207,7 @@ def _roll_out(
         eos_token_id=eos,
         row_ids=torch.arange(first, first + len(prompts)),
         excluded_ids=excluded_ids,
+        cuda_graphs=options.cuda_graphs,
     )
 
 

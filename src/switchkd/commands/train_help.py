@@ -41,6 +41,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "speed and memory": (
         *("bf16", "fp16", "gradient_checkpointing", "use_cpu", "dataloader_num_workers", "deepspeed"),
         *("reuse_teacher_hidden", "teacher_hidden_dtype", "offload_teacher_hidden", "offload_teacher"),
+        "cuda_graphs",
     ),
     "evaluation while training": (
         *("eval_strategy", "eval_steps", "eval_dataset_name", "dataset_test_split", "max_eval_samples"),

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from switchkd import sampling
-from switchkd.engine.draft_length import DraftLength
+from switchkd.engine.draft_length import Clock, DraftLength
 from switchkd.engine.readable import last_slot
-from switchkd.engine.readers import RowReader, row_reader
+from switchkd.engine.readers import RowReader, prefill, row_reader
 from switchkd.engine.request import Request
 from switchkd.engine.verification import Verified, verify
 from switchkd.rollout import Author, Rollout
@@ -144,9 +144,9 @@ class BlockDecoder:
         started = time.perf_counter()
         first, joining = len(pool.active), pool.waiting[:free]
         del pool.waiting[:free]
-        _prefill(self.student, [pool.prompts[row] for row in joining], first, self.request.pad_token_id)
+        prefill(self.student, [pool.prompts[row] for row in joining], first, self.request.pad_token_id)
         if self.teacher is not None and pool.teacher_prompts is not None:
-            _prefill(self.teacher, [pool.teacher_prompts[row] for row in joining], first, self.request.pad_token_id)
+            prefill(self.teacher, [pool.teacher_prompts[row] for row in joining], first, self.request.pad_token_id)
         for row in joining:
             pool.last[row] = pool.prompts[row][-1]
         pool.active += joining
@@ -219,9 +219,10 @@ class BlockDecoder:
             if slots is not None:
                 longest = min(longest, slots - max(self._start(row, prompts) for row in rows))
         length = self.draft_length.next(rows, longest)
-        started = time.perf_counter()
+        clock = Clock(self.device)
+        clock.mark()
         draft = self._draft(length)
-        drafted_at = time.perf_counter()
+        clock.mark()
         teacher_start = [self._start(row, pool.teacher_prompts) for row in rows]
         read = draft.tokens[:, :-1]
         fresh = [cache_row for cache_row, row in enumerate(rows) if pool.emitted[row] == 0]
@@ -232,15 +233,16 @@ class BlockDecoder:
                 [pool.teacher_prompts[rows[cache_row]][-1] for cache_row in fresh], device=read.device
             )
         logits = self.teacher.read(read.to(self.teacher.device), teacher_start).to(self.device)
-        checked_at = time.perf_counter()
+        clock.mark()
         scratch = self._teacher_scratch.take(draft.log_probs.shape, self.teacher.log_dtype)
         verified = self._verify(draft, self.warping.into(scratch, logits.flatten(0, 1)))
         kept, finished = self._commit(draft, verified)
-        ended_at = time.perf_counter()
-        self.draft_length.observe(rows, kept, length, drafted_at - started, ended_at - drafted_at)
-        self.stats["student_s"] += drafted_at - started
-        self.stats["teacher_s"] += checked_at - drafted_at
-        self.stats["verify_s"] += ended_at - checked_at
+        clock.mark()
+        student_s, teacher_s, verify_s = clock.seconds()
+        self.draft_length.observe(rows, kept, length, student_s, teacher_s + verify_s)
+        self.stats["student_s"] += student_s
+        self.stats["teacher_s"] += teacher_s
+        self.stats["verify_s"] += verify_s
         for cache_row in reversed(finished):
             self._release(cache_row)
 
@@ -339,14 +341,3 @@ class BlockDecoder:
                 **self.stats,
             },
         )
-
-
-def _prefill(reader: RowReader, prompts: list[list[int]], first: int, pad: int) -> None:
-    """Read all of each prompt but its last token into cache rows first, first + 1, ..."""
-    longest = max(len(prompt) for prompt in prompts) - 1
-    if longest == 0:
-        return
-    # Padding on the right is harmless: its slots lie beyond the row's position until they are overwritten.
-    padded = [prompt[:-1] + [pad] * (longest - len(prompt) + 1) for prompt in prompts]
-    tokens = torch.tensor(padded, dtype=torch.int64, device=reader.device)
-    reader.read(tokens, [0] * len(prompts), first=first, logits="last")

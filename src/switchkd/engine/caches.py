@@ -125,7 +125,7 @@ class SlotCache:
         self.rows, self.max_length, self.heads, self.head_dim = rows, max_length, heads, head_dim
         self.slots = 0
         # Zeros, not garbage: a masked slot still enters the product with weight 0, and 0 * nan is nan.
-        self._buffers = [like.new_zeros(2, rows, heads, 0, head_dim) for _ in range(layers)]
+        self.buffers = [like.new_zeros(2, rows, heads, 0, head_dim) for _ in range(layers)]
         self._flat: list[Tensor] = []
         self._vectors = torch.arange(2 * rows * heads, device=like.device).view(2, rows, heads).permute(1, 0, 2)
         self._offsets = self._vectors
@@ -140,20 +140,34 @@ class SlotCache:
             How many slots the pass's queries are shown; `views` then holds each layer's keys `[A * heads, head_dim,
             slots]` and values `[A * heads, slots, head_dim]`.
         """
-        rows, count = positions.shape
-        used = max(start) + count
+        used = max(start) + positions.shape[1]
         if used > self.slots:
             self._grow(max(min(-(-used // GROWTH) * GROWTH + GROWTH, self.max_length), used))
         shown = min(-(-used // VIEW) * VIEW, self.slots)
+        self.show(first, positions, shown)
+        return shown
+
+    def show(self, first: int, positions: Tensor, shown: int) -> None:
+        """As `begin`, for a given number of slots that are there: no position is asked of the device."""
+        rows = len(positions)
         if self._shown != (first, rows, shown):
             self._shown = (first, rows, shown)
             part = slice(first * self.heads, (first + rows) * self.heads)
             self.views = [
                 (keys[part, :shown].transpose(1, 2), values[part, :shown])
-                for keys, values in (buffer.flatten(1, 2).unbind(0) for buffer in self._buffers)
+                for keys, values in (buffer.flatten(1, 2).unbind(0) for buffer in self.buffers)
             ]
         self._index = (self._offsets[first : first + rows] + positions.unsqueeze(-1)).view(-1)
-        return shown
+
+    def reserve(self) -> None:
+        """Take all memory now: no buffer moves from here on."""
+        if self.slots < self.max_length:
+            self._grow(self.max_length)
+
+    def clear(self) -> None:
+        """Forget every row; what a broken model left must not meet the next one's weights of 0."""
+        for buffer in self.buffers:
+            buffer.zero_()
 
     def write(self, layer: int, vectors: Tensor) -> None:
         """Store what a layer's tokens add, `[A * n, 2 * heads, head_dim]`: the keys, then the values."""
@@ -161,16 +175,16 @@ class SlotCache:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over another row."""
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             buffer[:, target, :, :length] = buffer[:, source, :, :length]
 
     def _grow(self, slots: int) -> None:
-        for layer, old in enumerate(self._buffers):
+        for layer, old in enumerate(self.buffers):
             new = old.new_zeros((*old.shape[:3], slots, self.head_dim))
             new[:, :, :, : self.slots] = old
-            self._buffers[layer] = new
+            self.buffers[layer] = new
         self.slots = slots
-        self._flat = [buffer.view(-1, self.head_dim) for buffer in self._buffers]
+        self._flat = [buffer.view(-1, self.head_dim) for buffer in self.buffers]
         # Flat index of slot 0 of each row's keys and values, [rows, 1, 2 * heads].
         self._offsets = (self._vectors * slots).reshape(self.rows, 1, -1)
         self._shown = (0, 0, 0)

@@ -2,8 +2,12 @@
 
 import itertools
 import statistics
+import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 LONGEST_DRAFT = 16
 # Outcomes (a drafted token was accepted or not) are forgotten over about KEPT_OUTCOMES of them, in one row over
@@ -110,6 +114,34 @@ def _remembered(before: tuple[float, float], accepted: int, tried: int, memory: 
     """Add outcomes to decayed counts."""
     keep = (1.0 - 1.0 / memory) ** tried
     return keep * before[0] + accepted, keep * before[1] + tried
+
+
+class Clock:
+    """Times of what runs on a device: its own events on CUDA, where calls return before the work is done.
+
+    Args:
+        device: Where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """End one stretch and begin the next."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the seconds of every stretch; on CUDA it waits for the last to end."""
+        if self._device.type != "cuda":
+            return [end - start for start, end in itertools.pairwise(self._marks)]
+        self._marks[-1].synchronize()
+        return [start.elapsed_time(end) / 1000.0 for start, end in itertools.pairwise(self._marks)]
 
 
 class Line:

@@ -30,6 +30,7 @@ from switchkd.engine.draft_length import DraftLength
 from switchkd.engine.readable import require_readable, unserved_reason
 from switchkd.engine.request import Request
 from switchkd.engine.sequential import decode_sequentially
+from switchkd.engine.static import StaticDecoder, unserved_static
 from switchkd.errors import UserError
 from switchkd.models.forward import device_of, eval_mode
 from switchkd.models.known import known
@@ -61,6 +62,7 @@ def roll_out(
     return_teacher_hidden: bool = False,
     max_active_rows: int | None = None,
     excluded_ids: Sequence[int] = (),
+    cuda_graphs: bool = False,
 ) -> Rollout:
     """Return completions written by student and teacher under `policy`.
 
@@ -96,6 +98,9 @@ def roll_out(
         excluded_ids: Ids that neither model may write and no comparison counts: both distributions are renormalised
             without them. `switchkd.models.vocabulary.check_tokenizers` returns those that only one tokenizer knows;
             without them the models are compared on all leading ids that both score, whatever their names.
+        cuda_graphs: Decode with static shapes: on a GPU the rounds are captured as CUDA graphs, whose memory stays
+            with the student for the next rollout; on CPU the same functions run as they are, which is slower. Models
+            that are read through their own forward are decoded without, with a warning.
 
     Returns:
         A `Rollout` on the student's device, C being the longest completion.
@@ -116,6 +121,7 @@ def roll_out(
         teacher = None
     temperature, top_k, top_p = checked_sampling(temperature, top_k, top_p)
     max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 1)
+    cuda_graphs = checked_flag("cuda_graphs", cuda_graphs)
     draft_length = checked_draft_length(draft_length)
     seed = checked_integer("seed", seed)
     if max_active_rows is not None:
@@ -164,9 +170,10 @@ def roll_out(
     with eval_mode(student, teacher):
         for role, model, read in request.readers():
             require_readable(model, role, padded=not bool(read.mask.all()), length=read.width + max_new_tokens)
-        if draft_length != 1 and _served(request):
+        static = cuda_graphs and _served(request) and _served_static(request)
+        if static or (draft_length != 1 and _served(request)):
             chooser = _chooser(student, teacher) if draft_length == "auto" else DraftLength(draft_length)
-            result = BlockDecoder(request, chooser, max_active_rows).run()
+            result = (StaticDecoder if static else BlockDecoder)(request, chooser, max_active_rows).run()
         else:
             parts = [decode_sequentially(part) for part in request.split(max_active_rows)]
             result = parts[0] if len(parts) == 1 else _joined(parts, fill)
@@ -200,6 +207,15 @@ def _served(request: Request) -> bool:
                 known(model).warned = True
                 warnings.warn(f"the {role} is decoded token by token, more slowly: {reason}")
     return served
+
+
+def _served_static(request: Request) -> bool:
+    """Whether static shapes serve both models; one warning, once, where they do not."""
+    reason = unserved_static(request)
+    if reason is not None and not known(request.student).warned:
+        known(request.student).warned = True
+        warnings.warn(f"cuda_graphs is not used: {reason}")
+    return reason is None
 
 
 def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:

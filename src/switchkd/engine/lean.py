@@ -5,6 +5,7 @@ For GPT-2, OPT and LLaMA-like models the same weights are read here in the same 
 changed, and `switchkd.engine.readable` compares the result with the model's own logits before it is used.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,12 +102,28 @@ class LeanDecoder:
             last_position: Where the model's tables end; drafts past it are never kept.
             last_only: Whether only the last token's logits are wanted.
         """
-        rows, count = tokens.shape
         shown = cache.begin(first, start, positions)
+        inside = positions
+        if max(start) + tokens.shape[1] - 1 > last_position:
+            inside = positions.clamp(max=last_position)
+        return self.forward(tokens, positions, inside, cache, shown, last_only=last_only)
+
+    def forward(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: SlotCache, shown: int, *, last_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same, where the cache has been told what comes: nothing is asked of the host.
+
+        Args:
+            tokens: int64 `[A, n]`.
+            slots: Where each token's keys go, int64 `[A, n]`; it sees the slots up to there.
+            positions: What its embedding is looked up for, int64 `[A, n]`, inside the model's tables.
+            cache: What earlier tokens left.
+            shown: How many slots the queries are shown.
+            last_only: Whether only the last token's logits are wanted.
+        """
+        rows, count = tokens.shape
         plain = self.like.device.type == "cpu" and rows * self.heads * count * shown <= MOST_PLAIN_SCORES
-        mask = self._mask(positions, shown, plain)
-        if max(start) + count - 1 > last_position:
-            positions = positions.clamp(max=last_position)
+        mask = self._mask(slots, shown, plain)
         states = self.embed(tokens, positions)
         rotary = None
         if self.rotary is not None:
@@ -123,10 +140,19 @@ class LeanDecoder:
         states = self.finish(states)
         return self.head(states).view(rows, count, -1), states.view(rows, count, -1)
 
+    def reserve(self, slots: int) -> None:
+        """Make what masks are made from for up to this many slots."""
+        if len(self._slots) < slots:
+            self._slots = torch.arange(slots, device=self.like.device)
+
+    def tables(self) -> list[Tensor]:
+        """Return the tensors beside the weights that every pass reads."""
+        return [self._slots, self._cached, self._hidden, *([] if self.rotary is None else [self.rotary])]
+
     def _mask(self, positions: Tensor, shown: int, plain: bool) -> Tensor:
         """What is added to the scores: `[A * key_value_heads, groups * n, slots]`, or fit for the fused kernel."""
         if len(self._slots) < shown:
-            self._slots = torch.arange(2 * shown, device=self.like.device)
+            self.reserve(2 * shown)
         rows, count = positions.shape
         mask = torch.where(self._slots[:shown] <= positions.unsqueeze(-1), self._cached, self._hidden)
         groups = self.heads // self.key_value_heads
@@ -174,10 +200,11 @@ class LeanDecoder:
         return out.reshape(rows * count, self.heads * width).to(self.like.dtype)
 
 
-def lean_decoder(model: Any, positions: int) -> LeanDecoder | None:
+def lean_decoder(model: Any, positions: int, *, live: bool = False) -> LeanDecoder | None:
     """Return the model taken apart for up to `positions` tokens, or None where its family is not known.
 
-    It holds the weights as they are now, some as copies: make a new one after a training step.
+    It holds the weights as they are now, some as copies: make a new one after a training step. With `live` it holds no
+    copies: it follows weights that are changed in place, at the price of more calls.
     """
     if torch.is_autocast_enabled(next(model.parameters()).device.type) or hasattr(model, "hf_device_map"):
         return None
@@ -187,9 +214,9 @@ def lean_decoder(model: Any, positions: int) -> LeanDecoder | None:
         if kind == "gpt2":
             return _gpt2(base)
         if kind == "opt":
-            return _opt(base)
+            return _opt(base, live)
         if kind in LLAMA_LIKE:
-            return _llama(base, positions)
+            return _llama(base, positions, live)
     except AttributeError:
         # A class of that name with other parts; its own forward knows them.
         return None
@@ -228,11 +255,11 @@ def _gpt2(model: Any) -> LeanDecoder | None:
     )
 
 
-def _opt(model: Any) -> LeanDecoder | None:
+def _opt(model: Any, live: bool) -> LeanDecoder | None:
     body, config = model.model.decoder, model.config
     if not config.do_layer_norm_before or body.final_layer_norm is None or body.project_in is not None:
         return None
-    join = _copies_allowed(model)
+    join = not live and _copies_allowed(model)
     layers = [
         _Layer(
             attention_norm=_norm(layer.self_attn_layer_norm),
@@ -262,19 +289,20 @@ def _opt(model: Any) -> LeanDecoder | None:
     )
 
 
-def _llama(model: Any, positions: int) -> LeanDecoder | None:
+def _llama(model: Any, positions: int, live: bool) -> LeanDecoder | None:
     body, config = model.model, model.config
     attention = body.layers[0].self_attn
-    join = _copies_allowed(model)
+    join = not live and _copies_allowed(model)
+    norm = functools.partial(_norm, live=live)
     layers = [
         _Layer(
-            attention_norm=_norm(layer.input_layernorm),
+            attention_norm=norm(layer.input_layernorm),
             query_key_value=_joint(_projections(layer.self_attn), join),
             attention_out=_added(layer.self_attn.o_proj),
-            feed_forward_norm=_norm(layer.post_attention_layernorm),
+            feed_forward_norm=norm(layer.post_attention_layernorm),
             feed_forward=_gated(layer.mlp, join),
-            query_norm=_norm(layer.self_attn.q_norm) if hasattr(layer.self_attn, "q_norm") else None,
-            key_norm=_norm(layer.self_attn.k_norm) if hasattr(layer.self_attn, "k_norm") else None,
+            query_norm=norm(layer.self_attn.q_norm) if hasattr(layer.self_attn, "q_norm") else None,
+            key_norm=norm(layer.self_attn.k_norm) if hasattr(layer.self_attn, "k_norm") else None,
         )
         for layer in body.layers
     ]
@@ -289,7 +317,7 @@ def _llama(model: Any, positions: int) -> LeanDecoder | None:
     return LeanDecoder(
         embed=embed,
         layers=layers,
-        finish=_norm(body.norm),
+        finish=norm(body.norm),
         head=_linear(model.lm_head),
         heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
@@ -341,7 +369,7 @@ def _joint(modules: Sequence[nn.Module], join: bool) -> Map:
     return lambda states: torch.cat([apply(states) for apply in maps], dim=-1)
 
 
-def _norm(module: Any) -> Map:
+def _norm(module: Any, live: bool = False) -> Map:
     if type(module) is nn.LayerNorm:
         return lambda states: functional.layer_norm(
             states, module.normalized_shape, module.weight, module.bias, module.eps
@@ -351,6 +379,8 @@ def _norm(module: Any) -> Map:
         if module.weight.dtype in (torch.float16, torch.bfloat16):
             # transformers rounds before the weight as well; the same roundings keep the two paths together.
             return lambda states: functional.rms_norm(states, (width,), None, eps) * module.weight
+        if live:
+            return lambda states: functional.rms_norm(states, (width,), module.weight, eps)
         # x / sqrt(mean x^2 + eps) as sqrt(width) x / hypot(|x|, sqrt(width eps)): fewer calls on CPU.
         weight, floor = module.weight * width**0.5, module.weight.new_tensor((width * eps) ** 0.5)
         return lambda states: (states / torch.hypot(torch.linalg.vector_norm(states, 2, -1, True), floor)).mul_(weight)

@@ -71,6 +71,18 @@ def row_reader(model: Any, rows: int, max_length: int, *, keep_hidden: bool = Fa
     return lean or ForwardReader(model, rows, max_length, keep_hidden=keep_hidden)
 
 
+def prefill(reader: RowReader, prompts: list[list[int]], first: int, pad: int) -> int:
+    """Read all of each prompt but its last token into cache rows first, first + 1, ...; return how many passes."""
+    longest = max(len(prompt) for prompt in prompts) - 1
+    if longest == 0:
+        return 0
+    # Padding on the right is harmless: its slots lie beyond the row's position until they are overwritten.
+    padded = [prompt[:-1] + [pad] * (longest - len(prompt) + 1) for prompt in prompts]
+    tokens = torch.tensor(padded, dtype=torch.int64, device=reader.device)
+    reader.read(tokens, [0] * len(prompts), first=first, logits="last")
+    return 1
+
+
 class ForwardReader:
     """Reads through the model's own forward, with a `RowCache`; arguments as in `row_reader`."""
 
@@ -148,10 +160,26 @@ class LeanReader:
         self._keep_hidden = keep_hidden
 
     @classmethod
-    def of(cls, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False) -> "LeanReader | None":
-        """Return the reader of a model of a known family, None for other models."""
-        decoder = lean_decoder(model, min(max_length, _last_position(model) + 1))
-        return None if decoder is None else cls(model, decoder, rows, max_length, keep_hidden=keep_hidden)
+    def of(
+        cls, model: Any, rows: int, max_length: int, *, keep_hidden: bool = False, live: bool = False
+    ) -> "LeanReader | None":
+        """Return the reader of a model of a known family, None for other models.
+
+        Args:
+            model: A causal language model.
+            rows: How many rows fit.
+            max_length: The most tokens a row can hold, drafts included.
+            keep_hidden: Keep the states that enter the output layer, in `hidden`.
+            live: Take all memory now and read the weights where they are: no address changes as long as it lives.
+        """
+        decoder = lean_decoder(model, min(max_length, _last_position(model) + 1), live=live)
+        if decoder is None:
+            return None
+        reader = cls(model, decoder, rows, max_length, keep_hidden=keep_hidden)
+        if live:
+            decoder.reserve(max_length)
+            reader._cache.reserve()
+        return reader
 
     def read(
         self,
@@ -176,6 +204,27 @@ class LeanReader:
         if self._keep_hidden:
             self.hidden = states
         return result
+
+    def read_at(self, tokens: Tensor, positions: Tensor, shown: int, *, last_only: bool) -> tuple[Tensor, Tensor]:
+        """Return logits `[A, n or 1, V]` and states `[A, n or 1, H]` of a pass that asks nothing of the host.
+
+        Args:
+            tokens: int64 `[A, n]`, for the first A rows.
+            positions: Of every token, int64 `[A, n]`, inside the cache.
+            shown: How many slots of the cache queries see: more than every position that matters.
+            last_only: Whether only the last token's logits are wanted.
+        """
+        self._cache.show(0, positions, shown)
+        inside = positions.clamp(max=self._last_position)
+        return self._decoder.forward(tokens, positions, inside, self._cache, shown, last_only=last_only)
+
+    def clear(self) -> None:
+        """Forget every row."""
+        self._cache.clear()
+
+    def tensors(self) -> list[Tensor]:
+        """Return what a pass reads besides weights."""
+        return self._cache.buffers + self._decoder.tables()
 
     def move(self, source: int, target: int, length: int) -> None:
         """As `RowReader.move`."""

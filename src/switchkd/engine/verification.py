@@ -1,7 +1,8 @@
 """From two distributions to a token: one position at a time, and a whole draft at once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from switchkd import sampling
 from switchkd.chunks import rows_at_once
 from switchkd.policies import Policy, Positions
 from switchkd.rollout import Author
-from switchkd.sampling import NoiseTable, Stream
+from switchkd.sampling import Stream
 
 
 @dataclass
@@ -76,6 +77,18 @@ def write(
     return Written(tokens, kept, author, measure, decision.threshold, decision.state)
 
 
+class Noise(Protocol):
+    """The noise of some cells, one for each row and position: a `NoiseTable`, or what a round makes of its rows."""
+
+    def keys(self, stream: Stream, index: Tensor) -> Tensor:
+        """Return `noise_keys` of cells, in the shape of `index`."""
+        ...
+
+    def log_accept(self, index: Tensor) -> Tensor:
+        """Return ln u of the uniform number that decides whether a draft is kept, float64, shaped as `index`."""
+        ...
+
+
 @dataclass
 class Verified:
     """What became of a draft of G tokens in A rows; entries after the first replaced token are meaningless."""
@@ -95,7 +108,7 @@ def verify(
     teacher_rows: Tensor | None,
     position: Tensor,
     state: Tensor | None,
-    noise: NoiseTable,
+    noise: Noise,
     cells: Tensor,
 ) -> Verified:
     """Return which drafted tokens are accepted and what replaces the first one that is not.
@@ -110,6 +123,88 @@ def verify(
         noise: The rollout's noise.
         cells: The cell of each drafted token in it, int64 `[A, G]`.
     """
+    judged, accepted = _judged(policy, drafted, student_rows, teacher_rows, position, state, noise, cells)
+    if teacher_rows is None:
+        return judged
+    length, flat = drafted.shape[1], drafted.flatten()
+    tokens, first = drafted.clone(), judged.kept
+    # One pass is nearly always enough. But a replacement can be the drafted token itself (drawn anew, or nothing left
+    # to draw from): then the draft is accepted there, and the row goes on to its next doubtful token.
+    while len(hit := (first < length).nonzero().squeeze(-1)):
+        at = hit * length + first[hit]
+        replaced = [
+            _replacement(
+                policy,
+                student_rows[part],
+                teacher_rows[part],
+                flat[part],
+                noise.keys(Stream.RESIDUAL, cells.view(-1)[part]),
+            )
+            for part in at.split(rows_at_once(student_rows))
+        ]
+        tokens.view(-1)[at] = torch.cat([token for token, _ in replaced])
+        is_draft = torch.cat([same for _, same in replaced])
+        if not bool(is_draft.any()):
+            break
+        accepted.view(-1)[at[is_draft]] = True
+        first = accepted.cumprod(-1).sum(-1)
+    return replace(judged, tokens=tokens, kept=first, author=_authors(policy, judged.author, accepted))
+
+
+def verify_once(
+    policy: Policy,
+    drafted: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor | None,
+    position: Tensor,
+    state: Tensor | None,
+    noise: Noise,
+    cells: Tensor,
+) -> tuple[Verified, Tensor]:
+    """Return what `verify` does and how many tokens of each row stand, int64 `[A]`, asking nothing of the device.
+
+    Every shape is known beforehand: each row draws one replacement, needed or not. Where it is the drafted token
+    itself the row stops there all the same, and the next round finds the rest of the draft again: noise and decisions
+    depend on the prefix alone. Arguments as in `verify`.
+    """
+    judged, accepted = _judged(policy, drafted, student_rows, teacher_rows, position, state, noise, cells)
+    if teacher_rows is None:
+        return judged, judged.kept
+    (rows, length), first = drafted.shape, judged.kept
+    column = first.clamp(max=length - 1).unsqueeze(-1)
+    at = torch.arange(rows, device=drafted.device) * length + column.squeeze(-1)
+    keys = noise.keys(Stream.RESIDUAL, cells.reshape(-1)[at])
+    at_draft = drafted.gather(1, column).squeeze(1)
+    drawn = [
+        _replacement(policy, student_rows[part], teacher_rows[part], own, key)
+        for part, own, key in zip(
+            *(values.split(rows_at_once(student_rows)) for values in (at, at_draft, keys)), strict=True
+        )
+    ]
+    is_replaced = first < length
+    token = torch.where(is_replaced, torch.cat([token for token, _ in drawn]), at_draft)
+    is_draft = ~is_replaced | torch.cat([same for _, same in drawn])
+    accepted = accepted.scatter(1, column, is_draft.unsqueeze(1))
+    verified = replace(
+        judged,
+        tokens=drafted.scatter(1, column, token.unsqueeze(1)),
+        kept=first + (is_replaced & is_draft),
+        author=_authors(policy, judged.author, accepted),
+    )
+    return verified, (first + 1).clamp(max=length)
+
+
+def _judged(
+    policy: Policy,
+    drafted: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor | None,
+    position: Tensor,
+    state: Tensor | None,
+    noise: Noise,
+    cells: Tensor,
+) -> tuple[Verified, Tensor]:
+    """What is known of a draft before anything is replaced, and which tokens are accepted, bool `[A, G]`."""
     rows, length = drafted.shape
     flat = drafted.flatten()
     if teacher_rows is None:
@@ -120,8 +215,8 @@ def verify(
     author, threshold, states = _decided(policy, measure, position, state, drawn)
     if teacher_rows is None:
         # No position is the teacher's: the whole draft is accepted.
-        return Verified(drafted, torch.full_like(drafted[:, 0], length), author, measure, threshold, states)
-
+        whole = torch.full_like(drafted[:, 0], length)
+        return Verified(drafted, whole, author, measure, threshold, states), torch.ones_like(drafted, dtype=torch.bool)
     by_student = author != Author.TEACHER
     if policy.redraws:
         accepted = by_student
@@ -133,26 +228,16 @@ def verify(
             behaviour.gather(-1, chosen).view(rows, length),
             noise.log_accept(cells),
         )
-    tokens = drafted.clone()
     # How many tokens are accepted before the first that is not.
     first = accepted.cumprod(-1).sum(-1)
-    # One pass is nearly always enough. But a replacement can be the drafted token itself (drawn anew, or nothing left
-    # to draw from): then the draft is accepted there, and the row goes on to its next doubtful token.
-    while len(hit := (first < length).nonzero().squeeze(-1)):
-        at = hit * length + first[hit]
-        replaced = [
-            _replacement(policy, student_rows[part], teacher_rows[part], flat[part], noise, cells.view(-1)[part])
-            for part in at.split(rows_at_once(student_rows))
-        ]
-        tokens.view(-1)[at] = torch.cat([token for token, _ in replaced])
-        is_draft = torch.cat([same for _, same in replaced])
-        if not bool(is_draft.any()):
-            break
-        accepted.view(-1)[at[is_draft]] = True
-        first = accepted.cumprod(-1).sum(-1)
-    if policy.blends:
-        author = torch.where(accepted, int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
-    return Verified(tokens=tokens, kept=first, author=author, divergence=measure, threshold=threshold, states=states)
+    return Verified(drafted, first, author, measure, threshold, states), accepted
+
+
+def _authors(policy: Policy, author: Tensor, accepted: Tensor) -> Tensor:
+    """The authors, uint8 `[A, G]`; where mu mixes the two they follow from what became of the draft."""
+    if not policy.blends:
+        return author
+    return torch.where(accepted, int(Author.STUDENT), int(Author.TEACHER)).to(torch.uint8)
 
 
 def _decided(
@@ -174,11 +259,10 @@ def _decided(
 
 
 def _replacement(
-    policy: Policy, student_rows: Tensor, teacher_rows: Tensor, drafted: Tensor, noise: NoiseTable, cells: Tensor
+    policy: Policy, student_rows: Tensor, teacher_rows: Tensor, drafted: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens `[N]` at positions where the draft was not accepted, and where they are the draft after all."""
     behaviour = policy.behaviour(student_rows, teacher_rows)
-    keys = noise.keys(Stream.RESIDUAL, cells)
     if policy.redraws:
         tokens = sampling.exponential_race(behaviour, keys)
         return tokens, tokens == drafted

@@ -20,6 +20,7 @@ class Known:
         rereads: Whether its own cache changes its logits, so that everything is read anew for every token.
         warned: Whether it was said that it is decoded token by token.
         drafting: Its last teacher and the chooser of draft lengths of the pair.
+        session: What the static decoder keeps for it between rollouts, tensors and graphs.
     """
 
     head: tuple[float, float | None] | str | None = None
@@ -29,6 +30,7 @@ class Known:
     rereads: bool = False
     warned: bool = False
     drafting: tuple[weakref.ref[nn.Module], Any] | None = None
+    session: Any = None
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()

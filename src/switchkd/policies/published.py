@@ -4,6 +4,7 @@ Speculative self-distillation needs no policy here: it is `SwitchPolicy(schedule
 for the teacher.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Self
@@ -38,9 +39,14 @@ class BlendPolicy(Policy):
         return everywhere(Author.TEACHER, at.measure)
 
     def behaviour(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        # As a tensor, so that the logarithm of a weight of 0 is -inf and not an error.
-        weights = torch.tensor([1.0 - self.mixture_weight, self.mixture_weight], device=student_log_probs.device)
-        return torch.logaddexp(student_log_probs + weights[0].log(), teacher_log_probs + weights[1].log())
+        of_student, of_teacher = _log_weights(self.mixture_weight)
+        return torch.logaddexp(student_log_probs + of_student, teacher_log_probs + of_teacher)
+
+
+@functools.lru_cache(maxsize=8)
+def _log_weights(mixture_weight: float) -> list[float]:
+    """ln(1 - w) and ln w in float32; as tensors first, so that the logarithm of 0 is -inf and not an error."""
+    return torch.tensor([1.0 - mixture_weight, mixture_weight]).log().tolist()
 
 
 @dataclass(frozen=True)

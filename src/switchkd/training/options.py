@@ -161,6 +161,14 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         },
     )
 
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Write rollouts with static shapes, on a GPU through CUDA graphs, which keep their memory between "
+            "steps. It changes no text. Never run on a GPU by us; on a CPU it is slower."
+        },
+    )
+
     reuse_teacher_hidden: bool = field(
         default=True,
         metadata={"help": "Keep the teacher's states of a rollout for the loss instead of another teacher pass."},

@@ -296,6 +296,7 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "top_p": (_any_rollout,),
     "draft_length": (_any_rollout, _teacher_in_rollouts),
     "rollout_batch_size": (_any_rollout,),
+    "cuda_graphs": (_any_rollout,),
     "reuse_teacher_hidden": (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states),
     "teacher_hidden_dtype": (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states, _kept_states),
     "offload_teacher_hidden": (

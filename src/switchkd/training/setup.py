@@ -377,6 +377,7 @@ def sampling_options(args: SwitchConfig, excluded_ids: Sequence[int] = ()) -> di
         "draft_length": auto if args.draft_length == "auto" else int(args.draft_length),
         # Named only where there are some: what describes a file of teacher text stays what it was.
         **({"excluded_ids": list(excluded_ids)} if excluded_ids else {}),
+        **({"cuda_graphs": True} if args.cuda_graphs else {}),
     }
 
 
