@@ -3,14 +3,17 @@
 Not a test: `test_distributed.py` starts it once alone and once as two processes.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 
 from helpers.tiny import EOS_ID, RAGGED_ROWS, build_gpt2, build_trainer
+from switchkd.training.skipping import SKIPPED_FILE
 
 #: name -> options; 7 evaluation rows, so that the last batch of two processes is filled up.
 RUNS = {
@@ -28,7 +31,22 @@ RUNS = {
         "draft_length": "3",
         "gradient_accumulation_steps": 2,
     },
+    "skipped": {"method": "kd"},
 }
+
+
+def spoil(trainer: Any) -> None:
+    """Make the loss of every micro-batch nan that holds a row of "Q?"; one process of two has it."""
+    loss, ids = trainer.step_loss.loss, trainer.processing_class("Q?")["input_ids"]
+
+    def spoiled(model: Any, teacher: Any, inputs: Any, *args: Any) -> Any:
+        rows = [
+            row[read.bool()].tolist() for row, read in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        bad = any(row[: len(ids)] == ids for row in rows)
+        return loss(model, teacher, inputs, *args) * (float("nan") if bad else 1.0)
+
+    object.__setattr__(trainer.step_loss, "loss", spoiled)
 
 
 def main(folder: Path, processes: int) -> None:
@@ -51,7 +69,12 @@ def main(folder: Path, processes: int) -> None:
             **options,
         )
         assert trainer.args.world_size == processes
+        if name == "skipped":
+            spoil(trainer)
         trainer.train()
+        if trainer.is_world_process_zero() and (skipped := folder / f"{name}-{processes}" / SKIPPED_FILE).is_file():
+            lines = [json.loads(line) for line in skipped.read_text().splitlines()]
+            results["rows"] = sorted((row["step"], row["prompt"]) for row in lines)
         metrics = trainer.evaluate()
         results[name] = {
             "parameters": {key: value.detach() for key, value in trainer.model.named_parameters()},

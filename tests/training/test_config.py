@@ -244,7 +244,7 @@ EFFECTS = {
 ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden"}
 ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "tokenizer_kwargs"}
 ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
-ELSEWHERE |= {"allow_other_inputs"}  # test_checkpoints.py
+ELSEWHERE |= {"allow_other_inputs", "max_skipped_steps"}  # test_checkpoints.py, test_skipping.py
 
 
 def test_every_option_of_the_project_has_a_stated_effect():

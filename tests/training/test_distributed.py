@@ -70,3 +70,10 @@ def test_two_processes_log_and_evaluate_what_one_does(results, name):
             key for key in one if not key.startswith(NOT_EQUAL) and "runtime" not in key and "per_sec" not in key
         ]
         assert {key: two[key] for key in compared} == pytest.approx({key: one[key] for key in compared}, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bad_number_of_one_process_is_a_step_that_both_skip(results):
+    """Each would have gone its own way, and the two would have waited for each other for ever."""
+    assert results[0]["rows"] == results[1]["rows"] and len(results[0]["rows"]) == 4
+    assert [log["skipped_steps"] for log in results[1]["skipped"]["log"]][-1] == 1

@@ -575,7 +575,7 @@ def test_an_absurd_learning_rate_ends_in_one_line_and_saves_nothing(make_trainer
     trainer = make_trainer(
         build_gpt2(), build_gpt2(seed=1), learning_rate=1e9, max_steps=4, save_strategy="steps", save_steps=1
     )
-    with pytest.raises(UserError, match=r"step \d.*lower learning_rate \(now 1e\+09\)"):
+    with pytest.raises(UserError, match=r"the last 3 steps were.*lower learning_rate \(now 1e\+09\)"):
         trainer.train()
     assert all(entry["loss"] != 0.0 for entry in trainer.state.log_history if "loss" in entry)
     for path in tmp_path.rglob("*.safetensors"):
@@ -600,14 +600,24 @@ def test_every_save_reads_the_weights_once(make_trainer, tmp_path, monkeypatch):
     assert steps == [1, 2, 2, 2]
 
 
+def test_logits_that_overflow_are_named_before_any_text(make_trainer):
+    """The model was said to look ahead."""
+    teacher = build_gpt2(seed=1)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1e25)
+    with pytest.raises(UserError, match="the teacher, a GPT2LMHeadModel, cannot be used: its logits are nan or inf in"):
+        make_trainer(build_gpt2(), teacher)
+
+
 def test_the_student_is_not_updated_by_a_loss_that_is_nan(make_trainer):
-    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), max_steps=3)
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), max_steps=3, max_skipped_steps=0)
     before = parameters(trainer.model)
     loss = trainer.step_loss.loss
     ruined = lambda *args: loss(*args) * float("nan")  # noqa: E731
     trainer.step_loss = types.SimpleNamespace(**vars(trainer.step_loss), loss=ruined)
     trainer.step_loss.needs_teacher_pass, trainer.step_loss.reads_teacher = lambda inputs: False, True
-    with pytest.raises(UserError, match="the loss of step 1 is nan, the student was not updated by it"):
+    with pytest.raises(UserError, match="the loss is nan in step 1; 1 step would not update the student"):
         trainer.train()
     assert largest_difference(before, parameters(trainer.model)) == 0.0
 

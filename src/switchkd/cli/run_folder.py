@@ -39,6 +39,7 @@ REPORT_FILES = (
     "answers.jsonl",
     "rollouts.jsonl",
     "completions.jsonl",
+    "skipped_steps.jsonl",
     "summary.png",
     "diagnose.png",
     "prepared.json",

@@ -12,6 +12,7 @@ from switchkd.cli.options import is_terminal
 from switchkd.cli.rollouts import completions_table
 from switchkd.cli.run_folder import RunFolder
 from switchkd.rollout import label_of
+from switchkd.training.skipping import SKIPPED_FILE
 
 # What a progress line shows: key of the log, and how.
 SHOWN = {
@@ -57,7 +58,7 @@ class RunCallback(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar; take back what an interrupted run logged after the checkpoint."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", SKIPPED_FILE):
             self.folder.forget_after(name, state.global_step)
         if self.show_bar:
             super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]

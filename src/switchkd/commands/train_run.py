@@ -38,7 +38,7 @@ RESUME_MAY_CHANGE = (
     "output_dir", "max_steps", "num_train_epochs", "report_to",
     "run_name", "project", "disable_tqdm", "num_completions_to_log", "push_to_hub", "per_device_eval_batch_size",
     "max_eval_samples", "dataset_test_split", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "skip_memory_metrics", "local_rank", "prediction_loss_only", "allow_other_inputs",
+    "skip_memory_metrics", "max_skipped_steps", "local_rank", "prediction_loss_only", "allow_other_inputs",
 )  # fmt: skip
 RESUME_MAY_CHANGE_PREFIXES = ("save_", "logging_", "log_", "eval_", "hub_", "dataloader_", "ddp_", "do_", "trackio_")
 
@@ -312,6 +312,7 @@ def _summary(trainer: SwitchTrainer, seconds: float) -> dict[str, Any]:
         "method": trainer.args.method,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "teacher_share": sum(shares) / len(shares) if shares else None,

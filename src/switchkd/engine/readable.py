@@ -5,6 +5,7 @@ a few tokens are read in the ways that rollouts and losses read them, and compar
 is kept for each model.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -278,6 +279,9 @@ def _ask(model: Any, length: int) -> tuple[str | None, str | None]:
         return not bool(error <= tolerance)
 
     def alone() -> str | None:
+        if not bool((plain(long) < math.inf).all()):  # -inf excludes an id
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            return f"its logits are nan or inf in {dtype}; load it in float32 or bfloat16, or another checkpoint"
         if differs(plain(long[:, :4]), plain(long)[:4]):
             return "it looks ahead: a token changes what is predicted before it"
         if differs(read(long, torch.ones_like(long))[0], plain(long)):

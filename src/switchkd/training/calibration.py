@@ -338,6 +338,7 @@ class ShareController:
             scaled: `scaled_divergences` of the last rollout, over all ranks, `[tokens]`; none changes nothing.
             teacher_share: Of that rollout, in [0, 1].
         """
+        scaled = scaled[~scaled.isnan()]  # of models whose logits are nan, a step that is skipped
         if len(scaled):
             self._seen += 1
             wanted = threshold_for_share(scaled, teacher_share, self.threshold, self.target_teacher_share)

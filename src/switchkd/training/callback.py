@@ -16,10 +16,14 @@ class LoopCallback(TrainerCallback):
         self.began_at = state.global_step
         self.trainer.go_on_counting()
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.begin_step()
+
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.check_step()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.check_update()
         self.trainer.finish_step()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:

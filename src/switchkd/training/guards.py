@@ -1,12 +1,10 @@
-"""What training refuses: arguments and launches that cannot act here, and losses that would ruin the student."""
+"""What training refuses: arguments and launches that cannot act here, and a student whose weights are nan or inf."""
 
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 from switchkd.errors import UserError
@@ -90,41 +88,6 @@ def require_evaluation(method: str, data: Any, strategy: str) -> None:
         raise UserError(
             f"method {method!r} watches the evaluation loss: give one evaluation data set and eval_strategy steps or "
             "epoch"
-        )
-
-
-class StepGuard:
-    """Keeps a loss that is nan or inf from reaching the student's weights: one look per optimizer step."""
-
-    def __init__(self) -> None:
-        self._total: Tensor = torch.zeros(())
-
-    def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch, a scalar; nothing is looked at yet."""
-        self._total = self._total.to(loss.device) + loss.detach().float()
-
-    def check(
-        self, student: nn.Module, step: int, learning_rate: float, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        """Refuse the update of an optimizer step whose loss is not finite.
-
-        Args:
-            student: The model in training.
-            step: The optimizer step, counted from 1.
-            learning_rate: The configured one, for the message.
-            reduce: Sums a tensor over all processes, so that all refuse together; None where there is one.
-
-        Raises:
-            UserError: Names the step, and the tensors that hold nan or inf if there are any.
-        """
-        total = self._total if reduce is None else reduce(self._total)
-        self._total = torch.zeros(())
-        if bool(total.isfinite()):
-            return
-        check_student(student, step - 1, learning_rate)
-        raise UserError(
-            f"the loss of step {step} is {float(total)}, the student was not updated by it: lower learning_rate (now "
-            f"{learning_rate:g}), or look at the data and at the weights of the loss"
         )
 
 

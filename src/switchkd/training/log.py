@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,54 @@ class ShareWatch:
         return f"the teacher wrote {share:.1%} of the tokens of the last {self.ROLLOUTS} rollouts: {self.way_out}"
 
 
+class TextWatch:
+    """Says once that all rolled-out text is cut at the length limit, and once that much of it repeats one token.
+
+    Args:
+        eos_token_id: Id or ids that end a text.
+        full: The length limit, tokens; rollouts with a smaller one are meant to be cut.
+    """
+
+    #: How many rollouts are looked at together; in how many of the rows one token makes up how much of the text, and
+    #: from how many tokens on.
+    ROLLOUTS, ROWS, REPEATED, TOKENS = 5, 0.5, 0.9, 16
+
+    def __init__(self, eos_token_id: int | Sequence[int], full: int) -> None:
+        self._eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
+        self._full = full
+        self._counts: deque[tuple[int, int, int]] = deque(maxlen=self.ROLLOUTS)
+        self._said: set[str] = set()
+
+    def add(self, rollout: Rollout, limit: int) -> str | None:
+        """Return the warning that a further rollout calls for, or None.
+
+        Args:
+            rollout: Of this process.
+            limit: Its length limit, tokens.
+        """
+        ids, mask = rollout.completion_ids, rollout.completion_mask
+        lengths = mask.sum(-1)
+        ended = (torch.isin(ids, self._eos.to(ids.device)) & mask).any(-1)
+        again = ((ids[:, 1:] == ids[:, :-1]) & mask[:, 1:]).sum(-1)
+        repeats = (lengths >= self.TOKENS) & (again >= self.REPEATED * (lengths - 1))
+        cut, repeating = torch.stack([(~ended).sum(), repeats.sum()]).tolist()
+        self._counts.append((len(rollout), cut if limit == self._full else 0, repeating))
+        rows, cut, repeating = (sum(counts) for counts in zip(*self._counts, strict=True))
+        of = f"of the last {self.ROLLOUTS} rollouts"
+        found = {
+            "repeats": f"{repeating / rows:.0%} of the texts {of} are one token again and again: lower learning_rate, "
+            "raise temperature, or train on dataset answers first (method sft)",
+            "cut": f"all texts {of} were cut at max_completion_length={self._full}: raise it, or train on dataset "
+            "answers first (method sft), from which the student learns to end",
+        }
+        calls = {"repeats": repeating > self.ROWS * rows, "cut": cut == rows}
+        for name, text in found.items():
+            if calls[name] and name not in self._said and len(self._counts) == self.ROLLOUTS:
+                self._said.add(name)
+                return text
+        return None
+
+
 class ReferenceTotals:
     """Sums over the reference tokens of an evaluation: the loss is averaged over tokens, not over batches."""
 
@@ -130,9 +178,9 @@ class ReferenceTotals:
         return {"loss": loss / max(tokens, 1.0), "cross_entropy": cross_entropy / max(tokens, 1.0)}
 
 
-def append_completions(folder: Path, step: int, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rollouts, one JSON object each, to `completions.jsonl` of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows to a file of JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -196,6 +196,13 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         default=False,
         metadata={"help": "Go on from a checkpoint with other data or another teacher than it was trained with."},
     )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={
+            "help": "A step whose loss or gradient is nan or inf does not update the student; its rows are kept in "
+            "skipped_steps.jsonl. The run ends when it is more steps than this."
+        },
+    )
     log_top_tokens: int = field(
         default=0,
         metadata={"help": "Also log both models' K likeliest tokens at each token of those rollouts; 0: off."},
@@ -228,6 +235,7 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             "teacher_token_weight",
             "eval_rouge_l_samples",
             "log_top_tokens",
+            "max_skipped_steps",
             "clip_range",
             "replay_capacity",
         ):

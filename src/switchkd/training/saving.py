@@ -4,6 +4,7 @@ Only sound weights are saved, with the configuration they came with and a model 
 whole.
 """
 
+import copy
 import logging
 import sys
 import time
@@ -43,13 +44,16 @@ class SavingTrainer(Trainer):
     text: TextSource
     teacher_model: nn.Module | None
     teacher_passes: int
+    skipped_steps: int
     _means: RunningMeans
     #: `use_cache` as the student's configuration had it; the Trainer switches it off.
     source_use_cache: bool | None = None
     #: `save_total_limit` while a checkpoint is written.
     _limit: int | None = None
-    #: Counts of the checkpoint that training goes on from, until it begins.
+    #: Counts of the checkpoint that training goes on from.
     _counted: dict[str, Any] | None = None
+    #: What training begins with, where `auto_find_batch_size` may begin it again.
+    _first_attempt: dict[str, Any] | None = None
     _checksums: dict[str, str] | None = None
     _seconds_before = 0.0
     _began = 0.0
@@ -126,6 +130,7 @@ class SavingTrainer(Trainer):
         """Write what decides about later steps' text, and what was counted so far, into a checkpoint."""
         counted = {
             "teacher_passes": self.teacher_passes,
+            "skipped_steps": self.skipped_steps,
             "seconds": self.seconds,
             "means": self._means.state_dict(),
             # What the next row of the log is a mean of; transformers begins anew.
@@ -157,15 +162,27 @@ class SavingTrainer(Trainer):
         self.text.load_state_dict(state)
 
     def go_on_counting(self) -> None:
-        """Take up the counts of the checkpoint that training goes on from, if it does."""
-        counted, self._counted = self._counted, None
+        """Take up the counts of the checkpoint that training goes on from, if it does; called where training begins."""
         self._began = time.perf_counter()
+        if self.args.auto_find_batch_size:
+            self._forget_attempt()
+        counted = self._counted
         if counted is None:
             return
         self.teacher_passes, self._seconds_before = counted["teacher_passes"], counted["seconds"]
+        self.skipped_steps = counted.get("skipped_steps", 0)
         self._means.load_state_dict(counted["means"])
         self._tr_loss += counted["loss"]
         self._total_loss_scalar, self._globalstep_last_logged = counted["total_loss"], counted["logged_at"]
+
+    def _forget_attempt(self) -> None:
+        """Begin again as the first attempt did, whose batches were too large for the memory."""
+        if self._first_attempt is None:
+            self._first_attempt = {"passes": self.teacher_passes, "text": copy.deepcopy(self.text.state_dict())}
+            return
+        self.teacher_passes, self.skipped_steps = self._first_attempt["passes"], 0
+        self.text.load_state_dict(copy.deepcopy(self._first_attempt["text"]))
+        self._means.take()
 
     @property
     def seconds(self) -> float:

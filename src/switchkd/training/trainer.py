@@ -30,13 +30,12 @@ from switchkd.training.callback import LoopCallback
 from switchkd.training.card import Origin
 from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import (
-    StepGuard,
     refuse_arguments,
     refuse_launch,
     require_evaluation,
     warn_of_precision,
 )
-from switchkd.training.log import RunningMeans, append_completions
+from switchkd.training.log import RunningMeans, TextWatch, append_rows
 from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
 from switchkd.training.saving import SavingTrainer
@@ -52,13 +51,14 @@ from switchkd.training.setup import (
     rollout_rows,
     sampling_options,
 )
+from switchkd.training.skipping import SkippingTrainer, StepGuard
 from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
 
 logger = logging.getLogger(__name__)
 
 
-class SwitchTrainer(ReferenceTrainer, SavingTrainer):
+class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
@@ -162,10 +162,11 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         self.calibration: Calibration | None = None
         self.add_callback(LoopCallback(self))
-        self._guard = StepGuard()
+        self._guard, self.skipped_steps = StepGuard(), 0
         self.teacher_passes = 0
         self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
         self._share_watch = make_share_watch(self.plan)
+        self._text_watch = TextWatch(self.eos_token_id, args.max_completion_length)
         self._unlogged_rollout: tuple[Rollout, list[list[int]] | None] | None = None
         self.logged_completions: list[dict[str, Any]] = []  # those of the last log, see log_completions
         self._training_since = time.perf_counter()
@@ -196,19 +197,12 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
         if checkpoint is None:  # a checkpoint holds the threshold that was reached
             self.find_threshold()
-        self._checked_at = None
+        self._checked_at = self._counted = self._first_attempt = None
         result = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.require_updates()
         if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
             self._check_weights()
         return result
-
-    def check_step(self) -> None:
-        """Refuse to update the student by a loss that is nan or inf, before the optimizer does; see `StepGuard`."""
-        args, reduce = self.args, self._summed if self.args.world_size > 1 else None
-        self._guard.check(self.model, self.state.global_step + 1, args.learning_rate, reduce)
-
-    def _summed(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.float().to(self.args.device), "sum").cpu()
 
     def _sampling(self) -> dict[str, Any]:
         options = sampling_options(self.args, self.step_loss.objective.excluded_ids)
@@ -250,7 +244,7 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
     def _place(self) -> tuple[int, int, int, int]:
         """Optimizer step, rank, number of ranks and rows of a micro-batch."""
         args = self.args
-        return self.state.global_step, args.process_index, args.world_size, args.train_batch_size
+        return self.state.global_step, args.process_index, args.world_size, self._train_batch_size
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -274,12 +268,15 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         count = torch.stack([batch["completion_mask"].sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.reshape(1)).sum()
-        self._training_since = time.perf_counter()
+        self._training_since, self._guard.batches = time.perf_counter(), batches
         return batches, count
 
     def _roll_out_window(self, window: list[Rows]) -> list[dict[str, Tensor]]:
         args = self.args
         rows, sizes = Rows(list(itertools.chain.from_iterable(window))), [len(rows) for rows in window]
+        assert self.rollout_rows is not None
+        # Less of everything where auto_find_batch_size has found that the memory holds less.
+        at_once = max(self.rollout_rows * self._train_batch_size // args.train_batch_size, 1)
         started = time.perf_counter()
         # Rollouts see the bare model: no gradient synchronisation, and autocast where training has it.
         with self._teacher_at_hand() as teacher, self.accelerator.autocast():
@@ -290,13 +287,15 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
                 progress=self._progress,
                 row_ids=row_ids(sizes, *self._place),
                 return_teacher_hidden=self._keeps_teacher_hidden(),
-                max_active_rows=self.rollout_rows,
+                max_active_rows=at_once,
                 **self._sampling(),
             )
         self._means.add_rollout(rollout, time.perf_counter() - started)
         self.teacher_passes += rollout.stats["teacher_passes"]
-        if self._share_watch is not None and (warning := self._share_watch.add(rollout)):
-            warnings.warn(warning, stacklevel=2)
+        limit = self.text.length_limit_at(self._progress, args.max_completion_length)
+        for warning in (self._share_watch and self._share_watch.add(rollout), self._text_watch.add(rollout, limit)):
+            if warning:
+                warnings.warn(warning, stacklevel=2)
         self.text.observe_share(rollout, self._gathered if args.world_size > 1 else None)
         if rollout.teacher_hidden is not None:
             dtype = getattr(torch, args.teacher_hidden_dtype) if args.teacher_hidden_dtype else None
@@ -352,7 +351,7 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means of what happened since the last log; see docs/metrics.md."""
         if "loss" in logs:
-            logs |= self._means.take(self._summed if self.args.world_size > 1 else None)
+            logs |= {"skipped_steps": self.skipped_steps, **self._means.take(self._reduce)}
             if self.text.controller is not None:
                 logs["rollout/initial_threshold_nats"] = self.text.controller.threshold
             if self.text.adaptive is not None:
@@ -362,7 +361,8 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
             if self.args.log_completions:
                 self._append_completions()
         if "train_loss" in logs:  # of all steps, those before a resume included
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            logs["skipped_steps"] = self.skipped_steps
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.skipped_steps, 1)
         super().log(logs, start_time)
 
     def _append_completions(self) -> None:
@@ -376,7 +376,8 @@ class SwitchTrainer(ReferenceTrainer, SavingTrainer):
         if self.args.log_top_tokens:
             for row, tokens in zip(self.logged_completions, self._top_tokens(rollout, teacher_prompts), strict=True):
                 row["top_tokens"] = tokens
-        append_completions(Path(str(self.args.output_dir)), self.state.global_step, self.logged_completions)
+        rows = [{"step": self.state.global_step, **row} for row in self.logged_completions]
+        append_rows(Path(str(self.args.output_dir)) / "completions.jsonl", rows)
 
     def _top_tokens(self, rollout: Rollout, teacher_prompts: list[list[int]] | None) -> list[list[dict[str, Any]]]:
         """What both models find likeliest, now: the student has learned from the rollout since it wrote it."""
