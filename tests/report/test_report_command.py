@@ -281,8 +281,50 @@ def test_extremes_and_a_prompt_logged_twice_are_shown_once_each():
     ]
 
 
+def test_a_prompt_that_several_rollouts_share_is_shown_in_each_of_them():
+    """As before a training and after it; what a training logged has its own pair."""
+    before = Texts("before", [rollout_row(4, prompt="only before"), rollout_row(4, share=1.0, prompt="both")])
+    after = Texts("after", [rollout_row(4, share=0.5, prompt="both"), rollout_row(4, prompt="only after")])
+    train = Texts("train", [rollout_row(4, 1, prompt="both")])
+    views = rollout_section([train, before, after]).blocks
+    assert [(one.title, one.prompt) for one in views[:3]] == [
+        ("before: the same prompt", "both"),
+        ("after: the same prompt", "both"),
+        ("train, step 1: longest", "both"),
+    ]
+    assert len({one.name for one in views}) == len(views)
+    alone = rollout_section([before, Texts("other", [rollout_row(4, prompt="another")])]).blocks
+    assert not any("the same prompt" in one.title for one in alone)
+
+
 def test_nothing_logged_is_no_section():
     assert curve_section([]) is None and position_section([]) is None and rollout_section([]) is None
+
+
+# ---- as a stage of a recipe
+
+
+def test_folders_may_stand_in_a_config_file_and_words_of_the_command_line_replace_them(runs, run, tmp_path):
+    config = tmp_path / "report.yaml"
+    config.write_text(yaml.safe_dump({"runs": [str(runs / "rollout")], "output_dir": str(tmp_path / "here")}))
+    code, _, err = run("report", "--config", config)
+    assert code == 0, err
+    page = tmp_path / "here" / "report.html"
+    assert "switchkd: rollout" in page.read_text()
+    code, _, err = run("report", runs / "evaluate", "--config", config)
+    assert code == 0 and "switchkd: evaluate" in page.read_text()
+
+
+def test_the_report_of_a_recipe_is_made_anew_by_every_call(runs, run, tmp_path):
+    """It shows what the stages before it have by now, and a page of an unfinished recipe must not stay."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({"stages": {"report": {"command": "report", "runs": [str(runs / "rollout")]}}}))
+    page = tmp_path / "run" / "report" / "report.html"
+    for _ in range(2):
+        code, out, err = run("recipe", "run", mine, "--output_dir", tmp_path / "run")
+        assert code == 0 and "done before" not in out, err
+        assert "switchkd: rollout" in page.read_text()
+        page.unlink()
 
 
 # ---- what goes wrong

@@ -77,7 +77,7 @@ def parser() -> OptionParser:
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write the completions, print them, and return them with their counts."""
-    _check(options)
+    check(options)
     folder = RunFolder(options.output_dir, "rollout") if options.output_dir is not None else None
     if folder is not None:
         folder.check(overwrite=options.overwrite_output_dir)
@@ -128,7 +128,12 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {**summary, "rollouts": rows}
 
 
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        UserError: Names the option.
+    """
     check_choice("color", options.color, ("auto", "always", "never"))
     check_pair_options(options, model_name_or_path="the student")
     if options.teacher_model_name_or_path is None and options.policy in NAMES and options.policy != "student":

@@ -158,7 +158,7 @@ def _checked(stage: Stage) -> None:
     elif stage.command == "evaluate":
         module.check(options)
         module.chosen_sets(options)
-    elif stage.command == "prepare":
+    elif stage.command in ("prepare", "rollout"):
         module.check(options)
     elif stage.command == "compare":
         from switchkd.compare.checks import check as check_tasks
@@ -175,7 +175,7 @@ def _execute(stage: Stage, file: Path, console: Console, verbose: bool) -> dict[
         flags.append("--resume")
     elif stage.command == "train" and any(stage.folder.glob("checkpoint-*/trainer_state.json")):
         flags.append("--resume_from_checkpoint")
-    elif stage.command != "compare" and RunFolder(str(stage.folder), stage.command).holds_run():
+    elif stage.command not in ("compare", "report") and RunFolder(str(stage.folder), stage.command).holds_run():
         flags.append("--overwrite_output_dir")
     try:
         result: dict[str, Any] = module.run(module.parser().resolve(flags), console)
@@ -191,6 +191,8 @@ def _execute(stage: Stage, file: Path, console: Console, verbose: bool) -> dict[
 
 def _result(stage: Stage, folder: Path) -> dict[str, Any] | None:
     """What a stage that is done returned; one that was run by hand from its file in `stages` is done too."""
+    if stage.command == "report":
+        return None  # it takes seconds, and shows what the other stages have written by now
     file = folder / "stages" / f"{stage.name}.json"
     if not file.is_file() and stage.command != "compare":
         file = stage.folder / COMMANDS[stage.command][1]

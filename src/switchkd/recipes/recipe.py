@@ -18,7 +18,9 @@ COMMANDS = {
     "train": ("switchkd.commands.train", "summary.json"),
     "evaluate": ("switchkd.commands.evaluate", "summary.json"),
     "diagnose": ("switchkd.commands.diagnose", "summary.json"),
+    "rollout": ("switchkd.commands.rollout", "summary.json"),
     "compare": ("switchkd.compare.command", "results.json"),
+    "report": ("switchkd.report.command", "report.html"),
 }
 _REFERENCE = re.compile(r"\$(stages\.[\w-]+|\w+)")
 _DROPPED = object()

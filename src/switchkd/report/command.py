@@ -17,9 +17,12 @@ def parser() -> OptionParser:
         description="Make one HTML file from the folders of train, compare, demo, evaluate, calibrate, diagnose and "
         "rollout. It needs nothing else: it can be mailed, opened without a network, read on a phone and printed.",
     )
-    result.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run, its output_dir; one or several")
-    result.add_argument("--output_file", default="report.html", metavar="FILE", help="where to write the page")
-    result.add_shared_options(None, overwrite=False)
+    # Without a default, so that no word on the command line leaves those of a config file.
+    folders: dict[str, Any] = {"metavar": "RUN", "help": "folder of a run, its output_dir; one or several"}
+    result.add_argument("runs", nargs="*", default=argparse.SUPPRESS, **folders)
+    result.add_argument("--runs", nargs="+", default=[], **(folders | {"help": "the same, as a key of a config file"}))
+    result.add_argument("--output_file", default="report.html", metavar="FILE", help="name of the page, in output_dir")
+    result.add_shared_options("folder of the page (default: the current one)", overwrite=False)
     return result
 
 
@@ -31,7 +34,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.report.contents import make_page
     from switchkd.report.folders import read_runs
 
-    path = Path(options.output_file).expanduser()
+    path = Path(options.output_dir or ".").expanduser() / Path(options.output_file).expanduser()
     check_file(path)
     page = make_page(read_runs(options.runs))
     size = write(page, path)

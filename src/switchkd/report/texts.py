@@ -54,8 +54,12 @@ def position_section(sources: Sequence[Texts]) -> Section | None:
 
 
 def rollout_section(sources: Sequence[Texts]) -> Section | None:
-    """Return rollouts worth reading: most and least by the teacher, the longest, and a prompt early and late."""
-    views = [found for texts in sources for found in _chosen(texts)]
+    """Return rollouts worth reading: most and least by the teacher, the longest, and the same prompt twice.
+
+    That is a prompt early and late in a training, and one that several rollouts which are no training's share, such as
+    those of a student before its training and after it.
+    """
+    views = [*_shared(sources), *(found for texts in sources for found in _chosen(texts))]
     shown, left_out = within(views)
     if not shown:
         return None
@@ -86,6 +90,21 @@ def _chosen(texts: Texts) -> Iterator[RolloutView]:
         for what, row in zip(("the same prompt early", "the same prompt late"), pair, strict=True):
             seen.append(row)
             yield _view(texts, row, what, len(seen))
+
+
+def _shared(sources: Sequence[Texts]) -> Iterator[RolloutView]:
+    """What different rollouts made of the first prompt that they share."""
+    firsts = [
+        (texts, {row["prompt"]: row for row in reversed(texts.rows) if row["tokens"] and "step" not in row})
+        for texts in sources
+    ]
+    firsts = [(texts, rows) for texts, rows in firsts if rows]
+    if len(firsts) < 2:
+        return
+    first, others = firsts[0][1], [rows for _, rows in firsts[1:]]
+    prompt = next((one for one in reversed(first) if all(one in rows for rows in others)), None)
+    for texts, rows in firsts if prompt is not None else []:
+        yield _view(texts, rows[prompt], "the same prompt", 0)
 
 
 def _view(texts: Texts, row: Mapping[str, Any], what: str, number: int) -> RolloutView:
