@@ -24,6 +24,7 @@ from typing import Any
 import datasets
 import pytest
 import transformers
+from helpers.chat import StandIn, completion
 from helpers.tiny import RAGGED_ROWS, build_gpt2, build_llama, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +36,11 @@ DOCUMENTS = (
     GUIDE,
     "docs/scale.md",
     "docs/report.md",
+    "docs/judging.md",
     "docs/reproducing.md",
     "examples/README.md",
 )
-PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git", "accelerate")
+PROGRAMS = ("switchkd", "make", "pip", "python", "python3", "zcat", "git", "accelerate", "export")
 SHELLS = ("bash", "sh", "shell", "console")
 
 TRAIN = "--use_cpu --max_steps 2 --max_completion_length 8 --per_device_train_batch_size 2 --logging_steps 1"
@@ -106,6 +108,16 @@ RUN: dict[str, Run | Look] = {
     ),
     "switchkd calibrate --model_name_or_path S --teacher_model_name_or_path T --dataset_name train.jsonl "
     "--target_teacher_share 0.53": Run("--max_completion_length 8 --tolerance 0.5"),
+    "export OPENAI_BASE_URL=http://localhost:8000/v1": Run(),
+    "export OPENAI_MODEL=judge": Run(),
+    **{
+        f"switchkd evaluate --model_name_or_path {model} --dataset_name test.jsonl --output_dir runs/of-{name}": Run(
+            SCORE
+        )
+        for model, name in (("S", "s"), ("T", "t"))
+    },
+    "switchkd judge runs/of-s runs/of-t --output_dir runs/judge --prices 0.15,0.60": Run(),
+    "switchkd judge runs/of-s runs/of-t --output_dir runs/judge --yes": Run(),
     "switchkd recipe run gpt2-small --output_dir runs/gpt2-small": Look(
         "--help", "days on a GPU; tests/recipes runs every stage small"
     ),
@@ -284,7 +296,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
+    judge = StandIn(lambda request: completion("[[C]]"))
+    for name, value in {"OPENAI_BASE_URL": judge.url, "OPENAI_MODEL": "judge", "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
     yield tmp_path
+    judge.shutdown()
+    judge.server_close()
     # The commands quiet these libraries for the whole process.
     transformers.logging.set_verbosity(levels[0])
     datasets.logging.set_verbosity(levels[1])

@@ -24,6 +24,7 @@ COMMANDS = {
         "switchkd.compare.command",
         "train and score methods side by side, several seeds each, and say which differences are significant",
     ),
+    "judge": ("switchkd.commands.judge", "let a chat model say which of two runs answers better, prompt by prompt"),
     "report": ("switchkd.report.command", "make one HTML page from the folders of runs"),
     "recipe": ("switchkd.recipes.command", "whole experiments of the papers, stage by stage: list, show, run"),
 }

@@ -67,6 +67,7 @@ OWN_FILES = (*REPORT_FILES, *MODEL_FILES)
 _CONTINUED = {
     "train": ", or --resume_from_checkpoint true to continue it",
     "evaluate": ", or --resume to continue it",
+    "judge": ", or --resume to continue it",
 }
 
 _HELD: dict[Path, FileLock] = {}

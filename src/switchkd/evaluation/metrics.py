@@ -149,10 +149,19 @@ def share_of(hits: int, count: int) -> Share | None:
     Reference:
         Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
     """
-    if count == 0:
-        return None
-    ends = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    return Share(hits / count, (float(ends.low), float(ends.high)), count)
+    return None if count == 0 else wilson(hits, count)
+
+
+def wilson(points: float, count: int) -> Share:
+    """Return the mean of values in [0, 1] with Wilson's interval, which is too wide where not all of them are 0 or 1.
+
+    Args:
+        points: Their sum.
+        count: Their number, at least 1.
+    """
+    share, square = points / count, float(stats.norm.ppf(0.975)) ** 2 / count
+    middle, reach = share + square / 2, math.sqrt(square * share * (1 - share) + square**2 / 4)
+    return Share(share, (max((middle - reach) / (1 + square), 0.0), min((middle + reach) / (1 + square), 1.0)), count)
 
 
 def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:

@@ -14,8 +14,8 @@ def parser() -> OptionParser:
     result = OptionParser(
         prog="switchkd report",
         usage="switchkd report RUN... [--output_file report.html]",
-        description="Make one HTML file from the folders of train, compare, demo, evaluate, calibrate, diagnose and "
-        "rollout. It needs nothing else: it can be mailed, opened without a network, read on a phone and printed.",
+        description="Make one HTML file from the folders of train, compare, demo, evaluate, judge, calibrate, diagnose "
+        "and rollout. It needs nothing else: it can be mailed, opened without a network, read on a phone and printed.",
     )
     # Without a default, so that no word on the command line leaves those of a config file.
     folders: dict[str, Any] = {"metavar": "RUN", "help": "folder of a run, its output_dir; one or several"}

@@ -8,7 +8,13 @@ from switchkd.page.document import Page, Section
 from switchkd.report.compared import Compared, Trained, compare_evaluations, read_compared
 from switchkd.report.curves import curve_section
 from switchkd.report.folders import Run, evaluations
-from switchkd.report.measured import calibration_section, diagnosis_section, distance_section, training_table
+from switchkd.report.measured import (
+    calibration_section,
+    diagnosis_section,
+    distance_section,
+    judge_section,
+    training_table,
+)
 from switchkd.report.records import config_section, data_section, version_section
 from switchkd.report.scores import answer_section, cards, difference_section, score_section
 from switchkd.report.texts import Texts, position_section, rollout_section
@@ -50,6 +56,7 @@ def _page(runs: Sequence[Run]) -> Page:
     for each in compared:
         sections.append(curve_section(each.trained, each.stages, f"Learning curves{of[each.name]}"))
     sections.append(curve_section(given))
+    sections += [_guarded(judge_section, run) for run in by_command.get("judge", []) if run.summary]
     sections += [_guarded(diagnosis_section, run) for run in by_command.get("diagnose", []) if run.summary]
     sections += [_guarded(calibration_section, run) for run in by_command.get("calibrate", []) if run.summary]
     sections += [position_section(texts), rollout_section(texts)]
@@ -84,6 +91,8 @@ def _first_screen(compared: Sequence[Compared], runs: Sequence[Run], texts: Sequ
             said += [f"the teacher wrote {share:.0%}"] if (share := summary.get("teacher_share")) is not None else []
         elif run.command == "evaluate":
             said = [line for each in evaluations(run) for line in _score(each)]
+        elif run.command == "judge" and run.summary:
+            said = [f"{name}: {one['said']}" for name, one in summary["test_sets"].items()]
         elif run.command == "calibrate":
             said = [str(summary["note"])] if "note" in summary else []
         elif run.command == "diagnose":

@@ -12,7 +12,7 @@ from switchkd.errors import UserError
 from switchkd.page.writers import check_row
 
 #: Commands whose folders a report shows.
-COMMANDS = ("train", "compare", "demo", "evaluate", "calibrate", "diagnose", "rollout")
+COMMANDS = ("train", "compare", "demo", "evaluate", "judge", "calibrate", "diagnose", "rollout")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `calibrate`, `diagnose`, `evaluate` and `rollout` measured, each from its summary."""
+"""What `calibrate`, `diagnose`, `evaluate`, `judge` and `rollout` measured, each from its summary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from switchkd.page.document import Figure, Section, Table, Text
-from switchkd.page.figures import Line, lines
+from switchkd.page.figures import Interval, Line, intervals, lines
 from switchkd.report.folders import Run
 
 #: Measures of a diagnosis -> title and unit.
@@ -70,6 +70,28 @@ def diagnosis_section(run: Run) -> Section:
     advice = found["advice"]
     command = [Text("The command", advice["command"])] if advice["command"] else []
     return Section(f"Diagnosis: {run.name}", [figure, table, *command], [_sentence(advice["sentence"])])
+
+
+def judge_section(run: Run) -> Section:
+    """Return how often the answers of each run were judged better."""
+    found = run.summary
+    counts = ("first", "tie", "second", "contradictions", "identical", "unreadable")
+    cells, rows, said = [], [], []
+    for name, one in found["test_sets"].items():
+        rate = one["win_rate"]
+        value, low, high = (None, None, None) if rate is None else (rate["value"], *rate["interval"])
+        cells.append([name, *(one[count] for count in counts), value, low, high, one["p_value"]])
+        said.append(f"{name}: {_sentence(one['said'])}")
+        if value is not None:
+            rows.append(Interval(name, value, low, high, filled=one["p_value"] < 0.05, said=f"{value:.0%}"))
+    headers = ["test set", "first wins", "ties", "second wins", *counts[3:], "win rate", "low", "high", "p"]
+    title = f"Win rate of {found['first']} over {found['second']}"
+    svg = intervals(rows, title=title, x_label="share of the prompts, ties counted half", limits=(0.0, 1.0))
+    note = (
+        f"Judged by {found['judge']['model']}, in both orders. Filled: the sign test's p is below 0.05, not corrected."
+    )
+    figure = Figure(title, [("95% intervals over prompts", svg)], headers, cells, f"judged-{run.name}", note)
+    return Section(f"Judged: {run.name}", [figure, Table("As a table", headers, cells, f"judged-{run.name}")], said)
 
 
 def distance_section(run: Run) -> Section | None:
