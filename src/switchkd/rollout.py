@@ -100,6 +100,7 @@ class Rollout:
         divergence: The value the policy compared, in `unit`, float32 `[B, C]`; nan where there was none.
         threshold: What it was compared with, in `unit`, float32 `[B, C]`; nan where the policy has none.
         teacher_hidden: The teacher's last hidden state that predicted each token `[B, C, H]`, or None.
+        drafted_ids: What the student would have written at each position, int64 `[B, C]`, or None.
         measured: What `divergence` holds, such as one of `MEASURED`; None for a policy that compares nothing.
         stats: Counts and times: `student_passes`, `teacher_passes`, `drafted`, `kept`, `seconds`, `tokens_per_s`.
     """
@@ -112,6 +113,7 @@ class Rollout:
     divergence: Tensor
     threshold: Tensor
     teacher_hidden: Tensor | None = None
+    drafted_ids: Tensor | None = None
     measured: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -154,7 +156,8 @@ class Rollout:
 
     def first(self, count: int) -> "Rollout":
         """Return the first rows, without teacher states; `stats` stay those of all rows."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "author", "divergence", "threshold")
+        names = ["prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "author", "divergence", "threshold"]
+        names += ["drafted_ids"] if self.drafted_ids is not None else []
         return replace(self, **{name: getattr(self, name)[:count] for name in names}, teacher_hidden=None)
 
     def completions(self) -> list[list[int]]:
@@ -170,7 +173,8 @@ class Rollout:
 
         Returns:
             Dicts with `prompt_ids`, `completion_ids`, `author` (lower-case names), `divergence`, `threshold` (None for
-            nan), what was `measured`, the `unit`, and with a tokenizer `prompt`, `completion`, `tokens`.
+            nan), what was `measured`, the `unit`, where it was recorded `drafted_ids`, and with a tokenizer `prompt`,
+            `completion`, `tokens` and `drafted`, what each drafted token would have added to the text.
         """
         rows = []
         for row in range(len(self)):
@@ -186,6 +190,8 @@ class Rollout:
                 "measured": self.measured,
                 "unit": self.unit,
             }
+            if self.drafted_ids is not None:
+                result["drafted_ids"] = self.drafted_ids[row][keep].tolist()
             if eos_token_id is not None:
                 ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
                 result["finish_reason"] = "stop" if ids and ids[-1] in ends else "length"
@@ -193,6 +199,8 @@ class Rollout:
                 result["prompt"] = tokenizer.decode(prompt_ids)
                 result["completion"] = tokenizer.decode(ids, skip_special_tokens=True)
                 result["tokens"] = token_texts(tokenizer, ids, prompt_ids)
+                if self.drafted_ids is not None:
+                    result["drafted"] = _drafted_texts(tokenizer, result, ids, prompt_ids)
             rows.append(result)
         return rows
 
@@ -221,6 +229,14 @@ def token_texts(tokenizer: Any, token_ids: list[int], prompt_ids: Sequence[int] 
         pieces.append(text[len(tokenizer.decode(ids[start:done])) :])
         start, done = done, end
     return pieces
+
+
+def _drafted_texts(tokenizer: Any, row: dict[str, Any], ids: list[int], prompt_ids: list[int]) -> list[str]:
+    """What the drafted tokens of a row would have added; a token that was kept adds what it did."""
+    return [
+        text if drafted == ids[place] else token_texts(tokenizer, [drafted], (prompt_ids + ids[:place])[-4:])[0]
+        for place, (drafted, text) in enumerate(zip(row["drafted_ids"], row["tokens"], strict=True))
+    ]
 
 
 def _number_or_none(value: float) -> float | None:

@@ -142,8 +142,13 @@ def test_top_tokens_are_shown_and_written(models: Path, tmp_path: Path, run: Run
     for token, divergence in zip(row["top_tokens"], row["divergence"], strict=True):
         assert len(token["student"]) == len(token["teacher"]) == 3
         assert token["jsd_nats"] == pytest.approx(divergence, abs=1e-5)
+    assert row["drafted"] != row["tokens"]
+    for draft, token, author in zip(row["drafted"], row["tokens"], row["author"], strict=True):
+        assert author == "teacher" or draft == token
     table = out.splitlines()[2:]
-    assert table[0].split()[:3] == ["#", "token", "writer"] and table[0].endswith("jsd [nats]  threshold [nats]")
+    assert table[0].split()[:4] == ["#", "token", "writer", "drafted"] and table[0].endswith(
+        "jsd [nats]  threshold [nats]"
+    )
     assert [line.split()[0] for line in table[2 : 2 + len(row["tokens"])]] == [*map(str, range(len(row["tokens"])))]
     assert "top_tokens must be an integer >= 0" in one_line_error(*run(*options, "--top_tokens", -1))
 

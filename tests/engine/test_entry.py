@@ -20,7 +20,7 @@ from switchkd.errors import UserError
 from switchkd.models.forward import prompt_positions
 from switchkd.policies import BlendPolicy, Decision, Policy, StudentPolicy, SwitchPolicy, TeacherPolicy
 from switchkd.rollout import Author, Prompts
-from switchkd.sampling import Warping
+from switchkd.sampling import Stream, Warping, exponential_race, noise_keys
 
 
 def recompute(model, rollout, row, warp=lambda logits: logits.log_softmax(-1)):
@@ -339,6 +339,32 @@ def test_teacher_hidden_is_the_state_that_predicts_each_token(draft_length):
         expected = recompute(teacher, rollout, row)
         assert torch.allclose(logits[row][keep].log_softmax(-1), expected, atol=1e-4)
     assert not teacher.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("active", [None, 2])
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_the_drafted_token_is_the_students_own_draw_where_the_teacher_wrote_too(draft_length, active):
+    student, teacher = make_pair("llama")
+    ids, mask = make_prompts(4)
+    options = {"max_new_tokens": 18, "eos_token_id": 5, "draft_length": draft_length, "max_active_rows": active}
+    rollout = roll_out(student, teacher, ids, mask, policy=SWITCH, seed=3, return_drafted_ids=True, **options)
+    differ = 0
+    for row in range(4):
+        keep = rollout.completion_mask[row]
+        position = torch.arange(int(keep.sum()))
+        keys = noise_keys(3, torch.full_like(position, row), position, Stream.DRAFT)
+        drafted = exponential_race(recompute(student, rollout, row), keys)
+        assert torch.equal(rollout.drafted_ids[row][keep], drafted)
+        by_student = rollout.author[row][keep] == Author.STUDENT
+        assert torch.equal(drafted[by_student], rollout.completion_ids[row][keep][by_student])
+        differ += int((drafted != rollout.completion_ids[row][keep]).sum())
+    assert differ > 5 and bool((rollout.drafted_ids[~rollout.completion_mask] == 5).all())
+    assert torch.equal(rollout.first(2).drafted_ids, rollout.drafted_ids[:2])
+    plain = roll_out(student, teacher, ids, mask, policy=SWITCH, seed=3, **options)
+    assert plain.drafted_ids is None
+    assert_same(plain, rollout)
+    alone = roll_out(student, None, ids, mask, policy=StudentPolicy(), return_drafted_ids=True, **options)
+    assert torch.equal(alone.drafted_ids, alone.completion_ids)
 
 
 @pytest.mark.parametrize("draft_length", [1, 4])

@@ -33,7 +33,7 @@ def row(tokens, authors, **more):
 
 def evil_page():
     top = [{"student": [{"token": EVIL, "id": 1, "probability": 0.5}], "teacher": []}]
-    rollout = view(row([EVIL], ["teacher"], prompt=EVIL, top_tokens=top), EVIL, EVIL)
+    rollout = view(row([EVIL], ["teacher"], prompt=EVIL, top_tokens=top, drafted=[EVIL]), EVIL, EVIL)
     blocks = [
         Table(EVIL, [EVIL], [[EVIL]], EVIL, EVIL),
         Figure(EVIL, [], [EVIL], [[EVIL]], EVIL, EVIL, [(0, EVIL)], EVIL),
@@ -65,6 +65,16 @@ def test_the_policy_of_the_page_allows_its_own_script_only():
     (script,) = [data for tag, data in document.texts if tag == "script"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+
+
+def test_the_draft_that_the_teacher_replaced_is_told_and_in_the_file():
+    shown = view(row(["a", "b", "c"], ["student", "teacher", "teacher"], drafted=["a", "x", "c"]), "", "")
+    told = [token.told for run in shown.runs for token in run.tokens]
+    assert ["drafted" in one for one in told] == [False, True, True]
+    assert "the student drafted 'x'" in told[1] and [line[3] for line in shown.rows] == ["a", "x", "c"]
+    for damaged in (None, "axc", [1, 2], []):
+        assert not any("drafted" in token.told for run in view(row(["a"], ["teacher"], drafted=damaged), "", "").runs
+                       for token in run.tokens)  # fmt: skip
 
 
 def test_writers_are_marked_and_every_token_says_what_was_measured():

@@ -528,7 +528,7 @@ def test_logged_completions_are_json_lines_of_new_rollouts_only(make_trainer, tm
     assert [record["step"] for record in records] == [step for step in rolled_out for _ in range(2)]
     for record in records:
         assert len(record["completion_ids"]) == len(record["author"]) == len(record["divergence"])
-        assert set(record["author"]) == {"student"}
+        assert set(record["author"]) == {"student"} and record["drafted_ids"] == record["completion_ids"]
         assert record["prompt"] in {row["prompt"] for row in RAGGED_ROWS}
 
 

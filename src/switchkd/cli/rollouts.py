@@ -120,13 +120,15 @@ def tokens_table(row: Mapping[str, Any], between: str = "  ") -> tuple[list[list
     measured, unit = row["measured"], row["unit"]
     others = [name for name in ("jsd_nats",) if name != measured and name in row["top_tokens"][0]]
     models = [name for name in ("student", "teacher") if name in row["top_tokens"][0]]
-    headers = ["#", "token", "writer", *(f"{name}'s top tokens" for name in models)]
+    drafted = row.get("drafted")
+    headers = ["#", "token", "writer", *(["drafted"] if drafted else []), *(f"{name}'s top tokens" for name in models)]
     headers += [*([_unit(measured), f"threshold [{unit}]"] if measured else []), *map(_unit, others)]
     cells = []
     for place, (token, author, top) in enumerate(zip(row["tokens"], row["author"], row["top_tokens"], strict=True)):
         likeliest = (between.join(f"{one['token']!r} {_percent(one['probability'])}" for one in top[m]) for m in models)
         compared = [row["divergence"][place], row["threshold"][place]] if measured else []
-        cells.append([place, repr(token), author, *likeliest, *compared, *(top[name] for name in others)])
+        draft = [repr(drafted[place]) if drafted[place] != token else ""] if drafted else []
+        cells.append([place, repr(token), author, *draft, *likeliest, *compared, *(top[name] for name in others)])
     return cells, headers
 
 

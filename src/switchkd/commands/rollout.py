@@ -210,6 +210,7 @@ def _roll_out(
         top_p=options.top_p,
         draft_length="auto" if options.draft_length == "auto" else int(options.draft_length),
         eos_token_id=eos,
+        return_drafted_ids=True,
         row_ids=torch.arange(first, first + len(prompts)),
         excluded_ids=excluded_ids,
         cuda_graphs=options.cuda_graphs,

@@ -109,6 +109,7 @@ class BlockDecoder:
         # What each round wrote, and how many tokens of it were emitted in each of its rows.
         self._notes: list[tuple[Tensor, Verified]] = []
         self._counts: list[int] = []
+        self._drafts: list[Tensor] = []  # of each round, if they are to be returned
         self.stats: dict[str, Any] = {
             "drafted": 0,
             "kept": 0,
@@ -296,6 +297,8 @@ class BlockDecoder:
         self.stats["rounds"] += 1
         self._notes.append((draft.cells, replace(verified, states=[])))
         self._counts += counts
+        if self.request.return_drafted_ids:
+            self._drafts.append(draft.tokens[:, 1:])
         hidden = self.teacher.hidden if self.request.return_teacher_hidden and self.teacher is not None else None
         if hidden is not None:
             if pool.hidden is None:
@@ -319,11 +322,14 @@ class BlockDecoder:
         emitted = step < counts.repeat_interleave(lengths)
         cell = torch.cat([cells.flatten() for cells, _ in self._notes])[emitted]
 
-        def column(name: str, fill: float, dtype: torch.dtype) -> Tensor:
-            values = torch.cat([getattr(verified, name).flatten() for _, verified in self._notes])[emitted]
+        def placed(parts: Sequence[Tensor], fill: float, dtype: torch.dtype) -> Tensor:
+            values = torch.cat([part.flatten() for part in parts])[emitted]
             filled = torch.full((rows * self.limit,), fill, dtype=dtype, device=self.device)
             filled[cell] = values.to(dtype)
             return filled.view(rows, self.limit)[:, :longest].clone()
+
+        def column(name: str, fill: float, dtype: torch.dtype) -> Tensor:
+            return placed([getattr(verified, name) for _, verified in self._notes], fill, dtype)
 
         return Rollout(
             prompt_ids=self.request.prompts.ids,
@@ -334,6 +340,7 @@ class BlockDecoder:
             divergence=column("divergence", math.nan, torch.float32),
             threshold=column("threshold", math.nan, torch.float32),
             teacher_hidden=None if pool.hidden is None else pool.hidden.view(rows, self.limit, -1)[:, :longest].clone(),
+            drafted_ids=placed(self._drafts, self.request.pad_token_id, torch.int64) if self._drafts else None,
             measured=self.policy.measured,
             stats={
                 "student_passes": self.student.passes,

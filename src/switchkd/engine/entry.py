@@ -60,6 +60,7 @@ def roll_out(
     teacher_prompt_ids: IdsLike | None = None,
     teacher_prompt_mask: IdsLike | None = None,
     return_teacher_hidden: bool = False,
+    return_drafted_ids: bool = False,
     max_active_rows: int | None = None,
     excluded_ids: Sequence[int] = (),
     cuda_graphs: bool = False,
@@ -93,6 +94,7 @@ def roll_out(
         teacher_prompt_ids: Prompts for the teacher where they differ from the student's, as `prompt_ids`, `[B, P']`.
         teacher_prompt_mask: Their mask `[B, P']`.
         return_teacher_hidden: Keep the teacher's last hidden state that predicted each token.
+        return_drafted_ids: Keep the student's draft at each position, also where the teacher wrote something else.
         max_active_rows: How many rows are decoded at once, all if None; waiting prompts take the places of finished
             ones. It bounds memory and changes no text.
         excluded_ids: Ids that neither model may write and no comparison counts: both distributions are renormalised
@@ -165,6 +167,7 @@ def roll_out(
         eos=eos,
         pad_token_id=fill,
         return_teacher_hidden=return_teacher_hidden,
+        return_drafted_ids=checked_flag("return_drafted_ids", return_drafted_ids),
     )
     started = time.perf_counter()
     with eval_mode(student, teacher):
@@ -179,6 +182,8 @@ def roll_out(
             result = parts[0] if len(parts) == 1 else _joined(parts, fill)
     result.prompt_ids = prompts.ids
     result.completion_ids.masked_fill_(~result.completion_mask, pad)
+    if result.drafted_ids is not None:
+        result.drafted_ids.masked_fill_(~result.completion_mask, pad)
     seconds = time.perf_counter() - started
     result.stats["seconds"] = seconds
     result.stats["tokens_per_s"] = int(result.completion_mask.sum()) / max(seconds, 1e-9)
@@ -241,6 +246,7 @@ def _joined(parts: list[Rollout], pad_token_id: int) -> Rollout:
         divergence=column("divergence", math.nan),
         threshold=column("threshold", math.nan),
         teacher_hidden=None if parts[0].teacher_hidden is None else column("teacher_hidden", 0.0),
+        drafted_ids=None if parts[0].drafted_ids is None else column("drafted_ids", pad_token_id),
         measured=parts[0].measured,
         stats={name: sum(part.stats[name] for part in parts) for name in parts[0].stats},
     )

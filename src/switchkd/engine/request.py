@@ -27,6 +27,7 @@ class Request:
         eos: End-of-sequence ids, possibly none.
         pad_token_id: Fills completions after their end; the models can read it.
         return_teacher_hidden: Keep the teacher's state that predicted each emitted token.
+        return_drafted_ids: Keep the student's draft at each position.
     """
 
     student: nn.Module
@@ -41,6 +42,7 @@ class Request:
     eos: list[int]
     pad_token_id: int
     return_teacher_hidden: bool = False
+    return_drafted_ids: bool = False
 
     def __len__(self) -> int:
         return len(self.row_ids)

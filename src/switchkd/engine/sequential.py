@@ -24,6 +24,7 @@ def decode_sequentially(request: Request) -> Rollout:
             request.teacher, request.teacher_prompts, keep_hidden=request.return_teacher_hidden
         )
     hidden: list[Tensor] = []
+    drafts: list[Tensor] = []
     eos_ids = torch.tensor(request.eos, dtype=torch.int64, device=device)
     state = policy.initial_state(rows, device)
     active = torch.ones(rows, dtype=torch.bool, device=device)
@@ -38,6 +39,8 @@ def decode_sequentially(request: Request) -> Rollout:
         )
         written = write(policy, student_log_probs, teacher_log_probs, drafted, position, state, seed, row_ids)
         state = written.state
+        if request.return_drafted_ids:
+            drafts.append(drafted)
         columns.append((written.tokens, active, written.author, written.divergence, written.threshold))
         if teacher_reader is not None and teacher_reader.hidden is not None:
             hidden.append(teacher_reader.hidden.to(device))
@@ -60,6 +63,7 @@ def decode_sequentially(request: Request) -> Rollout:
         divergence=divergence.masked_fill(~mask, math.nan),
         threshold=threshold.masked_fill(~mask, math.nan),
         teacher_hidden=torch.stack(hidden, dim=1).masked_fill(~mask.unsqueeze(-1), 0.0) if hidden else None,
+        drafted_ids=torch.stack(drafts, dim=1) if drafts else None,
         measured=policy.measured,
         stats={
             "student_passes": student_reader.passes,

@@ -145,6 +145,9 @@ def _told(row: Mapping[str, Any], place: int) -> Iterator[str]:
     yield f"token {place + 1}, by the {row['author'][place]}"
     unit = row.get("unit") or "nats"
     measured = (row.get("measured") or "divergence").removesuffix(f"_{unit}").replace("_", " ")
+    drafted = _drafted(row, place)
+    if drafted is not None and row["author"][place] == "teacher":
+        yield f"the student drafted {printable(repr(drafted))}"
     divergence, threshold = _numbers(row, place)
     if divergence is not None:
         against = "" if threshold is None else f", threshold {threshold:.3g}"
@@ -171,11 +174,18 @@ def _likeliest(row: Mapping[str, Any], place: int) -> Iterator[tuple[str, list[t
 
 def _table(row: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     rows = [
-        [place, text, author, *_numbers(row, place)]
+        [place, text, author, _drafted(row, place), *_numbers(row, place)]
         for place, (text, author) in enumerate(zip(row["tokens"], row["author"], strict=True))
     ]
     unit = row.get("unit") or "nats"
-    return ["position", "token", "author", row.get("measured") or "divergence", f"threshold_{unit}"], rows
+    return ["position", "token", "author", "drafted", row.get("measured") or "divergence", f"threshold_{unit}"], rows
+
+
+def _drafted(row: Mapping[str, Any], place: int) -> str | None:
+    """The student's draft where it is recorded."""
+    recorded = row.get("drafted")
+    found = recorded[place] if isinstance(recorded, list) and place < len(recorded) else None
+    return found if isinstance(found, str) else None
 
 
 def _numbers(row: Mapping[str, Any], place: int) -> Sequence[float | None]:

@@ -287,6 +287,7 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
                 progress=self._progress,
                 row_ids=row_ids(sizes, *self._place),
                 return_teacher_hidden=self._keeps_teacher_hidden(),
+                return_drafted_ids=args.log_completions,
                 max_active_rows=at_once,
                 **self._sampling(),
             )
