@@ -103,6 +103,16 @@ def _all_teacher_passes(trainer):
     return trainer.teacher_passes
 
 
+def _writer_is_the_student(trainer):
+    with trainer.writer.of(trainer.model) as writer:
+        return writer is trainer.model
+
+
+def _writer_dtype(trainer):
+    with trainer.writer.of(trainer.model) as writer:
+        return next(writer.parameters()).dtype
+
+
 def _kept_dtype(trainer):
     dtypes = []
     loss = trainer.step_loss.loss
@@ -210,6 +220,8 @@ EFFECTS = {
     "student_token_weight": ((1.0, 0.0), _weights, MIDDLE),
     "teacher_token_weight": ((1.0, 0.0), _weights, MIDDLE),
     "reuse_teacher_hidden": ((True, False), _all_teacher_passes, {"draft_length": "4"}),
+    "rollout_copy": (("never", "always"), _writer_is_the_student, {}),
+    "rollout_dtype": (("float32", "bfloat16"), _writer_dtype, {}),
     "teacher_hidden_dtype": (("float32", "bfloat16"), _kept_dtype, {}),
     "eval_rouge_l_samples": ((0, 2), _evaluation_keys, {"method": "kd"}),
     "head_mass": ((0.1, 0.9), _weights, {"method": "kd", "divergence": "adaptive_kl"}),
@@ -241,7 +253,7 @@ EFFECTS = {
 
 # Options whose effect needs more than two values is shown in test_step.py; those of a GPU are refused without one
 # and run with one there. What is loaded is shown in test_loading_options.py.
-ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden"}
+ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden", "offload_rollout_copy"}
 ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "tokenizer_kwargs"}
 ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
 ELSEWHERE |= {"allow_other_inputs", "max_skipped_steps"}  # test_checkpoints.py, test_skipping.py

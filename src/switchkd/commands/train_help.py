@@ -40,6 +40,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     ),
     "speed and memory": (
         *("bf16", "fp16", "gradient_checkpointing", "use_cpu", "dataloader_num_workers", "deepspeed"),
+        *("rollout_copy", "rollout_dtype", "offload_rollout_copy"),
         *("reuse_teacher_hidden", "teacher_hidden_dtype", "offload_teacher_hidden", "offload_teacher"),
         "cuda_graphs",
     ),

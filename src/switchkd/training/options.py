@@ -160,7 +160,6 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             "that training one micro-batch takes."
         },
     )
-
     cuda_graphs: bool = field(
         default=False,
         metadata={
@@ -168,7 +167,22 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             "steps. It changes no text. Never run on a GPU by us; on a CPU it is slower."
         },
     )
-
+    rollout_copy: str = field(
+        default="auto",
+        metadata={
+            "help": "Rollouts by a copy of the student in inference precision, renewed every step, adapters merged: "
+            "auto (where the student is sharded, trains under autocast or has adapters), always, never."
+        },
+    )
+    rollout_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of that copy: float32, bfloat16, float16. Default: that of autocast, else the student's."
+        },
+    )
+    offload_rollout_copy: bool = field(
+        default=False, metadata={"help": "Keep that copy in main memory between rollouts. GPU only."}
+    )
     reuse_teacher_hidden: bool = field(
         default=True,
         metadata={"help": "Keep the teacher's states of a rollout for the loss instead of another teacher pass."},
@@ -252,10 +266,11 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             raise UserError(f"truncation_warmup must be > 0, a share of the training, got {self.truncation_warmup}")
         if self.target_teacher_share is not None and not 0.0 < self.target_teacher_share < 1.0:
             raise UserError(f"target_teacher_share must lie in (0, 1), got {self.target_teacher_share}")
-        if self.teacher_hidden_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise UserError(
-                f"teacher_hidden_dtype must be float32, bfloat16 or float16, got {self.teacher_hidden_dtype!r}"
-            )
+        for name in ("teacher_hidden_dtype", "rollout_dtype"):
+            if getattr(self, name) not in (None, "float32", "bfloat16", "float16"):
+                raise UserError(f"{name} must be float32, bfloat16 or float16, got {getattr(self, name)!r}")
+        if self.rollout_copy not in ("auto", "always", "never"):
+            raise UserError(f"rollout_copy must be auto, always or never, got {self.rollout_copy!r}")
         self.draft_length = str(self.draft_length)
         if self.draft_length != "auto" and not (self.draft_length.isdecimal() and int(self.draft_length) >= 1):
             raise UserError(f'draft_length must be "auto" or an integer >= 1, got {self.draft_length!r}')

@@ -14,6 +14,7 @@ from switchkd.training.config import SwitchConfig
 from switchkd.training.log import ReferenceTotals
 from switchkd.training.resolve import Plan
 from switchkd.training.setup import at_hand, prepare_data
+from switchkd.training.writer import Writer
 
 
 class ReferenceTrainer(Trainer):
@@ -26,6 +27,7 @@ class ReferenceTrainer(Trainer):
     step_loss: StepLoss
     pad_token_id: int
     teacher_passes: int
+    writer: Writer
 
     def _teacher_at_hand(self, used: bool = True) -> contextlib.AbstractContextManager[Any]:
         return at_hand(self.teacher_model, self.args.device, offload=self.args.offload_teacher and used)
@@ -72,14 +74,15 @@ class ReferenceTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         if self.args.eval_rouge_l_samples:
             data = dataloader.dataset
-            scores = evaluate(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
-                decoding_seeds=(self.args.seed,),
-                max_completion_length=self.args.max_completion_length,
-                batch_size=self.args.per_device_eval_batch_size,
-                progress=False,
-            )
+            with self.writer.answering(self.model) as student:
+                scores = evaluate(
+                    student,
+                    self.processing_class,
+                    data.select(range(min(self.args.eval_rouge_l_samples, len(data)))),
+                    decoding_seeds=(self.args.seed,),
+                    max_completion_length=self.args.max_completion_length,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    progress=False,
+                )
             output.metrics[f"{metric_key_prefix}_rouge_l"] = scores.rouge_l
         return output

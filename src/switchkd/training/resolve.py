@@ -263,6 +263,10 @@ def _logged_completions(plan: Plan, args: SwitchConfig) -> str | None:
     return None if args.log_completions else "log_completions is off"
 
 
+def _copied_student(plan: Plan, args: SwitchConfig) -> str | None:
+    return "rollout_copy is never" if args.rollout_copy == "never" else None
+
+
 def _accelerator(plan: Plan, args: SwitchConfig) -> str | None:
     return "training runs on the CPU" if args.device.type == "cpu" else None
 
@@ -307,6 +311,9 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
         _accelerator,
     ),
     "offload_teacher": (_accelerator,),
+    "rollout_copy": (_any_rollout,),
+    "rollout_dtype": (_any_rollout, _copied_student),
+    "offload_rollout_copy": (_any_rollout, _copied_student, _accelerator),
     "student_token_weight": (_steps_that_roll_out, _weights_by_author),
     "teacher_token_weight": (_steps_that_roll_out, _teacher_in_rollouts, _weights_by_author),
     "log_completions": (_steps_that_roll_out,),

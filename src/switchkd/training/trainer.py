@@ -1,5 +1,6 @@
 """`SwitchTrainer`: transformers' Trainer whose training text is written by a policy."""
 
+import contextlib
 import itertools
 import logging
 import math
@@ -54,6 +55,7 @@ from switchkd.training.setup import (
 from switchkd.training.skipping import SkippingTrainer, StepGuard
 from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
+from switchkd.training.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,13 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
                 for role, reader in (("student", self.model), ("teacher", teacher)):
                     require_readable(reader, role)  # micro-batches are padded on the left
             output_head(self.model)  # measured here, so that a warning comes before the first step
+        self.writer = Writer(
+            self.accelerator,
+            copies=args.rollout_copy,
+            dtype=args.rollout_dtype,
+            offload=args.offload_rollout_copy,
+            sharded=self._is_sharded,
+        )
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         self.calibration: Calibration | None = None
         self.add_callback(LoopCallback(self))
@@ -212,10 +221,14 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         path = Path(self.args.teacher_text_file or Path(str(self.args.output_dir)) / "teacher_text.jsonl")
         data: Any = vars(self)["train_dataset"]  # prepared here; the Trainer's annotation allows other kinds too
         assert self.plan.policy is not None
-        with self._teacher_at_hand() as teacher, self.accelerator.main_process_first():
+        with (
+            self._teacher_at_hand() as teacher,
+            self.writer.of(self.model) as student,
+            self.accelerator.main_process_first(),
+        ):
             self.train_dataset = with_teacher_text(
                 data,
-                self.accelerator.unwrap_model(self.model),
+                student,
                 teacher,
                 path,
                 policy=self.plan.policy,
@@ -227,8 +240,7 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         """Search for the threshold that gives the wanted teacher share, where one is wanted; `train` does it first."""
         if not self.plan.finds_threshold or self.calibration is not None:
             return
-        with self._teacher_at_hand() as teacher, self.accelerator.autocast():
-            student = self.accelerator.unwrap_model(self.model)
+        with self._teacher_at_hand() as teacher, self.writer.of(self.model) as student:
             self.calibration = self.text.calibrate_on(student, teacher, self.train_dataset, **self._sampling())
         logger.info(self.calibration.note)
         if not self.calibration.reached:
@@ -278,10 +290,10 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         # Less of everything where auto_find_batch_size has found that the memory holds less.
         at_once = max(self.rollout_rows * self._train_batch_size // args.train_batch_size, 1)
         started = time.perf_counter()
-        # Rollouts see the bare model: no gradient synchronisation, and autocast where training has it.
-        with self._teacher_at_hand() as teacher, self.accelerator.autocast():
+        # Rollouts see the bare model or a copy: no gradient synchronisation, and autocast where training has it.
+        with self._teacher_at_hand() as teacher, self.writer.of(self.model) as student:
             rollout = self.text.write(
-                self.accelerator.unwrap_model(self.model),
+                student,
                 teacher,
                 rows,
                 progress=self._progress,
@@ -368,24 +380,31 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
 
     def _append_completions(self) -> None:
         self.logged_completions = []
-        if self._unlogged_rollout is None or not self.is_world_process_zero():
+        if self._unlogged_rollout is None:
             return
         rollout, teacher_prompts = self._unlogged_rollout
         rollout = rollout.first(self.args.num_completions_to_log)
         self._unlogged_rollout = None
-        self.logged_completions = rollout.to_dicts(self.processing_class, self.eos_token_id)
-        if self.args.log_top_tokens:
-            for row, tokens in zip(self.logged_completions, self._top_tokens(rollout, teacher_prompts), strict=True):
-                row["top_tokens"] = tokens
+        # All processes ask for the student, which may be sharded; the first one reads with it.
+        with self.writer.of(self.model) if self.args.log_top_tokens else contextlib.nullcontext() as student:
+            if not self.is_world_process_zero():
+                return
+            self.logged_completions = rollout.to_dicts(self.processing_class, self.eos_token_id)
+            if student is not None:
+                tokens = self._top_tokens(student, rollout, teacher_prompts)
+                for row, likeliest in zip(self.logged_completions, tokens, strict=True):
+                    row["top_tokens"] = likeliest
         rows = [{"step": self.state.global_step, **row} for row in self.logged_completions]
         append_rows(Path(str(self.args.output_dir)) / "completions.jsonl", rows)
 
-    def _top_tokens(self, rollout: Rollout, teacher_prompts: list[list[int]] | None) -> list[list[dict[str, Any]]]:
+    def _top_tokens(
+        self, student: nn.Module, rollout: Rollout, teacher_prompts: list[list[int]] | None
+    ) -> list[list[dict[str, Any]]]:
         """What both models find likeliest, now: the student has learned from the rollout since it wrote it."""
         args, excluded = self.args, self.step_loss.objective.excluded_ids
-        with self._teacher_at_hand() as teacher, self.accelerator.autocast():
+        with self._teacher_at_hand() as teacher:
             return top_tokens(
-                self.accelerator.unwrap_model(self.model),
+                student,
                 teacher,
                 rollout,
                 self.processing_class,
