@@ -20,7 +20,7 @@ LAYERS = (
     ),
     ("models", "policies", "cli", "page"),
     ("objective", "data", "methods"),
-    ("engine",),
+    ("engine", "vllm"),
     ("evaluation",),
     ("training",),
     ("commands",),

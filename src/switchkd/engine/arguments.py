@@ -181,7 +181,24 @@ def checked_prompts(
     Raises:
         UserError: Shapes, dtypes, padding or ids that cannot be.
     """
+    prompts = checked_rows(prompt_ids, prompt_mask, role, pad_token_id, model_vocabulary_size(model))
     name = "prompt" if role == "student" else f"{role} prompt"
+    limit = context_length(model)
+    longest = int(prompts.mask.sum(-1).max())
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"{name} of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
+            "shorten the prompts or the completions"
+        )
+    return prompts.to(device_of(model))
+
+
+def checked_rows(prompt_ids: Any, prompt_mask: Any, role: str, pad_token_id: int, width: int) -> Prompts:
+    """Return left-padded prompts, every row with a token at least and ids 0 to `width` - 1; see `checked_prompts`.
+
+    Raises:
+        UserError: Shapes, dtypes, padding or ids that cannot be.
+    """
     if prompt_mask is None and isinstance(prompt_ids, list | tuple):
         prompts = _of_lists(prompt_ids, role, pad_token_id)
         prompt_ids, prompt_mask = prompts.ids, prompts.mask
@@ -194,25 +211,16 @@ def checked_prompts(
         raise UserError(f"{role} prompt mask is {list(mask.shape)}, its prompts are {list(ids.shape)}")
     if mask.dtype != torch.bool and (mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all())):
         raise UserError(f"{role} prompt mask must hold only True and False, or 1 and 0")
-    device = device_of(model)
-    ids, mask = ids.to(device), mask.to(device, torch.bool)
+    mask = mask.to(ids.device, torch.bool)
     if not bool(mask.any(-1).all()):
         row = int((~mask.any(-1)).nonzero()[0])
         raise UserError(f"{role} prompt of row {row} is empty; a model needs at least one token to continue")
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise UserError(f"{role} prompts must be padded on the left; set tokenizer.padding_side='left'")
-    width = model_vocabulary_size(model)
     read = ids[mask]
     for index in (int(read.min()), int(read.max())):
         if not 0 <= index < width:
             raise UserError(f"{role} prompt holds id {index}, but the model knows only ids 0 to {width - 1}")
-    limit = context_length(model)
-    longest = int(mask.sum(-1).max())
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UserError(
-            f"{name} of {longest} tokens + {max_new_tokens} new ones exceed the {role}'s context of {limit}; "
-            "shorten the prompts or the completions"
-        )
     return Prompts(ids, mask)
 
 

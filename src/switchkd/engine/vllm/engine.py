@@ -1,0 +1,399 @@
+"""`Engine`: rollouts written by vLLM, with the contract of `roll_out`."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from switchkd.engine.arguments import (
+    IdsLike,
+    checked_draft_length,
+    checked_eos,
+    checked_excluded,
+    checked_flag,
+    checked_integer,
+    checked_pad,
+    checked_policy,
+    checked_row_ids,
+    checked_rows,
+    checked_sampling,
+)
+from switchkd.engine.entry import roll_out
+from switchkd.engine.vllm.child import Child, default_python
+from switchkd.engine.vllm.described import Columns, described, unpacked
+from switchkd.engine.vllm.weights import write_model, write_tensors
+from switchkd.engine.vllm.worker import EXTENSION
+from switchkd.errors import UserError, check_count, check_range
+from switchkd.models.forward import device_of
+from switchkd.models.loading import load_model
+from switchkd.models.vocabulary import model_vocabulary_size
+from switchkd.policies import Policy, SwitchPolicy
+from switchkd.rollout import Author, Prompts, Rollout
+
+#: Of the self-test at the start: rows, tokens of a prompt, tokens of a completion, and how far divergences may lie from
+#: the reference's, nats, where the engine computes in float32 and where it does not.
+TEST_ROWS, TEST_PROMPT, TEST_TOKENS = 2, 6, 12
+TEST_TOLERANCE = {True: 1e-3, False: 0.1}
+
+
+class Engine:
+    """A vLLM engine in a process of its own: the student is its draft model, the teacher its target model.
+
+    It starts with a self-test: two rows must be what `roll_out` writes with the same models. Use it as a context
+    manager, or call `close`; it ends with this process at the latest.
+
+    Args:
+        student: A model of transformers or peft, a folder or a hub id. A model is written to a temporary folder.
+        teacher: Likewise.
+        python: The Python of an environment with vLLM; this one if None.
+        draft_length: Tokens that the student drafts before the teacher checks them, >= 1. It changes no text.
+        dtype: In which both models compute: float32, bfloat16 or float16; the teacher's if None.
+        max_model_len: Most tokens of a prompt, its completion and 2 (draft_length + 1) more; vLLM decides if None.
+        max_num_seqs: Most rows written at once; vLLM decides if None.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM takes, in (0, 1]; vLLM decides if None.
+        tensor_parallel_size: Over how many GPUs each layer of both models is split.
+        enable_sleep_mode: Let `sleep` give the memory back between rollouts. GPU only.
+        trust_remote_code: Run code that comes with a model.
+        self_test: Compare two rows with `roll_out` at the start; models given by name are loaded for it.
+        teacher_name: Where the weights of a `teacher` that is an object are, so that they are not written again.
+        environment: Variables to set for vLLM's process.
+        engine_options: Passed on to `vllm.LLM`; numbers, text, lists and dicts.
+
+    Raises:
+        UserError: Vocabularies of different sizes, no vLLM or another version, an engine that does not start, or one
+            that writes another text than the reference.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | str,
+        teacher: nn.Module | str,
+        *,
+        python: str | None = None,
+        draft_length: int = 4,
+        dtype: str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        tensor_parallel_size: int = 1,
+        enable_sleep_mode: bool = False,
+        trust_remote_code: bool = False,
+        self_test: bool = True,
+        teacher_name: str | None = None,
+        environment: dict[str, str] | None = None,
+        **engine_options: Any,
+    ) -> None:
+        check_count("draft_length", draft_length, 1)
+        check_count("tensor_parallel_size", tensor_parallel_size, 1)
+        if gpu_memory_utilization is not None:
+            check_range("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0)
+        place = {"trust_remote_code": trust_remote_code}
+        configs = [_config(model, place) for model in (student, teacher)]
+        widths = [_width(model, config) for model, config in zip((student, teacher), configs, strict=True)]
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"vllm: the student scores {widths[0]} ids and the teacher {widths[1]}; vLLM needs models of one size "
+                "of vocabulary, use the transformers engine"
+            )
+        self.vocabulary_size, self.draft_length = widths[0], draft_length
+        self.dtype = dtype or _dtype(teacher, configs[1])
+        self.device = device_of(student) if isinstance(student, nn.Module) else torch.device("cpu")
+        self._sleeps = enable_sleep_mode
+        self._child = Child(python or default_python(), environment)
+        try:
+            with tempfile.TemporaryDirectory(prefix="switchkd-models-") as folder:
+                names = [
+                    _named(model, Path(folder) / role, name)
+                    for role, model, name in (("student", student, None), ("teacher", teacher, teacher_name))
+                ]
+                options = {
+                    "model": names[1],
+                    "speculative_config": {
+                        "method": "draft_model",
+                        "model": names[0],
+                        "num_speculative_tokens": draft_length,
+                    },
+                    "worker_extension_cls": EXTENSION,
+                    "dtype": self.dtype,
+                    "max_model_len": max_model_len,
+                    "max_num_seqs": max_num_seqs,
+                    "tensor_parallel_size": tensor_parallel_size,
+                    "enable_sleep_mode": enable_sleep_mode,
+                    "skip_tokenizer_init": True,
+                    # Not tried with CUDA graphs. Without a cache of prefixes none can be stale.
+                    "enforce_eager": True,
+                    "enable_prefix_caching": False,
+                    "seed": 0,
+                    **place,
+                    **({} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}),
+                }
+                given = {name: value for name, value in {**options, **engine_options}.items() if value is not None}
+                #: What vLLM's configuration came to: version, runner, max_model_len, dtype.
+                self.facts: dict[str, Any] = self._child.ask("start", options=_as_json(given))
+            if self_test:
+                self._test(student, teacher, place)
+            self.sleep()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def roll_out(
+        self,
+        prompt_ids: IdsLike,
+        prompt_mask: IdsLike | None = None,
+        *,
+        policy: Policy,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        draft_length: int | Literal["auto"] = "auto",
+        eos_token_id: int | Iterable[int] | None = None,
+        pad_token_id: int | None = None,
+        row_ids: IdsLike | None = None,
+        teacher_prompt_ids: IdsLike | None = None,
+        return_teacher_hidden: bool = False,
+        excluded_ids: Sequence[int] = (),
+    ) -> Rollout:
+        """Return completions written by student and teacher under `policy`; in float32 those of `switchkd.roll_out`.
+
+        Args:
+            prompt_ids: As `switchkd.roll_out` takes them, of two tokens at least.
+            prompt_mask: Likewise, as all that follow.
+            policy: Who writes; one of the user's own comes from a file and has numbers or text as options.
+            max_new_tokens: Length limit C of a completion, in tokens, >= 1.
+            seed: Seed of the counter-based randomness.
+            temperature: Of both models; 0 is greedy.
+            top_k: 0 keeps every id.
+            top_p: In (0, 1].
+            draft_length: "auto" or the engine's own, which cannot change.
+            eos_token_id: An id, several, or None to run to the length limit.
+            pad_token_id: Fills completions after their end; the first EOS id, else 0, if None.
+            row_ids: Identity of each row for the randomness; 0 .. B-1 if None.
+            teacher_prompt_ids: Refused: vLLM's two models read one text.
+            return_teacher_hidden: Refused: the states stay in vLLM.
+            excluded_ids: Ids that neither model may write and no comparison counts.
+
+        Returns:
+            A `Rollout` on the student's device. `stats` has `requests` and `undrafted` besides: requests sent, and how
+            many of them ended early and were asked on.
+
+        Raises:
+            UserError: An argument outside its range, one that vLLM cannot honour, or an engine that has ended.
+        """
+        checked_policy(policy)
+        if teacher_prompt_ids is not None:
+            raise UserError(
+                "vllm: the teacher cannot read prompts of its own (teacher_prompt): vLLM's two models read one text; "
+                "use the transformers engine"
+            )
+        if checked_flag("return_teacher_hidden", return_teacher_hidden):
+            raise UserError("vllm: return_teacher_hidden is not possible: the teacher's states stay in vLLM's process")
+        if checked_draft_length(draft_length) not in ("auto", self.draft_length):
+            raise UserError(f"vllm: draft_length is {self.draft_length} since the engine started, not {draft_length}")
+        size = self.vocabulary_size
+        eos = checked_eos(eos_token_id, size)
+        temperature, top_k, top_p = checked_sampling(temperature, top_k, top_p)
+        max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 1)
+        excluded = checked_excluded(excluded_ids, size)
+        pad = next(iter(eos), 0) if pad_token_id is None else checked_pad(pad_token_id)
+        prompts = checked_rows(prompt_ids, prompt_mask, "student", pad, size)
+        self._check_lengths(prompts, max_new_tokens)
+        job = {
+            "policy": described(policy),
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "vocabulary_size": size,
+            "excluded_ids": list(excluded),
+            "seed": checked_integer("seed", seed),
+            "row_ids": checked_row_ids(row_ids, len(prompts), torch.device("cpu")).tolist(),
+            "max_new_tokens": max_new_tokens,
+        }
+        started = time.perf_counter()
+        self.wake_up()
+        answer = self._child.ask("roll_out", job=job, prompts=prompts.rows(), eos=eos)
+        self.sleep()
+        result = _rollout(prompts.to(self.device), unpacked(answer["columns"]), pad)
+        result.measured = policy.measured
+        counts, seconds = answer["counts"], time.perf_counter() - started
+        result.stats = {
+            "student_passes": counts["rounds"] * self.draft_length,
+            "teacher_passes": counts["rounds"],
+            **{name: counts[name] for name in ("drafted", "kept", "requests", "undrafted")},
+            "seconds": seconds,
+            "tokens_per_s": int(result.completion_mask.sum()) / max(seconds, 1e-9),
+        }
+        return result
+
+    def load_student(self, student: nn.Module | dict[str, Tensor]) -> None:
+        """Give vLLM the student's present weights: the next rollout is written with them.
+
+        Args:
+            student: The model, adapters included, or a state dict with the names of transformers.
+
+        Raises:
+            UserError: vLLM's student has other tensors, or the engine has ended.
+        """
+        memory = Path("/dev/shm")
+        with tempfile.TemporaryDirectory(prefix="switchkd-student-", dir=memory if memory.is_dir() else None) as folder:
+            if isinstance(student, nn.Module):
+                file = write_model(student, Path(folder))
+            else:
+                file = write_tensors(student, Path(folder))
+            self.wake_up()
+            self._child.ask("load_student", file=str(file))
+            self.sleep()
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache back until the next rollout, where `enable_sleep_mode` is set."""
+        if self._sleeps:
+            self._child.ask("sleep")
+
+    def wake_up(self) -> None:
+        """Undo `sleep`."""
+        if self._sleeps:
+            self._child.ask("wake_up")
+
+    def close(self) -> None:
+        """End vLLM's process."""
+        self._child.close()
+
+    def _check_lengths(self, prompts: Prompts, max_new_tokens: int) -> None:
+        lengths = prompts.mask.sum(-1)
+        if int(lengths.min()) < 2:
+            raise UserError(
+                f"vllm: the prompt of row {int(lengths.argmin())} has one token; vLLM samples a token after the "
+                "prefill, so prompts need two: put a beginning-of-sequence token before it, or use the transformers "
+                "engine"
+            )
+        # Near max_model_len vLLM gives a whole batch no drafts.
+        slack = 2 * (self.draft_length + 1)
+        needed, has = int(lengths.max()) + max_new_tokens + slack, self.facts["max_model_len"]
+        if needed > has:
+            raise UserError(
+                f"vllm: a prompt of {int(lengths.max())} tokens, {max_new_tokens} new ones and {slack} of slack exceed "
+                f"max_model_len {has}; shorten the prompts or the completions, or give a larger max_model_len"
+            )
+
+    def _test(self, student: nn.Module | str, teacher: nn.Module | str, place: dict[str, Any]) -> None:
+        """Write two rows here and there; in float32 they must be equal, else their divergences near."""
+        models = [
+            model if isinstance(model, nn.Module) else load_model(model, {**place, "dtype": self.dtype}, role=role)
+            for role, model in (("student", student), ("teacher", teacher))
+        ]
+        ids = torch.arange(TEST_ROWS * TEST_PROMPT).view(TEST_ROWS, TEST_PROMPT) * 7 % self.vocabulary_size
+        options: dict[str, Any] = {"max_new_tokens": TEST_TOKENS, "seed": 1}
+        # First where the two differ: a threshold in their midst has both write.
+        seen = self.roll_out(ids, policy=SwitchPolicy(initial_threshold=0.0, schedule="constant"), **options)
+        threshold = min(float(seen.divergence.median()), SwitchPolicy.largest_threshold[0])
+        policy = SwitchPolicy(initial_threshold=threshold, schedule="constant")
+        found = self.roll_out(ids, policy=policy, **options)
+        wanted = roll_out(models[0], models[1], ids, policy=policy, draft_length=1, **options)
+        compare(found, wanted, exact=self.dtype == "float32", facts=self.facts)
+
+
+def compare(found: Rollout, wanted: Rollout, *, exact: bool, facts: dict[str, Any]) -> None:
+    """Refuse an engine whose rollout is not the reference's.
+
+    Args:
+        found: The engine's.
+        wanted: The reference's, as long as the first.
+        exact: Whether tokens must be equal; else only what was measured up to the first that differs.
+        facts: `version` and `runner`, for the message.
+
+    Raises:
+        UserError: Says where they part.
+    """
+    ids = [rollout.completion_ids.cpu() for rollout in (found, wanted)]
+    same_text = bool((ids[0] == ids[1]).all())
+    # The first token that differs was still decided on the same text.
+    alike = (ids[0] == ids[1]).cumprod(-1).roll(1, -1)
+    alike[:, 0] = 1
+    gaps = (found.divergence.cpu() - wanted.divergence.cpu()).abs().nan_to_num(math.inf)[alike.bool()]
+    gap = float(gaps.max())
+    if (exact and not same_text) or gap > TEST_TOLERANCE[exact]:
+        where = "" if same_text else f", and parts from its text at token {int(alike.sum(-1).min()) - 1}"
+        raise UserError(
+            f"vllm: the self-test failed: vLLM {facts['version']} (runner {facts['runner']}, {facts['dtype']}) "
+            f"measures divergences up to {gap:.2g} nats off the reference{where}; use the transformers engine, and "
+            "report it"
+        )
+
+
+def _rollout(prompts: Prompts, columns: Columns, pad: int) -> Rollout:
+    """The rollout of a record that is ordered by row and position."""
+    device = prompts.ids.device
+    lengths = np.bincount(columns["row"], minlength=len(prompts))
+    shape = (len(prompts), int(lengths.max()))
+
+    def spread(name: str, fill: float, dtype: torch.dtype) -> Tensor:
+        whole = torch.full(shape, fill, dtype=dtype)
+        whole[torch.from_numpy(columns["row"]), torch.from_numpy(columns["position"])] = torch.from_numpy(
+            columns[name]
+        ).to(dtype)
+        return whole.to(device)
+
+    return Rollout(
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        completion_ids=spread("token", pad, torch.int64),
+        completion_mask=(torch.arange(shape[1]) < torch.from_numpy(lengths).unsqueeze(1)).to(device),
+        author=spread("author", int(Author.NONE), torch.uint8),
+        divergence=spread("divergence", math.nan, torch.float32),
+        threshold=spread("threshold", math.nan, torch.float32),
+    )
+
+
+def _config(model: nn.Module | str, place: dict[str, Any]) -> Any:
+    if isinstance(model, nn.Module):
+        return model.config
+    try:
+        return AutoConfig.from_pretrained(model, **place)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"vllm: cannot read the configuration of {model}: {reason}") from error
+
+
+def _width(model: nn.Module | str, config: Any) -> int:
+    if isinstance(model, nn.Module):
+        return model_vocabulary_size(model)
+    return int(config.get_text_config().vocab_size)
+
+
+def _dtype(model: nn.Module | str, config: Any) -> str:
+    """In which a model computes; vLLM's own choice for float32 weights would be half of it."""
+    found = next(model.parameters()).dtype if isinstance(model, nn.Module) else config.dtype
+    return str(found or torch.float32).removeprefix("torch.")
+
+
+def _named(model: nn.Module | str, folder: Path, name: str | None) -> str:
+    if isinstance(model, str):
+        return model
+    if name is not None:
+        return name
+    write_model(model, folder)
+    return str(folder)
+
+
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(options))
+    except TypeError as error:
+        raise UserError(f"vllm: options of the engine must be numbers, text, lists or dicts: {error}") from error
+    return found

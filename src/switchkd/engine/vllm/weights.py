@@ -1,0 +1,70 @@
+"""A model's weights as files that vLLM reads: at its start, and again whenever the student has learned."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import is_peft_available, logging
+
+from switchkd.errors import UserError
+from switchkd.models.loading import is_quantized
+
+#: The one file of weights in a folder that `write_model` has written.
+WEIGHTS = "model.safetensors"
+
+
+def write_model(model: Any, folder: Path) -> Path:
+    """Write a model with its configuration, adapters merged, in the names of its published form; return the file.
+
+    Args:
+        model: Of transformers or peft.
+        folder: Where to.
+
+    Raises:
+        UserError: Its weights are in 4 or 8 bits.
+    """
+    if is_quantized(model):
+        raise UserError("vllm: a model in 4 or 8 bits cannot be handed to vLLM; use the transformers engine")
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        _merged(model).save_pretrained(folder, max_shard_size="1TB")
+    finally:
+        if shows:
+            logging.enable_progress_bar()
+    return folder / WEIGHTS
+
+
+def write_tensors(state: dict[str, Tensor], folder: Path) -> Path:
+    """Write tensors with the names that transformers gives them; return the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(own, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder / WEIGHTS
+
+
+def _merged(model: Any) -> Any:
+    """The model itself, or a copy with its adapters merged into the weights."""
+    if not is_peft_available():
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if not any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in model.modules()):
+        return model
+    plain = copy.deepcopy(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            _replace(plain, name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            _replace(plain, name, module.modules_to_save[module.active_adapters[0]])
+    plain._hf_peft_config_loaded = False  # what is left is a model like any other
+    return plain
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, module)
