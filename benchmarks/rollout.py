@@ -5,7 +5,12 @@
 For every pair, batch size and teacher share the peers run in turn, `--repeats` times over, and the medians are
 compared. Peers: `plain`, two DynamicCache models one token at a time; `dropping`, the same with finished rows dropped;
 `generate`, transformers' own generation of the same model (and `trl`, TRL's way of calling it, where TRL is
-installed). The last line of stdout is one JSON object.
+installed). The pair `qwen3` (shapes of Qwen3 0.6B and 4B, made on the device) compares static shapes and CUDA graphs
+instead, see `static_rollout.py`:
+
+    python benchmarks/rollout.py --pairs qwen3 --device cuda --batches 64 8 --shares 0.1 0.53 --new_tokens 512 --repeats 3
+
+The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -20,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from pairs import gpt2_pair, tinystories_pair
+from pairs import gpt2_pair, qwen3_pair, tinystories_pair
 from transformers import DynamicCache
 
 import switchkd
@@ -272,7 +277,8 @@ def measure_ragged(name: str, student: Any, teacher: Any, prompts: torch.Tensor,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with the TinyStories models")
-    parser.add_argument("--pairs", nargs="+", default=["tinystories", "gpt2"], choices=["tinystories", "gpt2"])
+    parser.add_argument("--pairs", nargs="+", default=["tinystories", "gpt2"], choices=["tinystories", "gpt2", "qwen3"])
+    parser.add_argument("--sizes", default="full", choices=["full", "tiny"], help="of the pair qwen3")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--fixed", nargs="*", type=int, default=[], help="also time these fixed draft lengths")
@@ -286,6 +292,11 @@ def main() -> None:
     for name in args.pairs:
         if name == "tinystories" and not (args.shared / "models").is_dir():
             print(f"skipped {name}: {args.shared} has no models", flush=True)
+            continue
+        if name == "qwen3":
+            from static_rollout import measure_static  # it uses this file
+
+            lines += measure_static(name, *qwen3_pair(args.sizes, device=args.device), args)
             continue
         student, teacher, prompts = tinystories_pair(args.shared) if name == "tinystories" else gpt2_pair()
         student, teacher, prompts = student.to(args.device), teacher.to(args.device), prompts.to(args.device)

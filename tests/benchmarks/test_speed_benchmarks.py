@@ -10,6 +10,8 @@ import torch
 from helpers.pairs import make_pair
 from helpers.tiny import build_tokenizer
 
+from switchkd.divergences import generalized_jsd
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
@@ -53,3 +55,27 @@ def test_step_benchmark_runs_without_trl_where_it_is_not_asked_for(monkeypatch, 
     assert result["results"].keys() == {"student", "switch_53"}
     assert all(one["seconds"] > 0 for one in result["results"].values())
     assert result["versions"]["torch"] == metadata.version("torch")
+
+
+def test_rollout_benchmark_compares_static_shapes_on_a_pair_made_in_place(monkeypatch, capsys):
+    script = import_module("rollout")
+    monkeypatch.setattr(import_module("static_rollout"), "threshold_for", lambda *_: 0.1)
+    words = "rollout.py --pairs qwen3 --sizes tiny --batches 2 --shares 0.5 --new_tokens 8 --repeats 1 --threads 1"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--device", "cpu", "--fixed", "2"])
+    script.main()
+    cell, student = last_line(capsys)["lines"]
+    assert cell["tokens_per_s"].keys() == {"plain", "one_graph", "block", "static", "refilled", "static_2"}
+    assert 0.0 < cell["share_of_noise_jsd_and_draws"] and 0.0 < cell["teacher_share"] < 1.0
+    assert 0.0 < student["share_of_bound"] < 1.0
+
+
+def test_the_pair_of_qwen3_shapes_agrees_and_differs_as_real_pairs_do():
+    """Neither certain nor flat, and divergences on both sides of a threshold; whatever the sizes."""
+    student, teacher, prompts = import_module("pairs").qwen3_pair("tiny", dtype=torch.float32)
+    with torch.no_grad():
+        rows = [model(prompts[:16]).logits.log_softmax(-1).flatten(0, 1) for model in (student, teacher)]
+    for own in rows:
+        entropy = -(own.exp() * own).sum(-1).mean()
+        assert 1.0 < float(entropy) < 4.5
+    jsd = generalized_jsd(*rows)
+    assert 0.01 < float(jsd.quantile(0.1)) < float(jsd.quantile(0.9)) < 0.6
