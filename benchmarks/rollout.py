@@ -8,7 +8,7 @@ compared. Peers: `plain`, two DynamicCache models one token at a time; `dropping
 installed). The pair `qwen3` (shapes of Qwen3 0.6B and 4B, made on the device) compares static shapes and CUDA graphs
 instead, see `static_rollout.py`:
 
-    python benchmarks/rollout.py --pairs qwen3 --device cuda --batches 64 8 --shares 0.1 0.53 --new_tokens 512 --repeats 3
+    python benchmarks/rollout.py --pairs qwen3 --device cuda --batches 64 8 --shares 0.1 0.53 --new_tokens 512
 
 The last line of stdout is one JSON object.
 """

@@ -100,7 +100,7 @@ def measure_student(student: Any, prompts: torch.Tensor, bandwidth: float, args:
         "policy": "student",
         "tokens_per_s": {run: round(1.0 / one["s_per_token"], 1) for run, one in times.items()},
         "bandwidth_bound_tokens_per_s": round(bound, 1),
-        "share_of_bound": round(1.0 / times["static"]["s_per_token"] / bound, 3),
+        "share_of_bound": float(f"{1.0 / times['static']['s_per_token'] / bound:.3g}"),
         "gigabytes_per_s": round(bandwidth / 1e9, 1),
         "spread": round(max(one["spread"] for one in times.values()), 3),
     }

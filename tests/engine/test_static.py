@@ -127,6 +127,7 @@ def test_static_shapes_write_what_the_sequential_reference_writes(family, name):
         {"temperature": 0.8, "top_k": 12, "top_p": 0.9},
         {"excluded_ids": [3, 5, 7]},
         {"return_teacher_hidden": True},
+        {"return_drafted_ids": True},
         {"teacher_prompt_ids": [[9, 8, 7, 6], [5], [4, 3, 2]]},
     ],
     ids=lambda options: next(iter(options)),
@@ -140,6 +141,9 @@ def test_every_option_of_a_rollout_holds(options):
     assert_same(reference, rollout)
     if "return_teacher_hidden" in options:
         assert torch.allclose(reference.teacher_hidden, rollout.teacher_hidden, atol=1e-4)
+    if "return_drafted_ids" in options:
+        assert torch.equal(reference.drafted_ids, rollout.drafted_ids)
+        assert not torch.equal(rollout.drafted_ids, rollout.completion_ids)
 
 
 def test_drafts_past_the_end_of_the_context_are_harmless():

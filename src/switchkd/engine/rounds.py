@@ -91,7 +91,8 @@ class Places:
         self.ends = torch.zeros(sizes.ends, dtype=torch.int64, device=device)
         self.steps = torch.arange(max(sizes.length, width) + 1, device=device)
         # What is written; what is not emitted goes to the last column.
-        self.tokens, self.author = column(width + 1), column(width + 1, dtype=torch.uint8)
+        self.tokens, self.drafted = column(width + 1), column(width + 1)
+        self.author = column(width + 1, dtype=torch.uint8)
         self.divergence, self.threshold = (column(width + 1, dtype=torch.float32) for _ in range(2))
         self.hidden = column(width + 1, sizes.hidden, dtype=hidden_dtype) if sizes.hidden else None
         # Of one round.
@@ -130,8 +131,9 @@ class Places:
 
     def moved(self) -> list[Tensor]:
         """What rounds leave at a place."""
-        kept = (self.active, self.emitted, self.last, self.tokens, self.author, self.divergence, self.threshold)
-        return [tensor for tensor in (*kept, self.state, self.hidden) if tensor is not None]
+        written = (self.tokens, self.drafted, self.author, self.divergence, self.threshold)
+        kept = (self.active, self.emitted, self.last, *written, self.state, self.hidden)
+        return [tensor for tensor in kept if tensor is not None]
 
     def described(self) -> list[Tensor]:
         """What the host writes at a place."""
@@ -220,6 +222,7 @@ def settle(places: Places, policy: Policy, rows: int, length: int) -> None:
     column = torch.where(stands, position, places.sizes.width)
     for written, value in (
         (places.tokens, verified.tokens),
+        (places.drafted, drafted),
         (places.author, verified.author),
         (places.divergence, verified.divergence),
         (places.threshold, verified.threshold),

@@ -82,6 +82,8 @@ class StaticDecoder:
             "divergence": torch.full(shape, math.nan, device=self.device),
             "threshold": torch.full(shape, math.nan, device=self.device),
         }
+        if request.return_drafted_ids:
+            self.columns["drafted"] = self.columns["tokens"].clone()
         if self.places.hidden is not None:
             self.columns["hidden"] = self.places.hidden.new_zeros(*shape, self.session.sizes.hidden)
         counted = dict.fromkeys(("student_passes", "teacher_passes", "drafted", "kept", "rounds"), 0)
@@ -241,6 +243,7 @@ class StaticDecoder:
             divergence=column("divergence", math.nan),
             threshold=column("threshold", math.nan),
             teacher_hidden=column("hidden", 0.0) if "hidden" in self.columns else None,
+            drafted_ids=column("drafted", self.request.pad_token_id) if "drafted" in self.columns else None,
             measured=self.request.policy.measured,
             stats=self.stats,
         )
