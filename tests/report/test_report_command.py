@@ -214,6 +214,35 @@ def test_several_test_sets_of_an_evaluation_are_one_comparison(tmp_path, report)
     assert "dolly, 3 prompts: ROUGE-L 1.0vicuna, 3 prompts" in report(tmp_path / "a").text("dd")
 
 
+def test_an_evaluation_of_the_same_prompts_stands_beside_a_comparison_and_is_no_competitor(runs, tmp_path, report):
+    """As that of the teacher, whose scores had sections of their own."""
+    scored = next((runs / "compare").rglob("rows.jsonl")).parent
+    shutil.copytree(scored, tmp_path / "teacher-scores")
+    both = report(runs / "compare", tmp_path / "teacher-scores")
+    lines = [one["run"] for one in both.files()["scores"] if one["answer tokens"] == "all"]
+    assert lines == ["sft", "switch", "teacher-scores"]
+    assert "2 runs: sft, switch" in both.text("dd") and both.text("h2").count("Scores") == 1
+    other = evaluation(tmp_path, "other", [1.0, 2.0])
+    assert report(runs / "compare", other.path).text("h2").count("Scores") == 2
+
+
+def test_a_page_may_have_a_title_of_its_own_and_no_two_sections_share_a_name(runs, run, tmp_path):
+    path = tmp_path / "page.html"
+    code, _, err = run("report", runs / "compare", runs / "train", "--title", f"mine {EVIL}", "--output_file", path)
+    assert code == 0, err
+    document = Document(path.read_text(encoding="utf-8"))
+    assert f"mine {EVIL}" in document.text("h1") and document.of("img") == []
+    ids = [section["id"] for section in document.of("section")]
+    assert len(set(ids)) == len(ids) and "learning-curves:-train" in ids
+
+
+def test_a_score_is_never_drawn_below_zero(tmp_path, report):
+    document = report(evaluation(tmp_path, "low", [0.0, 0.0, 0.0, 6.0]).path)
+    (line,) = [one for one in document.files()["scores"] if one["answer tokens"] == "all"]
+    assert float(line["low"]) == 0.0 and float(line["high"]) > 1.5
+    assert not any(text.startswith("\N{MINUS SIGN}") for tag, text in document.texts if tag == "text")
+
+
 def test_a_mean_has_an_interval_and_a_difference_is_that_of_means(runs):
     (comparison,) = read_compared(read_run(runs / "compare")).comparisons.values()
     means = {label: comparison.mean("", label) for label in comparison.labels}

@@ -22,6 +22,7 @@ def parser() -> OptionParser:
     result.add_argument("runs", nargs="*", default=argparse.SUPPRESS, **folders)
     result.add_argument("--runs", nargs="+", default=[], **(folders | {"help": "the same, as a key of a config file"}))
     result.add_argument("--output_file", default="report.html", metavar="FILE", help="name of the page, in output_dir")
+    result.add_argument("--title", metavar="TEXT", help="heading of the page (default: the names of the runs)")
     result.add_shared_options("folder of the page (default: the current one)", overwrite=False)
     return result
 
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     path = Path(options.output_dir or ".").expanduser() / Path(options.output_file).expanduser()
     check_file(path)
-    page = make_page(read_runs(options.runs))
+    page = make_page(read_runs(options.runs), options.title)
     size = write(page, path)
     for question, said in page.cards:
         console.say(f"{question}: {'; '.join(said)}")

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,38 @@ def read_compared(run: Run) -> Compared:
     return Compared(run.name, comparisons, rows, findings, baseline, summary.get("words", []), trained=trained)
 
 
+def beside(compared: Compared, evaluations: Sequence[Run]) -> tuple[Compared, list[Run]]:
+    """Return a comparison with the evaluations of its very prompts beside its runs, and those that are of others.
+
+    Such as the teacher's: they are shown with the runs, but are no competitors.
+
+    Args:
+        compared: Of `read_compared`.
+        evaluations: Of `switchkd.report.folders.evaluations`.
+    """
+    comparisons, rows, others = dict(compared.comparisons), {key: dict(of) for key, of in compared.rows.items()}, []
+    labels = {label for one in comparisons.values() for label in one.labels}
+    added: set[str] = set()
+    for run in evaluations:
+        same = [name for name, of in rows.items() if _prompts(run.rows) == _prompts(next(iter(of.values())))]
+        same = [run.test_set] if run.test_set in same else same[:1]
+        if not same or run.name in labels:
+            others.append(run)
+            continue
+        one = comparisons[same[0]]
+        seed = one.results[0]["seed"]
+        base = {"run": run.name, "seed": seed, "cell": {}, "evaluate": run.summary, "train": {}}
+        rows[same[0]] |= {(student, run.name, seed): run.rows for student in one.students}
+        results = [*one.results, *({**base, "student": student} for student in one.students)]
+        comparisons[same[0]] = Comparison(results, rows[same[0]], one.measure, one.axes)
+        added.add(run.name)
+    return replace(compared, comparisons=comparisons, rows=rows, stages=compared.stages | added), others
+
+
+def _prompts(rows: Sequence[Mapping[str, Any]]) -> set[tuple[Any, Any]]:
+    return {(row["index"], row["prompt"]) for row in rows}
+
+
 def compare_evaluations(runs: Sequence[Run]) -> list[Compared]:
     """Return evaluations, those of the same prompts compared with the first of them.
 
@@ -117,7 +149,7 @@ def compare_evaluations(runs: Sequence[Run]) -> list[Compared]:
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        prompts = tuple(sorted({(row["index"], row["prompt"]) for row in run.rows}))
+        prompts = tuple(sorted(_prompts(run.rows)))
         groups.setdefault((run.test_set, prompts), []).append(run)
     by_models: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for (test_set, _), group in groups.items():

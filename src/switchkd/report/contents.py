@@ -1,11 +1,12 @@
 """The page of a report: from runs to its sections, most important first, and what is missing."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from switchkd.errors import UserError
 from switchkd.page.document import Page, Section
-from switchkd.report.compared import Compared, Trained, compare_evaluations, read_compared
+from switchkd.report.compared import Compared, Trained, beside, compare_evaluations, read_compared
 from switchkd.report.curves import curve_section
 from switchkd.report.folders import Run, evaluations
 from switchkd.report.measured import (
@@ -24,16 +25,18 @@ Given = TypeVar("Given", Run, Sequence[Run])
 Found = TypeVar("Found")
 
 
-def make_page(runs: Sequence[Run]) -> Page:
+def make_page(runs: Sequence[Run], title: str | None = None) -> Page:
     """Return the page of some runs.
 
     Args:
         runs: Of `switchkd.report.folders.read_runs`.
+        title: Its heading; the names of the runs if None.
 
     Raises:
         UserError: A file of a run is damaged, or is not what its command writes.
     """
-    return _guarded(_page, runs)
+    page = _guarded(_page, runs)
+    return page if title is None else replace(page, title=title)
 
 
 def _page(runs: Sequence[Run]) -> Page:
@@ -41,8 +44,11 @@ def _page(runs: Sequence[Run]) -> Page:
     compared = [_guarded(read_compared, run) for run in runs if run.command in ("compare", "demo")]
     given = [Trained(run.name, run.config.get("seed"), run) for run in by_command.get("train", [])]
     scored = [each for run in by_command.get("evaluate", []) for each in evaluations(run)]
-    if scored:
-        compared += _guarded(compare_evaluations, scored)
+    others = scored
+    for place, one in enumerate(compared):
+        compared[place], others = beside(one, others)
+    if others:
+        compared += _guarded(compare_evaluations, others)
     trained = [one for each in compared for one in each.trained] + given
     texts = _texts(trained, by_command.get("rollout", []))
     firsts = {one.label: one.run for each in reversed(compared) for one in reversed(each.trained)}
@@ -55,7 +61,8 @@ def _page(runs: Sequence[Run]) -> Page:
     trainings = [(one.label, one.run.summary) for one in trained if one.run.summary]
     for each in compared:
         sections.append(curve_section(each.trained, each.stages, f"Learning curves{of[each.name]}"))
-    sections.append(curve_section(given))
+    which = f": {', '.join(one.label for one in given)}" if compared else ""
+    sections.append(curve_section(given, title=f"Learning curves{which}"))
     sections += [_guarded(judge_section, run) for run in by_command.get("judge", []) if run.summary]
     sections += [_guarded(diagnosis_section, run) for run in by_command.get("diagnose", []) if run.summary]
     sections += [_guarded(calibration_section, run) for run in by_command.get("calibrate", []) if run.summary]

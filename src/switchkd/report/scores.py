@@ -168,7 +168,7 @@ def _scores(compared: Compared, name: str, comparison: Comparison, student: str)
         for bucket in (None, *comparison.buckets())
     }
     known = [value for value, _ in means.values() if value is not None]
-    known += [end for _, found in means.values() if found is not None for end in (found.low, found.high)]
+    known += [end for _, found in means.values() if found is not None for end in (max(found.low, 0.0), found.high)]
     limits, measure = (min(known), max(known)), measure_title(comparison.measure)
     panels, cells = [], []
     for bucket in (None, *comparison.buckets()):
@@ -177,7 +177,8 @@ def _scores(compared: Compared, name: str, comparison: Comparison, student: str)
             value, found = means[label, bucket]
             if value is None:
                 continue
-            ends = (found.low, found.high) if found is not None else (None, None)
+            # A score is never negative; the lower end for a small one would be.
+            ends = (max(found.low, 0.0), found.high) if found is not None else (None, None)
             rows.append(Interval(label, value, ends[0], ends[1], said=f"{value:.1f}"))
             seeds = len(comparison.of(student, label))
             cells.append([label, bucket or "all", value, *ends, seeds, found.prompts if found is not None else None])
