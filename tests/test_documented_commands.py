@@ -35,6 +35,7 @@ DOCUMENTS = (
     "docs/data.md",
     GUIDE,
     "docs/scale.md",
+    "docs/plan.md",
     "docs/report.md",
     "docs/judging.md",
     "docs/reproducing.md",
@@ -99,6 +100,7 @@ RUN: dict[str, Run | Look] = {
     "switchkd evaluate --model_name_or_path runs/mine --dataset_name test.jsonl --decoding_seeds 1,2,3": Run(SCORE),
     "switchkd compare --config examples/compare_demo.yaml": Run(COMPARE),
     "switchkd report runs/compare": Run(),
+    "switchkd plan --student S --teacher T --gpus 8": Run(),
     "switchkd report runs/mine runs/diagnose --output_file both.html": Run(),
     "switchkd rollout --model_name_or_path S --teacher_model_name_or_path T --dataset_name test.jsonl "
     "--top_tokens 5 --html rollout.html --output_dir runs/rollout": Run(WRITE),

@@ -9,6 +9,10 @@ from switchkd.cli.main import run
 COMMANDS = {
     "demo": ("switchkd.demo.command", "self-contained demo: distil a small student with SWITCH, no download"),
     "prepare": ("switchkd.commands.prepare", "make folders of the papers' data, or of your own, to train and score on"),
+    "plan": (
+        "switchkd.commands.plan",
+        "say what a training takes on each GPU, how long a step is, and what to change where it does not fit",
+    ),
     "train": ("switchkd.commands.train", "distil a student on your models and data"),
     "rollout": ("switchkd.commands.rollout", "write completions with the teacher in the loop and show who wrote what"),
     "evaluate": ("switchkd.commands.evaluate", "score a model's own answers: ROUGE-L over several decoding seeds"),

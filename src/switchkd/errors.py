@@ -1,9 +1,11 @@
 """The one exception for mistakes that a user can correct, and the checks that raise it."""
 
+import contextlib
 import difflib
 import math
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -48,6 +50,38 @@ def storage_problem(error: BaseException) -> str | None:
     by_torch = "inline_container" in seen[0] or seen[0].startswith(("Pytorch", "iostream"))
     what = getattr(error, "strerror", None) or ("no room" if by_torch else seen[0])
     return f"{place}: {what}; make room or give another output_dir, what was saved before is still there"
+
+
+class OutOfMemory(UserError):
+    """Raised where a command ends because memory ran out: the message says in which part, and what lowers it."""
+
+    #: Exit code of the process, that of a resource which the system did not give.
+    code = os.EX_OSERR
+
+
+# What PyTorch says where memory runs out, on a GPU, on the CPU, and in a library of the GPU.
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
+    )
+
+
+@contextlib.contextmanager
+def during(phase: str) -> Iterator[None]:
+    """Note on an error that comes out of the block what was being done, its attribute `phase`; the innermost counts."""
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, "phase"):
+            error.phase = phase  # type: ignore[attr-defined]
+        raise
 
 
 class Stopped(KeyboardInterrupt):

@@ -15,7 +15,15 @@ from typing import Any, Protocol, cast
 from switchkd.cli.console import Console, quiet, write
 from switchkd.cli.options import OptionsMixin
 from switchkd.cli.run_folder import release_folders
-from switchkd.errors import Stopped, UserError, UserErrors, nearest_name, storage_problem
+from switchkd.errors import (
+    OutOfMemory,
+    Stopped,
+    UserError,
+    UserErrors,
+    is_out_of_memory,
+    nearest_name,
+    storage_problem,
+)
 
 HELP = """usage: switchkd COMMAND [options]
 
@@ -36,6 +44,12 @@ first steps:
 """
 
 
+NO_MEMORY = (
+    "not enough memory: lower the rows at once (--batch_size, --per_device_train_batch_size) or the lengths, or load "
+    "models with --dtype bfloat16"
+)
+
+
 class Command(Protocol):
     """What the module of a command offers."""
 
@@ -49,8 +63,8 @@ class Command(Protocol):
 def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    That is 0, 2 for mistakes, each explained in one line, 74 where nothing more can be written, 130 for Ctrl-C
-    and 143 for SIGTERM.
+    That is 0, 2 for mistakes, each explained in one line, 71 where memory runs out, 74 where nothing more can be
+    written, 130 for Ctrl-C and 143 for SIGTERM.
 
     Args:
         commands: Name -> the module of the command, imported when the command runs, and its line of help.
@@ -68,13 +82,15 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
             traceback.print_exc()
         for message in error.messages if isinstance(error, UserErrors) else [str(error)]:
             write(sys.stderr, f"switchkd: error: {' '.join(message.split())}\n")
-        return 2
+        return error.code if isinstance(error, OutOfMemory) else 2
     except Exception as error:
-        problem = storage_problem(error)
+        problem, code = storage_problem(error), os.EX_IOERR
+        if problem is None and is_out_of_memory(error):
+            problem, code = NO_MEMORY, OutOfMemory.code
         if problem is None or "--verbose" in arguments:
             raise
         write(sys.stderr, f"switchkd: error: {problem}\n")
-        return os.EX_IOERR
+        return code
     except Stopped as stop:
         write(sys.stderr, f"switchkd: {stop}\n")
         return stop.code

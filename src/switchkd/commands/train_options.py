@@ -126,14 +126,27 @@ def parser(arguments: type | None = None) -> TrainParser:
     Args:
         arguments: `transformers.TrainingArguments`; its fields are read from its source if None.
     """
-    bases = (DistillationOptions, training_arguments() if arguments is None else arguments)
     result = TrainParser(
-        dataclass_types=[RunArguments, dataclasses.make_dataclass("Options", [], bases=bases)],
         prog="switchkd train",
         usage="switchkd train [--config FILE] [--option VALUE ...]",
         description="Distil a student. Every option of transformers.TrainingArguments is accepted; "
         "--help lists the common ones, --help-all every one.",
     )
+    add_training_options(result, arguments)
+    return result
+
+
+def add_training_options(result: TrainParser, arguments: type | None = None) -> None:
+    """Add every option of `RunArguments` and `SwitchConfig`, and what every command takes.
+
+    Args:
+        result: A parser without them.
+        arguments: As `parser` takes it.
+    """
+    bases = (DistillationOptions, training_arguments() if arguments is None else arguments)
+    others = set(result._actions)
+    for options in (RunArguments, dataclasses.make_dataclass("Options", [], bases=bases)):
+        result._add_dataclass_arguments(options)  # type: ignore[arg-type]
     # HfArgumentParser makes one group of a dataclass; help is easier to read by task.
     actions = {}
     for action in result._actions:
@@ -141,12 +154,11 @@ def parser(arguments: type | None = None) -> TrainParser:
             action.type = truth  # transformers' own does not know on and off, which YAML has
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
-        if action.dest != "help" and not action.option_strings[0].startswith("--no_"):
+        if action not in others and not action.option_strings[0].startswith("--no_"):
             actions[action.dest] = action
     result._action_groups.clear()
     arrange(result, actions, own={*own_fields(), *_fields(RunArguments)} - FIXED, rare=result.rare)
     result.add_shared_options(None)
-    return result
 
 
 def read_options(options: argparse.Namespace) -> tuple[RunArguments, "SwitchConfig"]:
@@ -164,10 +176,10 @@ def check_options(options: argparse.Namespace) -> RunArguments:
     Raises:
         UserError: Options that are missing, out of range or do not fit together, or an unknown method.
     """
-    run_args = RunArguments(**_fields_of(RunArguments, options))
+    run_args = RunArguments(**fields_of(RunArguments, options))
     _check(run_args, options.teacher_model_name_or_path)
     get_method(options.method)
-    DistillationOptions(**_fields_of(DistillationOptions, options)).check_ranges()
+    DistillationOptions(**fields_of(DistillationOptions, options)).check_ranges()
     return run_args
 
 
@@ -175,7 +187,8 @@ def _fields(dtype: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(dtype) if item.init]
 
 
-def _fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
+def fields_of(dtype: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are fields of a dataclass, those that transformers chooses left out."""
     values = {name: getattr(options, name) for name in _fields(dtype)}
     return {name: value for name, value in values.items() if value is not UNREAD}
 
@@ -200,10 +213,15 @@ def _check(args: RunArguments, teacher: str | None) -> None:
         if not args.use_peft and getattr(args, name) not in (None, False):
             raise UserError(f"{name} does nothing without use_peft; add --use_peft or remove it")
     check_choice("dtype", args.dtype or "auto", DTYPES)
-    _check_quantization(args)
+    check_quantization(args)
 
 
-def _check_quantization(args: RunArguments) -> None:
+def check_quantization(args: RunArguments) -> None:
+    """Refuse options of quantisation that do nothing or do not go together.
+
+    Raises:
+        UserError: Names the option.
+    """
     check_choice("bnb_4bit_quant_type", args.bnb_4bit_quant_type, ("nf4", "fp4"))
     for name, other in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
         if getattr(args, name) != other and not args.load_in_4bit:
@@ -234,7 +252,7 @@ def _config(options: argparse.Namespace) -> "SwitchConfig":
     from switchkd.models.loading import default_device
     from switchkd.training.config import SwitchConfig
 
-    values = _fields_of(SwitchConfig, options)
+    values = fields_of(SwitchConfig, options)
     for name in SwitchConfig._VALID_DICT_FIELDS:
         if isinstance(values[name], str) and values[name][:1] in "{[":
             json_object(name, values[name])

@@ -34,6 +34,25 @@ def student_from_config(
     Raises:
         UserError: An option that the configuration does not have, or values that make no model.
     """
+    config = student_config(overrides, base=base, tokenizer=tokenizer)
+    set_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, **{"dtype": "float32", **(init_kwargs or {})})
+    except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise UserError(f"student_config is not a valid configuration: {str(error) or type(error).__name__}") from error
+
+
+def student_config(overrides: Mapping[str, Any], *, base: str | None, tokenizer: Any = None) -> Any:
+    """Return the configuration of such a student; arguments as in `student_from_config`.
+
+    Args:
+        overrides: Values of the model's configuration.
+        base: Model folder or hub id whose configuration is the start, or None.
+        tokenizer: The student's; None leaves the vocabulary to the type's defaults.
+
+    Raises:
+        UserError: An option that the configuration does not have, or values that make none.
+    """
     given = dict(overrides)
     model_type = given.pop("model_type", None)
     if model_type is not None:
@@ -41,7 +60,7 @@ def student_from_config(
             near = nearest_name(str(model_type), CONFIG_MAPPING)
             raise UserError(f"student_config: no model_type {model_type!r}; the nearest is {near!r}")
         start = AutoConfig.for_model(model_type)
-        given = {**_vocabulary_of(tokenizer), **given}
+        given = given if tokenizer is None else {**_vocabulary_of(tokenizer), **given}
     elif base is not None:
         start = load_config(base)
     else:
@@ -51,7 +70,6 @@ def student_from_config(
         if name not in known:
             near = nearest_name(name, known)
             raise UserError(f"student_config: {start.model_type} has no option {name!r}; the nearest is {near!r}")
-    set_seed(seed)
     try:
         # Rebuilt, not patched: lists that depend on the number of layers are made afresh, and what a type derives from
         # other values, such as the size of a head, from the given ones.
@@ -59,9 +77,7 @@ def student_from_config(
         values = {name: value for name, value in inherited.items() if name not in _DERIVED}
         for name, value in given.items():
             values[start.attribute_map.get(name, name)] = value
-        config = type(start)(**values)
-        kwargs = {"dtype": "float32", **(init_kwargs or {})}
-        return AutoModelForCausalLM.from_config(config, **kwargs)
+        return type(start)(**values)
     except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise UserError(f"student_config is not a valid configuration: {str(error) or type(error).__name__}") from error
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchkd.errors import during
 from switchkd.models.forward import prompt_positions
 from switchkd.models.heads import output_head
 from switchkd.objective.chunked import ChunkedLoss
@@ -58,7 +59,7 @@ class StepLoss:
         if "teacher_hidden" in inputs:
             return predicted, Predictions(inputs["teacher_hidden"], output_head(teacher))
         prefix = "teacher_" if "teacher_input_ids" in inputs else ""
-        with torch.no_grad():
+        with torch.no_grad(), during("teacher pass"):
             return predicted, predict(teacher, _forward(inputs, prefix), length, full_logits=self.full_logits)
 
     def loss(

@@ -11,6 +11,8 @@ class LoopCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.began_at = 0
+        #: Whether the optimizer is updating the weights.
+        self.updates = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at = state.global_step
@@ -21,6 +23,10 @@ class LoopCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.check_step()
+        self.updates = True
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.updates = False
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.check_update()

@@ -20,22 +20,18 @@ from switchkd.errors import UserError
 from switchkd.methods import Method
 from switchkd.models.loading import excluded_with, load_model, load_tokenizer, set_chat_template
 from switchkd.models.vocabulary import model_vocabulary_size
-from switchkd.objective.chunked import MEMORY_BUDGET
 from switchkd.objective.step import StepLoss
 from switchkd.policies import ThresholdPolicy
 from switchkd.rollout import Author
 from switchkd.training.config import SwitchConfig
+from switchkd.training.footprint import key_values_of
 from switchkd.training.log import ShareWatch
+from switchkd.training.memory import rows_that_fit
 from switchkd.training.resolve import Plan
 from switchkd.training.text import TextSource
 
 logger = logging.get_logger("switchkd")
 
-# What a row of a rollout takes, counted in numbers: this many drafted positions, each with so many rows of the
-# vocabulary (both models' logits and log-probabilities, the noise and a temporary).
-DRAFTED_POSITIONS, VOCABULARY_ROWS = 8, 6
-# What training keeps of a position in a layer, counted in hidden states: inputs, projections, the wide feed-forward.
-KEPT_STATES = 16
 # Where `draft_length="auto"` would follow the clock and `full_determinism` forbids it.
 STEADY_DRAFT_LENGTH = 4
 
@@ -340,11 +336,7 @@ def make_plain_text(data: Dataset | None, tokenizer: Any, args: SwitchConfig) ->
 
 
 def rollout_rows(student: Any, teacher: Any | None, args: SwitchConfig) -> int:
-    """Return how many rows are decoded at once: as many as fit into what training one micro-batch takes.
-
-    An estimate from the models' shapes: training keeps `KEPT_STATES` states of every position and layer of the
-    student and the loss's blocks of logits; a row of a rollout takes keys and values of both models, and rows of the
-    vocabulary for a draft. At least a micro-batch's rows.
+    """Return how many rows are decoded at once, see `switchkd.training.memory.rows_that_fit`.
 
     Args:
         student: The model that trains.
@@ -353,16 +345,11 @@ def rollout_rows(student: Any, teacher: Any | None, args: SwitchConfig) -> int:
     """
     if args.rollout_batch_size is not None:
         return args.rollout_batch_size
+    shapes = [model.config.get_text_config() for model in (student, teacher) if model is not None]
+    states = shapes[0].num_hidden_layers * shapes[0].hidden_size
+    readers = [key_values_of(shape) for shape in shapes]
     length = args.max_prompt_length + args.max_completion_length
-    shape = student.config.get_text_config()
-    trained = args.train_batch_size * length * shape.num_hidden_layers * shape.hidden_size * KEPT_STATES * 4
-    cached = sum(
-        2 * length * model.config.get_text_config().num_hidden_layers * model.config.get_text_config().hidden_size * 4
-        for model in (student, teacher)
-        if model is not None
-    )
-    vocabulary = DRAFTED_POSITIONS * VOCABULARY_ROWS * model_vocabulary_size(student) * 4
-    return max((trained + MEMORY_BUDGET) // (cached + vocabulary), args.train_batch_size)
+    return rows_that_fit(args.train_batch_size, length, states, readers, model_vocabulary_size(student))
 
 
 def sampling_options(args: SwitchConfig, excluded_ids: Sequence[int] = ()) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from switchkd.data.batches import Rows, dataset_batches, rollout_batches
 from switchkd.engine.readable import require_readable
-from switchkd.errors import UserError
+from switchkd.errors import UserError, during
 from switchkd.evaluation.top_tokens import top_tokens
 from switchkd.models.forward import disable_dropout
 from switchkd.models.heads import output_head
@@ -37,6 +37,7 @@ from switchkd.training.guards import (
     warn_of_precision,
 )
 from switchkd.training.log import RunningMeans, TextWatch, append_rows
+from switchkd.training.out_of_memory import out_of_memory_explained
 from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
 from switchkd.training.saving import SavingTrainer
@@ -170,7 +171,8 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         )
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         self.calibration: Calibration | None = None
-        self.add_callback(LoopCallback(self))
+        self.loop = LoopCallback(self)
+        self.add_callback(self.loop)
         self._guard, self.skipped_steps = StepGuard(), 0
         self.teacher_passes = 0
         self._means = RunningMeans(None if self.plan.policy is None else self.plan.policy.measured)
@@ -207,11 +209,17 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         if checkpoint is None:  # a checkpoint holds the threshold that was reached
             self.find_threshold()
         self._checked_at = self._counted = self._first_attempt = None
-        result = super().train(checkpoint, trial, ignore_keys_for_eval)
+        with out_of_memory_explained(self):
+            result = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.require_updates()
         if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
             self._check_weights()
         return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `transformers.Trainer`; what goes wrong in it, but not in the loss, is the backward pass's."""
+        with during("backward"):
+            return super().training_step(*args, **kwargs)
 
     def _sampling(self) -> dict[str, Any]:
         options = sampling_options(self.args, self.step_loss.objective.excluded_ids)
@@ -291,7 +299,7 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         at_once = max(self.rollout_rows * self._train_batch_size // args.train_batch_size, 1)
         started = time.perf_counter()
         # Rollouts see the bare model or a copy: no gradient synchronisation, and autocast where training has it.
-        with self._teacher_at_hand() as teacher, self.writer.of(self.model) as student:
+        with during("rollout"), self._teacher_at_hand() as teacher, self.writer.of(self.model) as student:
             rollout = self.text.write(
                 student,
                 teacher,
@@ -345,7 +353,7 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Return this micro-batch's part of the optimizer step's mean loss per supervised token, nats."""
-        with self._teacher_at_hand(self.step_loss.reads_teacher) as teacher:
+        with during("loss"), self._teacher_at_hand(self.step_loss.reads_teacher) as teacher:
             self.teacher_passes += self.step_loss.needs_teacher_pass(inputs)
             loss = self.step_loss.loss(model, teacher, inputs, num_items_in_batch)
         if model.training:
