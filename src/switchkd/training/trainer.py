@@ -322,11 +322,9 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
             dtype = getattr(torch, args.teacher_hidden_dtype) if args.teacher_hidden_dtype else None
             place = "cpu" if args.offload_teacher_hidden else None
             rollout.teacher_hidden = rollout.teacher_hidden.to(device=place, dtype=dtype)
-        teacher_prompts = None
-        others = rows.teacher_prompts()
+        others, device = rows.teacher_prompts(), rollout.completion_ids.device
         self._unlogged_rollout = rollout, others
-        if others is not None:
-            teacher_prompts = Prompts.of(others, self.pad_token_id).to(rollout.completion_ids.device)
+        teacher_prompts = None if others is None else Prompts.of(others, self.pad_token_id).to(device)
         batches = rollout_batches(rollout, sizes, teacher_prompts)
         rollout.teacher_hidden = None  # the micro-batches have it; what is kept for the log must not hold it
         return batches
@@ -399,27 +397,22 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
                 return
             self.logged_completions = rollout.to_dicts(self.processing_class, self.eos_token_id)
             if student is not None:
-                tokens = self._top_tokens(student, rollout, teacher_prompts)
+                # What both find likeliest now: the student has learned from the rollout since it wrote it.
+                with self._teacher_at_hand() as teacher:
+                    tokens = self._top_tokens(student, teacher, rollout, teacher_prompts)
                 for row, likeliest in zip(self.logged_completions, tokens, strict=True):
                     row["top_tokens"] = likeliest
         rows = [{"step": self.state.global_step, **row} for row in self.logged_completions]
         append_rows(Path(str(self.args.output_dir)) / "completions.jsonl", rows)
 
-    def _top_tokens(
-        self, student: nn.Module, rollout: Rollout, teacher_prompts: list[list[int]] | None
-    ) -> list[list[dict[str, Any]]]:
-        """What both models find likeliest, now: the student has learned from the rollout since it wrote it."""
-        args, excluded = self.args, self.step_loss.objective.excluded_ids
-        with self._teacher_at_hand() as teacher:
-            return top_tokens(
-                student,
-                teacher,
-                rollout,
-                self.processing_class,
-                count=args.log_top_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                excluded_ids=excluded,
-                teacher_prompts=teacher_prompts,
-            )
+    def _top_tokens(self, student: nn.Module, teacher: nn.Module, rollout: Rollout, teacher_prompts: Any) -> Any:
+        return top_tokens(
+            student,
+            teacher,
+            rollout,
+            self.processing_class,
+            count=self.args.log_top_tokens,
+            excluded_ids=self.step_loss.objective.excluded_ids,
+            teacher_prompts=teacher_prompts,
+            **{name: getattr(self.args, name) for name in ("temperature", "top_k", "top_p")},
+        )
