@@ -9,9 +9,10 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 # Test processes; a file of tests stays in one of them.
 WORKERS ?= 2
 LOWER := .venv-lower
+VLLM := .venv-vllm
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
-.PHONY: demo test test-long lint install docs docs-serve test-lower-bounds clean
+.PHONY: demo test test-long test-vllm lint install docs docs-serve test-lower-bounds clean
 
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
@@ -21,6 +22,9 @@ test: install  ## Install, then run the tests, the slow ones included.
 
 test-long: install  ## What takes minutes: two steps of every stage of every recipe.
 	$(BIN)/python -m pytest -m long
+
+test-vllm: install $(VLLM)/.installed  ## The laws of rollouts on vLLM, in an environment of their own (2.8 GB).
+	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
 lint: install  ## Style, types, and the file tree in README.md.
 	$(BIN)/ruff check src tests benchmarks docs/theme
@@ -57,5 +61,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) -e ".[docs]"
 	touch $@
 
+# Every package of the file is named, so nothing else comes along: what a rollout imports of vLLM, and torch as ours.
+$(VLLM)/.installed: tests/vllm/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH) -r tests/vllm/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWER) runs build dist site src/*.egg-info
+	rm -rf $(VENV) $(LOWER) $(VLLM) runs build dist site src/*.egg-info

@@ -1,7 +1,6 @@
 """Rollouts on vLLM without vLLM: sampler, record and driver on a stub of its scheduler. tests/vllm has the real one."""
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ import pytest
 import torch
 from helpers import vllm_stub
 from helpers.pairs import assert_same, make_pair, make_prompts
+from helpers.vllm_policy import EveryNth
 from helpers.vllm_stub import StubChild, StubHost
 
 import switchkd
@@ -21,26 +21,10 @@ from switchkd.engine.vllm.private import check_version, runner_of
 from switchkd.engine.vllm.process import Answers
 from switchkd.engine.vllm.weights import write_model
 from switchkd.engine.vllm.writing import Writing
-from switchkd.policies import POLICIES, Decision, Policy
-from switchkd.policies.base import teacher_where
+from switchkd.policies import POLICIES, Policy
 from switchkd.vllm import Engine
 
 SWITCH = switchkd.SwitchPolicy(initial_threshold=0.05, horizon=16)
-
-
-@dataclass(frozen=True)
-class EveryNth(Policy):
-    """A policy of a user's own, with a state: the teacher writes every so many tokens of a row."""
-
-    every: int = 3
-    stateful = True
-
-    def initial_state(self, rows, device):
-        return torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def decide(self, at):
-        author = teacher_where(at.state % self.every == self.every - 1)
-        return Decision(author, torch.full_like(at.measure, math.nan), at.state + 1)
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,8 @@ ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden", "offload_
 ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "tokenizer_kwargs"}
 ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
 ELSEWHERE |= {"allow_other_inputs", "max_skipped_steps"}  # test_checkpoints.py, test_skipping.py
+ELSEWHERE |= {"rollout_engine", "vllm_python", "vllm_tensor_parallel_size"}  # test_vllm_engine.py, as the next
+ELSEWHERE |= {"vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"}
 
 
 def test_every_option_of_the_project_has_a_stated_effect():

@@ -9,6 +9,7 @@ from switchkd.cli.display import table
 from switchkd.cli.options import OptionParser
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data
+from switchkd.commands.engine import add_engine_options, check_engine_options, writer
 from switchkd.commands.pair import (
     add_pair_options,
     add_sampling_options,
@@ -66,6 +67,7 @@ def parser() -> OptionParser:
     add_policy_options(policy, WITH_THRESHOLD)
     sampling = result.add_argument_group("sampling")
     add_sampling_options(sampling, max_completion_length=256, batch_size=32, at_once="completions written at once")
+    add_engine_options(result.add_argument_group("engine"))
     result.add_shared_options("also write summary.json, config and versions there; nothing is written without it")
     return result
 
@@ -102,24 +104,27 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.progress(f"prompts: {report}")
     eos = require_eos(tokenizer, student, teacher)
     pad = readable_pad_id(tokenizer.pad_token_id, eos, student, teacher)
-    found = calibrate(
-        student,
-        teacher,
-        list(data["prompt_ids"]),
-        policy=policy,
-        target_teacher_share=options.target_teacher_share,
-        max_new_tokens=options.max_completion_length,
-        tolerance=options.tolerance,
-        max_rounds=options.max_rounds,
-        seed=options.seed,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        max_active_rows=options.batch_size,
-        excluded_ids=excluded_ids,
-    )
+    prompts = list(data["prompt_ids"])
+    with writer(options, student, teacher, prompts) as write:
+        found = calibrate(
+            student,
+            teacher,
+            prompts,
+            policy=policy,
+            target_teacher_share=options.target_teacher_share,
+            max_new_tokens=options.max_completion_length,
+            tolerance=options.tolerance,
+            max_rounds=options.max_rounds,
+            seed=options.seed,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            max_active_rows=options.batch_size,
+            excluded_ids=excluded_ids,
+            writer=write,
+        )
     summary = _summary(found, options)
     console.say(_text(found, options))
     if folder is not None:
@@ -138,6 +143,7 @@ def _check(options: argparse.Namespace) -> None:
     )
     check_data_options(options)
     check_policy_options(options)
+    check_engine_options(options)
 
 
 def _summary(found: "Calibration", options: argparse.Namespace) -> dict[str, Any]:

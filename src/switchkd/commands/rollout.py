@@ -1,6 +1,7 @@
 """`switchkd rollout`: write completions with the teacher in the loop and show who wrote what."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from switchkd.cli.options import OptionParser, flag
 from switchkd.cli.rollouts import legend, rollout_block, rollout_text, tokens_block, tokens_text
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data, template_kwargs
+from switchkd.commands.engine import add_engine_options, check_engine_options, writer
 from switchkd.commands.pair import (
     add_pair_options,
     add_sampling_options,
@@ -61,6 +63,7 @@ def parser() -> OptionParser:
     sampling.add_argument(
         "--cuda_graphs", **flag("write with static shapes, on a GPU through CUDA graphs; it changes no text")
     )
+    add_engine_options(result.add_argument_group("engine"))
     output = result.add_argument_group("output")
     output.add_argument(
         "--top_tokens", type=int, default=0, metavar="K", help="also show both models' K likeliest tokens at each token"
@@ -92,30 +95,25 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     prompts = [ids for ids in _prompt_ids(options, tokenizer, console) for _ in range(options.num_samples)]
     eos = require_eos(tokenizer, student, teacher)
     screen = terminal(console.stream, "never" if console.json else options.color)
-    rollouts, rows = [], []
-    for start in range(0, len(prompts), options.batch_size):
-        batch = prompts[start : start + options.batch_size]
-        rollout = _roll_out(options, policy, student, teacher, batch, start, eos, excluded_ids)
-        rollouts.append(rollout)
-        if folder is not None and start == 0:
-            folder.claim(vars(options))
-        seen = _top_tokens(options, student, teacher, rollout, tokenizer, excluded_ids) if options.top_tokens else None
-        for number, row in enumerate(rollout.to_dicts(tokenizer, eos)):
-            rows.append(row)
-            if seen is not None:
-                row["top_tokens"] = seen[number]
-            if screen is not None and len(rows) == 1:
-                console.say(rendered(screen, legend()) + "\n")
-            if screen is None:
-                console.say(rollout_text(row) + "\n")
-            else:
-                console.say(rendered(screen, rollout_block(row, len(rows), len(prompts))))
-            if seen is not None:
-                console.say(
-                    f"{tokens_text(row)}\n" if screen is None else rendered(screen, tokens_block(row, screen.width))
-                )
-            if folder is not None:
-                folder.append("rollouts.jsonl", [row])
+    rollouts: list[Rollout] = []
+    rows: list[dict[str, Any]] = []
+    with writer(options, student, teacher, prompts, draft_length=options.draft_length) as write:
+        for start in range(0, len(prompts), options.batch_size):
+            batch = prompts[start : start + options.batch_size]
+            rollout = _roll_out(options, write, policy, student, teacher, batch, start, eos, excluded_ids)
+            rollouts.append(rollout)
+            if folder is not None and start == 0:
+                folder.claim(vars(options))
+            seen = None
+            if options.top_tokens:
+                seen = _top_tokens(options, student, teacher, rollout, tokenizer, excluded_ids)
+            for number, row in enumerate(rollout.to_dicts(tokenizer, eos)):
+                rows.append(row)
+                if seen is not None:
+                    row["top_tokens"] = seen[number]
+                _show(row, len(rows), len(prompts), screen, console)
+                if folder is not None:
+                    folder.append("rollouts.jsonl", [row])
     summary = {"policy": options.policy, "seed": options.seed, **_totals(rollouts)}
     said = _last_line(summary)
     console.say(said)
@@ -126,6 +124,18 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         folder.write_json("summary.json", summary)
         summary["output_dir"] = str(folder.path)
     return {**summary, "rollouts": rows}
+
+
+def _show(row: dict[str, Any], number: int, count: int, screen: Any, console: Console) -> None:
+    """Print a completion with its writers, and what both models found likeliest where that was asked for."""
+    if screen is None:
+        console.say(rollout_text(row) + "\n")
+    else:
+        if number == 1:
+            console.say(rendered(screen, legend()) + "\n")
+        console.say(rendered(screen, rollout_block(row, number, count)))
+    if "top_tokens" in row:
+        console.say(f"{tokens_text(row)}\n" if screen is None else rendered(screen, tokens_block(row, screen.width)))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -146,6 +156,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f'draft_length must be "auto" or an integer >= 1, got {options.draft_length!r}')
     check_count("top_tokens", options.top_tokens, 0)
     check_policy_options(options)
+    check_engine_options(options)
     if options.html is not None:
         from switchkd.page.document import check_file
 
@@ -186,6 +197,7 @@ def _prompt_ids(options: argparse.Namespace, tokenizer: Any, console: Console) -
 
 def _roll_out(
     options: argparse.Namespace,
+    write: Callable[..., "Rollout"],
     policy: "Policy",
     student: Any,
     teacher: Any,
@@ -196,9 +208,7 @@ def _roll_out(
 ) -> "Rollout":
     import torch
 
-    from switchkd.engine import roll_out
-
-    return roll_out(
+    return write(
         student,
         teacher,
         prompts,

@@ -8,7 +8,7 @@ measured by rolling out.
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ def calibrate(
     tolerance: float = 0.02,
     max_rounds: int = 8,
     bins: int = 8,
+    writer: Callable[..., Rollout] = roll_out,
     **rollout_options: Any,
 ) -> Calibration:
     """Return the initial threshold at which the teacher writes a wanted share of the tokens on these prompts.
@@ -103,7 +104,8 @@ def calibrate(
         tolerance: How far from the target is near enough, in (0, 1).
         max_rounds: At most this many rollouts.
         bins: Number of equal parts of the length limit for the share by position.
-        rollout_options: Passed on to `roll_out`: seed, temperature, eos_token_id, teacher_prompt_ids, ...
+        writer: Called in place of `roll_out`, with the same arguments; `write` of a `switchkd.vllm.Engine`.
+        rollout_options: Passed on to it: seed, temperature, eos_token_id, teacher_prompt_ids, ...
 
     Raises:
         UserError: An option outside its range, or one of `roll_out`'s.
@@ -120,7 +122,7 @@ def calibrate(
         threshold = search.next(tried)
         if threshold is None:
             break
-        rollout = roll_out(
+        rollout = writer(
             student,
             teacher,
             prompt_ids,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any
 
 from switchkd.data_options import HELP as DATA_HELP
-from switchkd.errors import UserError, check_loss_temperature, check_warping
+from switchkd.errors import UserError, check_choice, check_count, check_loss_temperature, check_warping
 from switchkd.methods import METHODS
 from switchkd.objective_names import OBJECTIVES, check_objective_name
 from switchkd.policy_options import POLICY_OPTIONS
@@ -183,6 +183,23 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     offload_rollout_copy: bool = field(
         default=False, metadata={"help": "Keep that copy in main memory between rollouts. GPU only."}
     )
+    rollout_engine: str = field(
+        default="transformers",
+        metadata={"help": "What writes rolled-out text: transformers, or vllm in a process of its own (docs/vllm.md)."},
+    )
+    vllm_python: str | None = field(
+        default=None, metadata={"help": "Python of an environment with vLLM. Default: the one that trains."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of a GPU's memory that vLLM takes, in (0, 1]. GPU only."}
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Over how many GPUs vLLM splits each layer of both models."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "vLLM gives its memory back between rollouts. GPU only."}
+    )
+
     reuse_teacher_hidden: bool = field(
         default=True,
         metadata={"help": "Keep the teacher's states of a rollout for the loss instead of another teacher pass."},
@@ -256,6 +273,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be a finite number >= 0, got {value}")
+        check_choice("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        if not 0.0 < self.vllm_gpu_memory_utilization <= 1.0:
+            raise UserError(f"vllm_gpu_memory_utilization must lie in (0, 1], got {self.vllm_gpu_memory_utilization}")
+        check_count("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, 1)
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise UserError(f"rollout_batch_size must be >= 1, got {self.rollout_batch_size}")
         if self.on_policy_fraction is not None and not 0.0 <= self.on_policy_fraction <= 1.0:

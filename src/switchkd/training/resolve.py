@@ -228,6 +228,18 @@ def _kept_states(plan: Plan, args: SwitchConfig) -> str | None:
     return None if args.reuse_teacher_hidden else "the loss reads no states of the rollout's teacher"
 
 
+def _states_that_come_back(plan: Plan, args: SwitchConfig) -> str | None:
+    return "vLLM keeps the teacher's states to itself" if args.rollout_engine == "vllm" else None
+
+
+def _transformers(plan: Plan, args: SwitchConfig) -> str | None:
+    return f"rollout_engine is {args.rollout_engine}" if args.rollout_engine != "transformers" else None
+
+
+def _vllm(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if args.rollout_engine == "vllm" else "rollout_engine is transformers"
+
+
 def _weights_by_author(plan: Plan, args: SwitchConfig) -> str | None:
     return "importance weighs the tokens" if plan.method.policy_gradient else None
 
@@ -285,6 +297,9 @@ def _teacher_text(plan: Plan, args: SwitchConfig) -> str | None:
     return f"method {plan.method.name!r} does not train on text that the teacher wrote before"
 
 
+# What must be there for a loss to read the states of a rollout's teacher.
+_STATES = (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states, _states_that_come_back)
+
 #: Option -> everything that must be there for it to do something.
 USED_BY: dict[str, tuple[Reason, ...]] = {
     **dict.fromkeys(POLICY_OPTIONS, (_steps_that_roll_out,)),
@@ -300,16 +315,15 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "top_p": (_any_rollout,),
     "draft_length": (_any_rollout, _teacher_in_rollouts),
     "rollout_batch_size": (_any_rollout,),
-    "cuda_graphs": (_any_rollout,),
-    "reuse_teacher_hidden": (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states),
-    "teacher_hidden_dtype": (_steps_that_roll_out, _teacher_in_rollouts, _loss_that_reads_states, _kept_states),
-    "offload_teacher_hidden": (
-        _steps_that_roll_out,
-        _teacher_in_rollouts,
-        _loss_that_reads_states,
-        _kept_states,
-        _accelerator,
-    ),
+    "cuda_graphs": (_any_rollout, _transformers),
+    "rollout_engine": (_steps_that_roll_out,),
+    "vllm_python": (_vllm,),
+    "vllm_gpu_memory_utilization": (_vllm, _accelerator),
+    "vllm_tensor_parallel_size": (_vllm,),
+    "vllm_enable_sleep_mode": (_vllm, _accelerator),
+    "reuse_teacher_hidden": _STATES,
+    "teacher_hidden_dtype": (*_STATES, _kept_states),
+    "offload_teacher_hidden": (*_STATES, _kept_states, _accelerator),
     "offload_teacher": (_accelerator,),
     "rollout_copy": (_any_rollout,),
     "rollout_dtype": (_any_rollout, _copied_student),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from switchkd import sampling
 from switchkd.data.batches import Rows
 from switchkd.engine import roll_out
+from switchkd.engine.vllm.engine import Engine
 from switchkd.errors import UserError
 from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.rollout import Author, Rollout
@@ -55,7 +56,12 @@ class TextSource:
         adaptive: Let the share grow as DistiLLM does.
         replay_capacity: Number of rows of past rollouts kept for reuse; None keeps none.
         target_teacher_share: Keep the teacher's share here by moving the policy's threshold; None leaves it.
+
+    Attributes:
+        engine: Writes the text instead of `roll_out`; None for `roll_out`.
     """
+
+    engine: Engine | None = None
 
     def __init__(
         self,
@@ -145,7 +151,7 @@ class TextSource:
             max_new_tokens: The full length limit, tokens.
             rollout_options: Passed on to `roll_out`: seed, row_ids, return_teacher_hidden, ...
         """
-        rollout = roll_out(
+        rollout = self._writer(student)(
             student,
             teacher,
             rows.prompts(),
@@ -157,6 +163,13 @@ class TextSource:
         if self.store is not None:
             self.store.add(rollout)
         return rollout
+
+    def _writer(self, student: nn.Module) -> Callable[..., Rollout]:
+        """What writes with the student as it is now, called as `roll_out` is."""
+        if self.engine is None:
+            return roll_out
+        self.engine.load_student(student)
+        return self.engine.write
 
     def calibrate_on(
         self, student: nn.Module, teacher: nn.Module, data: Dataset, *, max_new_tokens: int, **rollout_options: Any
@@ -180,6 +193,7 @@ class TextSource:
             target_teacher_share=self.controller.target_teacher_share,
             teacher_prompt_ids=rows.teacher_prompts(),
             max_new_tokens=self.length_limit_at(0.0, max_new_tokens),
+            writer=self._writer(student),
             **rollout_options,
         )
         self.controller.threshold = found.initial_threshold

@@ -56,6 +56,7 @@ from switchkd.training.setup import (
 from switchkd.training.skipping import SkippingTrainer, StepGuard
 from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
+from switchkd.training.vllm_engine import start_vllm
 from switchkd.training.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,11 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
             sharded=self._is_sharded,
         )
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
+        if args.rollout_engine == "vllm":
+            with self._teacher_at_hand() as teacher:
+                self.text.engine = start_vllm(
+                    student, teacher, self.train_dataset, args, teacher_name=teacher_model, policy=self.text.policy
+                )
         self.calibration: Calibration | None = None
         self.loop = LoopCallback(self)
         self.add_callback(self.loop)
@@ -331,7 +337,7 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
 
     def _keeps_teacher_hidden(self) -> bool:
         """Whether the loss can read the states that the rollout's teacher passes made."""
-        if not self.args.reuse_teacher_hidden or not self.step_loss.reads_teacher:
+        if not self.args.reuse_teacher_hidden or not self.step_loss.reads_teacher or self.text.engine is not None:
             return False
         return self.plan.teacher_writes and output_head(self.teacher_model) is not None
 

@@ -26,22 +26,16 @@ from switchkd.engine.arguments import (
     checked_rows,
     checked_sampling,
 )
-from switchkd.engine.entry import roll_out
 from switchkd.engine.vllm.child import Child, default_python
 from switchkd.engine.vllm.described import Columns, described, unpacked
+from switchkd.engine.vllm.self_test import require_reference_text
 from switchkd.engine.vllm.weights import write_model, write_tensors
 from switchkd.engine.vllm.worker import EXTENSION
 from switchkd.errors import UserError, check_count, check_range
 from switchkd.models.forward import device_of
-from switchkd.models.loading import load_model
 from switchkd.models.vocabulary import model_vocabulary_size
-from switchkd.policies import Policy, SwitchPolicy
+from switchkd.policies import Policy
 from switchkd.rollout import Author, Prompts, Rollout
-
-#: Of the self-test at the start: rows, tokens of a prompt, tokens of a completion, and how far divergences may lie from
-#: the reference's, nats, where the engine computes in float32 and where it does not.
-TEST_ROWS, TEST_PROMPT, TEST_TOKENS = 2, 6, 12
-TEST_TOLERANCE = {True: 1e-3, False: 0.1}
 
 
 class Engine:
@@ -139,7 +133,7 @@ class Engine:
                 #: What vLLM's configuration came to: version, runner, max_model_len, dtype.
                 self.facts: dict[str, Any] = self._child.ask("start", options=_as_json(given))
             if self_test:
-                self._test(student, teacher, place)
+                require_reference_text(self, student, teacher, place)
             self.sleep()
         except BaseException:
             self.close()
@@ -241,6 +235,28 @@ class Engine:
         }
         return result
 
+    def write(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        prompt_ids: IdsLike,
+        prompt_mask: IdsLike | None = None,
+        *,
+        max_active_rows: int | None = None,
+        **options: Any,
+    ) -> Rollout:
+        """Return `roll_out` of the engine, called as `switchkd.roll_out` is.
+
+        Args:
+            student: Not read: the engine has a student of its own, see `load_student`.
+            teacher: Likewise.
+            prompt_ids: As `roll_out` takes them.
+            prompt_mask: Likewise.
+            max_active_rows: Not read: `max_num_seqs` bounds the rows since the engine started.
+            options: Of `roll_out`.
+        """
+        return self.roll_out(prompt_ids, prompt_mask, **options)
+
     def load_student(self, student: nn.Module | dict[str, Tensor]) -> None:
         """Give vLLM the student's present weights: the next rollout is written with them.
 
@@ -290,50 +306,6 @@ class Engine:
                 f"vllm: a prompt of {int(lengths.max())} tokens, {max_new_tokens} new ones and {slack} of slack exceed "
                 f"max_model_len {has}; shorten the prompts or the completions, or give a larger max_model_len"
             )
-
-    def _test(self, student: nn.Module | str, teacher: nn.Module | str, place: dict[str, Any]) -> None:
-        """Write two rows here and there; in float32 they must be equal, else their divergences near."""
-        models = [
-            model if isinstance(model, nn.Module) else load_model(model, {**place, "dtype": self.dtype}, role=role)
-            for role, model in (("student", student), ("teacher", teacher))
-        ]
-        ids = torch.arange(TEST_ROWS * TEST_PROMPT).view(TEST_ROWS, TEST_PROMPT) * 7 % self.vocabulary_size
-        options: dict[str, Any] = {"max_new_tokens": TEST_TOKENS, "seed": 1}
-        # First where the two differ: a threshold in their midst has both write.
-        seen = self.roll_out(ids, policy=SwitchPolicy(initial_threshold=0.0, schedule="constant"), **options)
-        threshold = min(float(seen.divergence.median()), SwitchPolicy.largest_threshold[0])
-        policy = SwitchPolicy(initial_threshold=threshold, schedule="constant")
-        found = self.roll_out(ids, policy=policy, **options)
-        wanted = roll_out(models[0], models[1], ids, policy=policy, draft_length=1, **options)
-        compare(found, wanted, exact=self.dtype == "float32", facts=self.facts)
-
-
-def compare(found: Rollout, wanted: Rollout, *, exact: bool, facts: dict[str, Any]) -> None:
-    """Refuse an engine whose rollout is not the reference's.
-
-    Args:
-        found: The engine's.
-        wanted: The reference's, as long as the first.
-        exact: Whether tokens must be equal; else only what was measured up to the first that differs.
-        facts: `version` and `runner`, for the message.
-
-    Raises:
-        UserError: Says where they part.
-    """
-    ids = [rollout.completion_ids.cpu() for rollout in (found, wanted)]
-    same_text = bool((ids[0] == ids[1]).all())
-    # The first token that differs was still decided on the same text.
-    alike = (ids[0] == ids[1]).cumprod(-1).roll(1, -1)
-    alike[:, 0] = 1
-    gaps = (found.divergence.cpu() - wanted.divergence.cpu()).abs().nan_to_num(math.inf)[alike.bool()]
-    gap = float(gaps.max())
-    if (exact and not same_text) or gap > TEST_TOLERANCE[exact]:
-        where = "" if same_text else f", and parts from its text at token {int(alike.sum(-1).min()) - 1}"
-        raise UserError(
-            f"vllm: the self-test failed: vLLM {facts['version']} (runner {facts['runner']}, {facts['dtype']}) "
-            f"measures divergences up to {gap:.2g} nats off the reference{where}; use the transformers engine, and "
-            "report it"
-        )
 
 
 def _rollout(prompts: Prompts, columns: Columns, pad: int) -> Rollout:

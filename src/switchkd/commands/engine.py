@@ -1,0 +1,89 @@
+"""The options that say which engine writes a command's rollouts, and starting it."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from switchkd.errors import UserError, check_choice, check_count, check_range
+
+if TYPE_CHECKING:
+    from switchkd.rollout import Rollout
+
+
+def add_engine_options(group: Any) -> None:
+    """Add the options of the engine to a group of a parser; they are called as those of training."""
+    group.add_argument(
+        "--rollout_engine", default="transformers", metavar="NAME", help="transformers, or vllm (docs/vllm.md)"
+    )
+    group.add_argument("--vllm_python", metavar="PATH", help="Python of an environment with vLLM (default: this one)")
+    group.add_argument(
+        "--vllm_gpu_memory_utilization", type=float, metavar="X", help="share of a GPU's memory that vLLM takes"
+    )
+    group.add_argument(
+        "--vllm_tensor_parallel_size", type=int, default=1, metavar="N", help="GPUs that vLLM splits each layer over"
+    )
+
+
+def check_engine_options(options: argparse.Namespace) -> None:
+    """Refuse values out of range, and options of vLLM where it does not write.
+
+    Raises:
+        UserError: Names the option.
+    """
+    check_choice("rollout_engine", options.rollout_engine, ("transformers", "vllm"))
+    check_count("vllm_tensor_parallel_size", options.vllm_tensor_parallel_size, 1)
+    if options.vllm_gpu_memory_utilization is not None:
+        check_range("vllm_gpu_memory_utilization", options.vllm_gpu_memory_utilization, 0.0, 1.0)
+    if options.rollout_engine == "vllm":
+        if options.teacher_model_name_or_path is None:
+            raise UserError("rollout_engine=vllm needs --teacher_model_name_or_path, its target model")
+        return
+    for name, idle in (("python", None), ("gpu_memory_utilization", None), ("tensor_parallel_size", 1)):
+        if (value := getattr(options, f"vllm_{name}")) != idle:
+            raise UserError(f"vllm_{name}={value} does nothing: rollout_engine is transformers; remove it")
+
+
+@contextlib.contextmanager
+def writer(
+    options: argparse.Namespace,
+    student: Any,
+    teacher: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    draft_length: str = "auto",
+) -> Iterator[Callable[..., "Rollout"]]:
+    """Give what writes, called as `roll_out` is; a vLLM engine ends afterwards.
+
+    Args:
+        options: Of a command with `add_engine_options`, pair and sampling options.
+        student: Its student.
+        teacher: Its teacher.
+        prompts: All that will be continued: ids.
+        draft_length: "auto" or a number.
+    """
+    from switchkd.engine import roll_out
+
+    if options.rollout_engine == "transformers":
+        yield roll_out
+        return
+    from switchkd.engine.vllm.engine import Engine
+    from switchkd.models.forward import context_length
+
+    if teacher is None:
+        raise UserError("rollout_engine=vllm needs a policy that asks the teacher, its target model")
+    length = 4 if draft_length == "auto" else int(draft_length)
+    longest = max(map(len, prompts)) + options.max_completion_length + 2 * (length + 1)
+    limits = [limit for model in (student, teacher) if (limit := context_length(model)) is not None]
+    with Engine(
+        student,
+        teacher,
+        python=options.vllm_python,
+        draft_length=length,
+        max_model_len=min([longest, *limits]),
+        max_num_seqs=options.batch_size,
+        gpu_memory_utilization=options.vllm_gpu_memory_utilization,
+        tensor_parallel_size=options.vllm_tensor_parallel_size,
+        trust_remote_code=options.trust_remote_code,
+    ) as engine:
+        yield engine.write

@@ -1,0 +1,98 @@
+"""The vLLM engine of a training: what it starts with, and what is refused before the first step."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from switchkd.engine.vllm.described import described
+from switchkd.engine.vllm.engine import Engine
+from switchkd.errors import UserError
+from switchkd.models.forward import context_length
+from switchkd.policies import Policy
+from switchkd.training.config import SwitchConfig
+
+#: Drafted tokens where `draft_length` is "auto": vLLM's number is fixed at its start.
+DRAFT_LENGTH = 4
+
+
+def start_vllm(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Any,
+    args: SwitchConfig,
+    *,
+    teacher_name: Any,
+    policy: Policy | None,
+) -> Engine:
+    """Return the engine of a training, started and tested; every rank has its own, on its own GPU.
+
+    Args:
+        student: The model that trains.
+        teacher: The model that checks.
+        data: Prepared training data.
+        args: The configuration.
+        teacher_name: How the teacher was given; its name spares writing it to disk.
+        policy: Who writes at the start of training.
+
+    Raises:
+        UserError: Something that vLLM cannot do, or an engine that does not start.
+    """
+    if teacher is None:
+        raise UserError(
+            f"rollout_engine=vllm needs a teacher, its target model, and method {args.method!r} has none; "
+            "use the transformers engine"
+        )
+    if args.world_size > 1 and args.vllm_tensor_parallel_size > 1:
+        raise UserError("vllm_tensor_parallel_size must be 1 where several processes train: each has a vLLM of its own")
+    if policy is not None:
+        described(policy)
+    _check_prompts(data)
+    length = DRAFT_LENGTH if args.draft_length == "auto" else int(args.draft_length)
+    longest = args.max_prompt_length + args.max_completion_length + 2 * (length + 1)
+    limits = [limit for model in (student, teacher) if (limit := context_length(model)) is not None]
+    on_gpu = args.device.type == "cuda"
+    return Engine(
+        student,
+        teacher,
+        python=args.vllm_python,
+        draft_length=length,
+        max_model_len=min([longest, *limits]),
+        max_num_seqs=args.rollout_batch_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization if on_gpu else None,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        trust_remote_code=args.trust_remote_code,
+        teacher_name=_plain_name(teacher_name, args),
+        environment=_own_gpu(args) if on_gpu and args.vllm_tensor_parallel_size == 1 else None,
+    )
+
+
+def _check_prompts(data: Any) -> None:
+    if "teacher_prompt_ids" in data.column_names:
+        raise UserError(
+            "rollout_engine=vllm: the teacher cannot read prompts of its own (column teacher_prompt): vLLM's two "
+            "models read one text; use the transformers engine"
+        )
+    short = next((row for row, ids in enumerate(data["prompt_ids"]) if len(ids) < 2), None)
+    if short is not None:
+        raise UserError(
+            f"rollout_engine=vllm: prompt {short} of the training data has one token, and vLLM needs two: remove it, "
+            "or use the transformers engine"
+        )
+
+
+def _plain_name(name: Any, args: SwitchConfig) -> str | None:
+    """The teacher's name where vLLM reads the same weights under it."""
+    if not isinstance(name, str) or args.teacher_model_init_kwargs or args.teacher_model_revision is not None:
+        return None
+    return None if find_adapter_config_file(name) is not None else name
+
+
+def _own_gpu(args: SwitchConfig) -> dict[str, str]:
+    """The variable that shows vLLM the GPU of this process and no other."""
+    index = args.device.index if args.device.index is not None else torch.cuda.current_device()
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": shown.split(",")[index] if shown else str(index)}
