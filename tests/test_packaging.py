@@ -51,7 +51,9 @@ def imported_packages() -> set[str]:
 
 def test_everything_that_is_imported_is_declared_and_nothing_else() -> None:
     homes = importlib.metadata.packages_distributions()
-    distributions = {canonicalize_name(homes[package][0]) for package in imported_packages()}
+    # vLLM runs in an environment of its own, where its extra is installed.
+    assert "vllm" in requirements("vllm")
+    distributions = {canonicalize_name(homes[package][0]) for package in imported_packages() - {"vllm"}}
     assert distributions - set(requirements("peft")) == set()
     assert set(requirements()) - distributions == NEEDED_BY_OTHERS
 

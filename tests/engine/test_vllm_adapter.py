@@ -48,9 +48,10 @@ def stub(monkeypatch):
 
 
 def both(engine, pair, prompts, **options):
-    options = {"policy": SWITCH, "max_new_tokens": 16, "seed": 7, **options}
-    found = engine.roll_out(*prompts, **options)
-    assert_same(found, switchkd.roll_out(*pair, *prompts, **options))
+    options = {"policy": SWITCH, "max_new_tokens": 16, "seed": 7, "return_drafted_ids": True, **options}
+    found, wanted = engine.roll_out(*prompts, **options), switchkd.roll_out(*pair, *prompts, **options)
+    assert_same(found, wanted)
+    assert torch.equal(found.drafted_ids, wanted.drafted_ids)
     return found
 
 
@@ -198,6 +199,7 @@ def test_a_vllm_that_writes_otherwise_is_refused(pair, stub, monkeypatch):
     [
         ({"teacher_prompt_ids": [[1, 2]]}, "the teacher cannot read prompts of its own"),
         ({"return_teacher_hidden": True}, "return_teacher_hidden is not possible"),
+        ({"cuda_graphs": True}, "cuda_graphs are those of the transformers engine"),
         ({"draft_length": 8}, "draft_length is 4 since the engine started, not 8"),
         ({"eos_token_id": 98}, "eos_token_id 98 lies outside the vocabulary"),
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),

@@ -45,9 +45,10 @@ def engine(models):
 
 
 def both(engine, models, prompts, **options):
-    options = {"policy": SWITCH, "max_new_tokens": 40, "seed": 7, **options}
-    found = engine.roll_out(*prompts, **options)
-    assert_same(found, switchkd.roll_out(*models, *prompts, **options))
+    options = {"policy": SWITCH, "max_new_tokens": 40, "seed": 7, "return_drafted_ids": True, **options}
+    found, wanted = engine.roll_out(*prompts, **options), switchkd.roll_out(*models, *prompts, **options)
+    assert_same(found, wanted)
+    assert torch.equal(found.drafted_ids, wanted.drafted_ids)
     return found
 
 

@@ -38,6 +38,8 @@ def check_engine_options(options: argparse.Namespace) -> None:
     if options.rollout_engine == "vllm":
         if options.teacher_model_name_or_path is None:
             raise UserError("rollout_engine=vllm needs --teacher_model_name_or_path, its target model")
+        if getattr(options, "cuda_graphs", False):
+            raise UserError("cuda_graphs does nothing: rollout_engine is vllm; remove it")
         return
     for name, idle in (("python", None), ("gpu_memory_utilization", None), ("tensor_parallel_size", 1)):
         if (value := getattr(options, f"vllm_{name}")) != idle:

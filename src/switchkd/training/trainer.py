@@ -56,7 +56,7 @@ from switchkd.training.setup import (
 from switchkd.training.skipping import SkippingTrainer, StepGuard
 from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
-from switchkd.training.vllm_engine import start_vllm
+from switchkd.training.vllm_engine import make_engine
 from switchkd.training.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -171,11 +171,8 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
             sharded=self._is_sharded,
         )
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
-        if args.rollout_engine == "vllm":
-            with self._teacher_at_hand() as teacher:
-                self.text.engine = start_vllm(
-                    student, teacher, self.train_dataset, args, teacher_name=teacher_model, policy=self.text.policy
-                )
+        with self._teacher_at_hand(args.rollout_engine == "vllm") as teacher:
+            self.text.engine = make_engine(student, teacher, self.train_dataset, args, given=teacher_model)
         self.calibration: Calibration | None = None
         self.loop = LoopCallback(self)
         self.add_callback(self.loop)
@@ -404,21 +401,12 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
             self.logged_completions = rollout.to_dicts(self.processing_class, self.eos_token_id)
             if student is not None:
                 # What both find likeliest now: the student has learned from the rollout since it wrote it.
+                count, tokenizer = self.args.log_top_tokens, self.processing_class
+                names = ("temperature", "top_k", "top_p", "excluded_ids")
+                options = {name: self._sampling()[name] for name in names} | {"teacher_prompts": teacher_prompts}
                 with self._teacher_at_hand() as teacher:
-                    tokens = self._top_tokens(student, teacher, rollout, teacher_prompts)
+                    tokens = top_tokens(student, teacher, rollout, tokenizer, count=count, **options)
                 for row, likeliest in zip(self.logged_completions, tokens, strict=True):
                     row["top_tokens"] = likeliest
         rows = [{"step": self.state.global_step, **row} for row in self.logged_completions]
         append_rows(Path(str(self.args.output_dir)) / "completions.jsonl", rows)
-
-    def _top_tokens(self, student: nn.Module, teacher: nn.Module, rollout: Rollout, teacher_prompts: Any) -> Any:
-        return top_tokens(
-            student,
-            teacher,
-            rollout,
-            self.processing_class,
-            count=self.args.log_top_tokens,
-            excluded_ids=self.step_loss.objective.excluded_ids,
-            teacher_prompts=teacher_prompts,
-            **{name: getattr(self.args, name) for name in ("temperature", "top_k", "top_p")},
-        )

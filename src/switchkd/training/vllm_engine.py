@@ -7,39 +7,32 @@ import torch
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from switchkd.engine.vllm.described import described
 from switchkd.engine.vllm.engine import Engine
 from switchkd.errors import UserError
 from switchkd.models.forward import context_length
-from switchkd.policies import Policy
 from switchkd.training.config import SwitchConfig
 
 #: Drafted tokens where `draft_length` is "auto": vLLM's number is fixed at its start.
 DRAFT_LENGTH = 4
 
 
-def start_vllm(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    data: Any,
-    args: SwitchConfig,
-    *,
-    teacher_name: Any,
-    policy: Policy | None,
-) -> Engine:
-    """Return the engine of a training, started and tested; every rank has its own, on its own GPU.
+def make_engine(
+    student: nn.Module, teacher: nn.Module | None, data: Any, args: SwitchConfig, *, given: Any
+) -> Engine | None:
+    """Return the engine of a training, started and tested, each rank its own on its own GPU; None for transformers'.
 
     Args:
         student: The model that trains.
         teacher: The model that checks.
         data: Prepared training data.
         args: The configuration.
-        teacher_name: How the teacher was given; its name spares writing it to disk.
-        policy: Who writes at the start of training.
+        given: How the teacher was given; its name spares writing it to disk.
 
     Raises:
         UserError: Something that vLLM cannot do, or an engine that does not start.
     """
+    if args.rollout_engine == "transformers":
+        return None
     if teacher is None:
         raise UserError(
             f"rollout_engine=vllm needs a teacher, its target model, and method {args.method!r} has none; "
@@ -47,8 +40,6 @@ def start_vllm(
         )
     if args.world_size > 1 and args.vllm_tensor_parallel_size > 1:
         raise UserError("vllm_tensor_parallel_size must be 1 where several processes train: each has a vLLM of its own")
-    if policy is not None:
-        described(policy)
     _check_prompts(data)
     length = DRAFT_LENGTH if args.draft_length == "auto" else int(args.draft_length)
     longest = args.max_prompt_length + args.max_completion_length + 2 * (length + 1)
@@ -65,7 +56,7 @@ def start_vllm(
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         enable_sleep_mode=args.vllm_enable_sleep_mode,
         trust_remote_code=args.trust_remote_code,
-        teacher_name=_plain_name(teacher_name, args),
+        teacher_name=_plain_name(given, args),
         environment=_own_gpu(args) if on_gpu and args.vllm_tensor_parallel_size == 1 else None,
     )
 

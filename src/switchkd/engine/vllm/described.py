@@ -17,6 +17,7 @@ COLUMNS = {
     "row": np.int64,
     "position": np.int64,
     "token": np.int64,
+    "drafted": np.int64,
     "author": np.uint8,
     "divergence": np.float32,
     "threshold": np.float32,

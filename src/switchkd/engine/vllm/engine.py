@@ -162,6 +162,8 @@ class Engine:
         row_ids: IdsLike | None = None,
         teacher_prompt_ids: IdsLike | None = None,
         return_teacher_hidden: bool = False,
+        return_drafted_ids: bool = False,
+        cuda_graphs: bool = False,
         excluded_ids: Sequence[int] = (),
     ) -> Rollout:
         """Return completions written by student and teacher under `policy`; in float32 those of `switchkd.roll_out`.
@@ -181,6 +183,8 @@ class Engine:
             row_ids: Identity of each row for the randomness; 0 .. B-1 if None.
             teacher_prompt_ids: Refused: vLLM's two models read one text.
             return_teacher_hidden: Refused: the states stay in vLLM.
+            return_drafted_ids: Keep the student's draft at each position, also where the teacher wrote something else.
+            cuda_graphs: Refused: those of the transformers engine.
             excluded_ids: Ids that neither model may write and no comparison counts.
 
         Returns:
@@ -198,6 +202,8 @@ class Engine:
             )
         if checked_flag("return_teacher_hidden", return_teacher_hidden):
             raise UserError("vllm: return_teacher_hidden is not possible: the teacher's states stay in vLLM's process")
+        if checked_flag("cuda_graphs", cuda_graphs):
+            raise UserError("vllm: cuda_graphs are those of the transformers engine; vLLM has its own (enforce_eager)")
         if checked_draft_length(draft_length) not in ("auto", self.draft_length):
             raise UserError(f"vllm: draft_length is {self.draft_length} since the engine started, not {draft_length}")
         size = self.vocabulary_size
@@ -223,7 +229,8 @@ class Engine:
         self.wake_up()
         answer = self._child.ask("roll_out", job=job, prompts=prompts.rows(), eos=eos)
         self.sleep()
-        result = _rollout(prompts.to(self.device), unpacked(answer["columns"]), pad)
+        keeps = checked_flag("return_drafted_ids", return_drafted_ids)
+        result = _rollout(prompts.to(self.device), unpacked(answer["columns"]), pad, keeps_drafted=keeps)
         result.measured = policy.measured
         counts, seconds = answer["counts"], time.perf_counter() - started
         result.stats = {
@@ -308,7 +315,7 @@ class Engine:
             )
 
 
-def _rollout(prompts: Prompts, columns: Columns, pad: int) -> Rollout:
+def _rollout(prompts: Prompts, columns: Columns, pad: int, *, keeps_drafted: bool) -> Rollout:
     """The rollout of a record that is ordered by row and position."""
     device = prompts.ids.device
     lengths = np.bincount(columns["row"], minlength=len(prompts))
@@ -329,6 +336,7 @@ def _rollout(prompts: Prompts, columns: Columns, pad: int) -> Rollout:
         author=spread("author", int(Author.NONE), torch.uint8),
         divergence=spread("divergence", math.nan, torch.float32),
         threshold=spread("threshold", math.nan, torch.float32),
+        drafted_ids=spread("drafted", pad, torch.int64) if keeps_drafted else None,
     )
 
 

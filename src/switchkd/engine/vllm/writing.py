@@ -90,7 +90,7 @@ class Writing:
             self._advance(verified, count, rows, live)
         stands = (steps < count.unsqueeze(1)) & live.unsqueeze(1)
         everywhere = rows.unsqueeze(1).expand_as(position)
-        seen = (verified.tokens, verified.author, verified.divergence, verified.threshold)
+        seen = (verified.tokens, drafted, verified.author, verified.divergence, verified.threshold)
         # Whole tensors: picking the entries that stand would wait for the device in every round.
         self._record.append((everywhere, position, *seen, stands))
         self.count("kept", torch.where(live, verified.kept, 0))
