@@ -403,9 +403,11 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
                 # What both find likeliest now: the student has learned from the rollout since it wrote it.
                 count, tokenizer = self.args.log_top_tokens, self.processing_class
                 names = ("temperature", "top_k", "top_p", "excluded_ids")
-                options = {name: self._sampling()[name] for name in names} | {"teacher_prompts": teacher_prompts}
+                options = {name: value for name, value in self._sampling().items() if name in names}
                 with self._teacher_at_hand() as teacher:
-                    tokens = top_tokens(student, teacher, rollout, tokenizer, count=count, **options)
+                    tokens = top_tokens(
+                        student, teacher, rollout, tokenizer, count=count, teacher_prompts=teacher_prompts, **options
+                    )
                 for row, likeliest in zip(self.logged_completions, tokens, strict=True):
                     row["top_tokens"] = likeliest
         rows = [{"step": self.state.global_step, **row} for row in self.logged_completions]
