@@ -57,7 +57,11 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gpt2, batch 16": (GPT2, GPT2_TEACHER, {"rows": 16, "prompt": 32, "completion": 32}),
     "gpt2, accumulation 4": (GPT2, GPT2_TEACHER, {"rows": 4, "accumulation": 4, "prompt": 32, "completion": 32}),
     "llama": (LLAMA, LLAMA_TEACHER, {"rows": 4, "prompt": 32, "completion": 96}),
-    "llama, lora": (LLAMA, LLAMA_TEACHER, {"rows": 4, "prompt": 32, "completion": 96, "adapter": Adapter(16)}),
+    "llama, lora": (
+        LLAMA,
+        LLAMA_TEACHER,
+        {"rows": 4, "prompt": 32, "completion": 96, "adapter": Adapter(16), "copy_dtype": "float32"},
+    ),
     "llama, long": (LLAMA | NARROW, LLAMA_TEACHER | NARROW, {"rows": 4, "prompt": 64, "completion": 448}),
     "llama, long, checkpointing": (
         LLAMA | NARROW,

@@ -10,7 +10,7 @@ from helpers.tiny import BUILDERS
 
 from switchkd.errors import UserError
 from switchkd.training.advice import CHANGES, first_changes, relief_of, sized
-from switchkd.training.cost import CARDS, card_of, communicated_bytes, keep_rate, step_seconds
+from switchkd.training.cost import CARDS, card_of, communicated_bytes, keep_rate, measured_card, step_seconds
 from switchkd.training.footprint import Adapter, footprint_of
 from switchkd.training.memory import PHASES, Launch, copy_dtype, optimizer_bytes
 
@@ -162,6 +162,11 @@ def test_a_faster_card_takes_less_time_and_a_larger_share_of_the_teacher_more(la
     assert communicated_bytes(launch, run.student) == 0
     with pytest.raises(UserError, match="nearest is 'h100'"):
         card_of("h1000")
+
+
+def test_this_machine_can_be_measured_as_a_card():
+    card = measured_card(seconds=0.01)
+    assert min(card.memory, card.bandwidth, card.half, card.single, card.call) > 0 and card.reached == (1.0, 1.0)
 
 
 def test_the_prediction_agrees_with_a_real_step(monkeypatch):

@@ -58,7 +58,7 @@ def parser() -> TrainParser:
     )
     run.add_argument("--bandwidth", type=float, metavar="GB/S", help="memory bandwidth that is reached, 10^9 bytes/s")
     run.add_argument("--flops", type=float, metavar="TFLOP/S", help="operations that are reached, 10^12 per second")
-    short = result.add_argument_group("short names", "; ".join(f"--{key}: --{name}" for key, name in SHORT.items()))
+    short = result.add_argument_group("short names", ", ".join(f"{key} is {name}" for key, name in SHORT.items()))
     add_training_options(result)
     for name, long in SHORT.items():
         action = result._known()[f"--{long}"]
@@ -158,8 +158,8 @@ def launch_of(options: argparse.Namespace) -> "Launch":
         )
     sharding = _sharding(options)
     writes = copy_dtype(
-        getattr(options, "rollout_copy", None) or "auto",
-        getattr(options, "rollout_dtype", None),
+        options.rollout_copy,
+        options.rollout_dtype,
         student_dtype=student_dtype,
         bf16=bf16,
         sharded=sharding in ("fsdp2", "zero3"),
@@ -192,6 +192,7 @@ def launch_of(options: argparse.Namespace) -> "Launch":
         rollout_rows=options.rollout_batch_size,
         draft=None if options.draft_length == "auto" else int(options.draft_length),
         copy_dtype=writes if plan.rolls_out else None,
+        offloads_copy=options.offload_rollout_copy,
         cuda=not _on_cpu(options),
     )
 

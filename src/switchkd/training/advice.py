@@ -180,6 +180,12 @@ def _smaller_batches(launch: Launch) -> Launch | None:
     return replace(launch, rows=rows, accumulation=-(-total // rows))
 
 
+def _copy_away(launch: Launch) -> Launch | None:
+    if launch.copy_dtype is None or launch.offloads_copy or not launch.cuda:
+        return None
+    return replace(launch, offloads_copy=True)
+
+
 def _checkpointing(launch: Launch) -> Launch | None:
     return None if launch.checkpointing else replace(launch, checkpointing=True)
 
@@ -246,6 +252,7 @@ CHANGES: tuple[Named, ...] = (
     ("--rollout_batch_size {rollout_rows}", _fewer_decoded),
     ("--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}", _smaller_batches),
     ("--offload_teacher_hidden", _states_away),
+    ("--offload_rollout_copy", _copy_away),
     ("--gradient_checkpointing", _checkpointing),
     ("--sharding fsdp2", _fully_sharded),
     ("--bf16", _mixed),

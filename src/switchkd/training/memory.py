@@ -61,6 +61,7 @@ class Launch:
         rollout_rows: `rollout_batch_size`; None as many as fit into the memory of a micro-batch.
         draft: Tokens of a draft; None where the run chooses.
         copy_dtype: Precision of the inference copy that rollouts are written by; None without a copy.
+        offloads_copy: `offload_rollout_copy`.
         cuda: Whether it is a GPU.
     """
 
@@ -90,6 +91,7 @@ class Launch:
     rollout_rows: int | None = None
     draft: int | None = None
     copy_dtype: str | None = None
+    offloads_copy: bool = False
     cuda: bool = True
 
     @property
@@ -156,8 +158,9 @@ def step_memory(launch: Launch, student: Footprint, teacher: Footprint | None) -
         teacher: Measured for the same micro-batch, without training; None without a teacher.
     """
     rows = decoded_rows(launch, student, teacher)
-    standing = _standing(launch, student, teacher)
-    away = standing | {"teacher weights": 0.0} if launch.offloads_teacher else standing
+    in_rollout = _standing(launch, student, teacher)
+    standing = in_rollout | ({"inference copy": 0.0} if launch.offloads_copy else {})
+    away = standing | ({"teacher weights": 0.0} if launch.offloads_teacher else {})
     gradients = _gradients(launch, student)
     own = BYTES[_plain(launch.teacher_dtype)]
     phases = {}
@@ -166,7 +169,7 @@ def step_memory(launch: Launch, student: Footprint, teacher: Footprint | None) -
     if launch.rolls_out:
         # What the rounds filled is cut to the longest row at the end: a copy.
         phases["rollout"] = (
-            standing | {"kept teacher states": 2 * states * own} | _rollout(launch, student, teacher, rows)
+            in_rollout | {"kept teacher states": 2 * states * own} | _rollout(launch, student, teacher, rows)
         )
     if states:
         kept = states * (own if launch.states_dtype is None else BYTES[launch.states_dtype])

@@ -1,16 +1,16 @@
 """What a training says where memory runs out: in which part of the step, and which option lowers that part."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer
 
-from switchkd.errors import OutOfMemory, is_out_of_memory
+from switchkd.errors import OutOfMemory, during, is_out_of_memory
 from switchkd.models.heads import output_head
 from switchkd.training.advice import relief_of, sized
+from switchkd.training.callback import LoopCallback
 from switchkd.training.checkpoints import newest_whole
 from switchkd.training.footprint import Adapter
 from switchkd.training.memory import Launch
@@ -25,23 +25,29 @@ NAMES = {
 }
 
 
-@contextlib.contextmanager
-def out_of_memory_explained(trainer: Any) -> Iterator[None]:
-    """Turn an error of memory inside into one line.
+class ExplainingTrainer(Trainer):
+    """A Trainer that says in one line where memory ran out; a subclass sets what is annotated here."""
 
-    Args:
-        trainer: A `SwitchTrainer` that trains inside.
+    loop: LoopCallback
 
-    Raises:
-        OutOfMemory: Says in which part of which step, with the option that lowers it, and where to go on from.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        phase = "optimizer" if trainer.loop.updates else getattr(error, "phase", None)
-        raise OutOfMemory(explained(trainer, phase)) from error
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer`.
+
+        Raises:
+            OutOfMemory: Says in which part of which step, with the option that lowers it, and where to go on from.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            phase = "optimizer" if self.loop.updates else getattr(error, "phase", None)
+            raise OutOfMemory(explained(self, phase)) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `transformers.Trainer`; what goes wrong in it, but not in the loss, is the backward pass's."""
+        with during("backward"):
+            return super().training_step(*args, **kwargs)
 
 
 def explained(trainer: Any, phase: str | None) -> str:
@@ -123,8 +129,18 @@ def launch_of(trainer: Any) -> Launch:
         offloads_teacher=args.offload_teacher,
         rollout_rows=trainer.rollout_rows,
         draft=None if args.draft_length == "auto" else int(args.draft_length),
+        copy_dtype=_copy_dtype(trainer, student),
+        offloads_copy=args.offload_rollout_copy,
         cuda=args.device.type != "cpu",
     )
+
+
+def _copy_dtype(trainer: Any, student: Any) -> str | None:
+    """The precision of the copy that writes rollouts; None where the student writes them itself."""
+    writer = trainer.writer
+    if not trainer.plan.rolls_out or (writer.copy is None and writer.reason(student) is None):
+        return None
+    return str(writer.dtype or torch.float32).removeprefix("torch.")
 
 
 def _text(model: Any) -> str:

@@ -37,7 +37,7 @@ from switchkd.training.guards import (
     warn_of_precision,
 )
 from switchkd.training.log import RunningMeans, TextWatch, append_rows
-from switchkd.training.out_of_memory import out_of_memory_explained
+from switchkd.training.out_of_memory import ExplainingTrainer
 from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
 from switchkd.training.saving import SavingTrainer
@@ -62,7 +62,7 @@ from switchkd.training.writer import Writer
 logger = logging.getLogger(__name__)
 
 
-class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
+class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, ExplainingTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
@@ -212,17 +212,11 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer):
         if checkpoint is None:  # a checkpoint holds the threshold that was reached
             self.find_threshold()
         self._checked_at = self._counted = self._first_attempt = None
-        with out_of_memory_explained(self):
-            result = super().train(checkpoint, trial, ignore_keys_for_eval)
+        result = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.require_updates()
         if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
             self._check_weights()
         return result
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `transformers.Trainer`; what goes wrong in it, but not in the loss, is the backward pass's."""
-        with during("backward"):
-            return super().training_step(*args, **kwargs)
 
     def _sampling(self) -> dict[str, Any]:
         options = sampling_options(self.args, self.step_loss.objective.excluded_ids)
