@@ -31,7 +31,6 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from walk_map import (
-    DIRECTIONS,
     LENGTH_BUCKETS,
     LONGEST,
     NO_STEP,
@@ -82,7 +81,7 @@ WINDOW = 8  # steps that the teacher goes on
 
 def make_tokenizer(walk_map: WalkMap) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one id for every place and direction; other words cannot be encoded."""
-    words = [PAD_TOKEN, EOS_TOKEN, NO_STEP, START, *DIRECTIONS, *walk_map.names]
+    words = [PAD_TOKEN, EOS_TOKEN, NO_STEP, START, *walk_map.directions, *walk_map.names]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN)
@@ -145,7 +144,7 @@ def goes_on(
     """
     chosen = []
     for row in rows:
-        directions, start = read_prompt(row["prompt"])
+        directions, start = read_prompt(row["prompt"], walk_map.directions)
         words = row["completion"].split()
         end = min(len(words), len(directions))
         error = next((k for k, ok in enumerate(following(walk_map, directions, start, words, 0, end)) if not ok), end)
@@ -176,7 +175,15 @@ def goes_on(
     }
 
 
-def build(rho: float, output_dir: Path, seed: int, student: str = "two_layers") -> dict[str, Any]:
+def build(
+    rho: float,
+    output_dir: Path,
+    seed: int,
+    student: str = "two_layers",
+    *,
+    walk_map: WalkMap | None = None,
+    warm_start_steps: int | None = None,
+) -> dict[str, Any]:
     """Make the data, the tokenizer, the teacher and a warm-started student, and measure the gate.
 
     Args:
@@ -184,6 +191,8 @@ def build(rho: float, output_dir: Path, seed: int, student: str = "two_layers") 
         output_dir: Folder to write.
         seed: Seed of data, weights and sampling; the map is always the same.
         student: One of `STUDENTS`.
+        walk_map: The map; that of this task if None.
+        warm_start_steps: Steps of the student's training; those of this task if None.
 
     Returns:
         The content of `gate.json`.
@@ -195,7 +204,7 @@ def build(rho: float, output_dir: Path, seed: int, student: str = "two_layers") 
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty; give another folder")
     started = time.perf_counter()
-    walk_map = make_map()
+    walk_map = walk_map or make_map()
     splits = DatasetDict({name: Dataset.from_list(rows) for name, rows in generate(walk_map, rho, seed).items()})
     save_splits(splits, output_dir / "data")
     tokenizer = make_tokenizer(walk_map)
@@ -210,7 +219,7 @@ def build(rho: float, output_dir: Path, seed: int, student: str = "two_layers") 
             "student_warm_start",
             STUDENTS[student],
             "warm_start",
-            {"max_steps": WARM_START_STEPS[student], **WARM_START_OPTIONS},
+            {"max_steps": warm_start_steps or WARM_START_STEPS[student], **WARM_START_OPTIONS},
         ),
     ):
         trained[name] = make_model(tokenizer, sizes, seed)
@@ -262,16 +271,20 @@ def build(rho: float, output_dir: Path, seed: int, student: str = "two_layers") 
     return gate
 
 
-def scores_below(folder: Path) -> list[list[Any]]:
+def scores_below(folder: Path, walk_map: WalkMap | None = None) -> list[list[Any]]:
     """Return one row of figures for every model whose `rows.jsonl` lies below a folder.
 
     Runs of several training seeds (folders `seed-0`, `seed-1`, ..., as `switchkd compare` makes them) become one row
     with mean and standard deviation over the seeds.
 
+    Args:
+        folder: The folder.
+        walk_map: The map; that of this task if None.
+
     Raises:
         UserError: There are no such rows.
     """
-    walk_map = make_map()
+    walk_map = walk_map or make_map()
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.rglob("rows.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -292,33 +305,51 @@ def scores_below(folder: Path) -> list[list[Any]]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(
+    description: str | None, name: str, walk_map: WalkMap, warm_start_steps: dict[str, int], students: dict[str, Any]
+) -> int:
+    """The command of a task: build it with its gate, or score what was written on it.
+
+    Args:
+        description: Text of `--help`.
+        name: Of the task: begins the name of the folder.
+        walk_map: The map.
+        warm_start_steps: Student -> steps of its training.
+        students: Which there are.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--rho", type=float, help="share of the places whose detour the teacher's data show, 0 to 1")
+    what.add_argument(
+        "--rho", type=float, help="how much of the map off the asked walks the teacher's data show, 0 to 1"
+    )
     what.add_argument("--score", type=Path, nargs="+", metavar="DIR", help="score every rows.jsonl below these folders")
     parser.add_argument("--output_dir", type=Path, help="folder to write; with --rho")
     parser.add_argument("--seed", type=int, default=0, help="data, weights and sampling")
-    parser.add_argument("--student", choices=STUDENTS, default="two_layers", help="which student is warm-started")
+    parser.add_argument("--student", choices=students, default="two_layers", help="which student is warm-started")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on models this small a second one costs more waiting than it saves
     try:
         if options.score:
-            rows = [row for folder in options.score for row in scores_below(folder)]
+            rows = [row for folder in options.score for row in scores_below(folder, walk_map)]
             buckets = [f"{low}-{high} steps" for low, high in LENGTH_BUCKETS]
             print(
                 table(rows, ["model", "whole [%]", "correct prefix [%]", "first error [%]", "followed [%]", *buckets])
             )
             return 0
-        folder = options.output_dir or Path(f"runs/walk_{options.rho:g}")
-        gate = build(options.rho, folder, options.seed, options.student)
+        folder = options.output_dir or Path(f"runs/{name}_{options.rho:g}")
+        steps = warm_start_steps[options.student]
+        gate = build(options.rho, folder, options.seed, options.student, walk_map=walk_map, warm_start_steps=steps)
     except UserError as error:
-        print(f"partial_walk: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(gate, indent=2))
     for condition, ok in gate["holds"].items():
         print(f"{'holds' if ok else 'DOES NOT HOLD'}: {condition}")
     return 0 if all(gate["holds"].values()) else 1
+
+
+def main() -> int:
+    return run(__doc__, "walk", make_map(), WARM_START_STEPS, STUDENTS)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,14 @@ class WalkMap:
         streets: For every place, direction -> place.
         detours: For every place, where one gets in all directions without a street.
         known_order: The places in the order in which a growing `rho` adds their detours to the teacher's data.
+        directions: All of them.
     """
 
     names: tuple[str, ...]
     streets: tuple[dict[str, int], ...]
     detours: tuple[int, ...]
     known_order: tuple[int, ...]
+    directions: tuple[str, ...] = DIRECTIONS
 
     def step(self, place: int, direction: str) -> int:
         """Return the place that one gets to."""
@@ -111,7 +113,9 @@ def draw_walk(walk_map: WalkMap, draw: random.Random, known: set[int] | frozense
     directions, visited = [], []
     for _ in range(draw.randint(SHORTEST, LONGEST)):
         detour = place in known and draw.random() < DETOUR_RATE
-        directions.append(draw.choice([name for name in DIRECTIONS if (name not in walk_map.streets[place]) == detour]))
+        directions.append(
+            draw.choice([name for name in walk_map.directions if (name not in walk_map.streets[place]) == detour])
+        )
         place = walk_map.step(place, directions[-1])
         visited.append(walk_map.names[place])
     words = [*directions, *[NO_STEP] * (LONGEST - len(directions)), START, walk_map.names[start]]
@@ -157,15 +161,19 @@ def generate(
     return splits
 
 
-def read_prompt(prompt: str) -> tuple[list[str], str]:
+def read_prompt(prompt: str, known: Sequence[str] = DIRECTIONS) -> tuple[list[str], str]:
     """Return the directions of a prompt and the name of the place where its walk starts.
+
+    Args:
+        prompt: The prompt.
+        known: All directions.
 
     Raises:
         ValueError: The text is no prompt of this task.
     """
     directions, found, start = prompt.partition(f" {START} ")
     steps = [word for word in directions.split() if word != NO_STEP]
-    if not found or not steps or not set(steps) <= set(DIRECTIONS):
+    if not found or not steps or not set(steps) <= set(known):
         raise ValueError(f"not a prompt of the partial-map walk: {prompt[:80]!r}")
     return steps, start.strip()
 
@@ -222,7 +230,7 @@ def score(walk_map: WalkMap, prompt: str, answer: str, *, finished: bool = True)
         answer: Names of places with blanks between them.
         finished: Whether the answer ended by itself: one that was cut off is not whole.
     """
-    directions, start = read_prompt(prompt)
+    directions, start = read_prompt(prompt, walk_map.directions)
     steps, given = len(directions), answer.split()
     end = min(len(given), steps)
     right = following(walk_map, directions, start, given, 0, end)
