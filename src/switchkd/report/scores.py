@@ -31,28 +31,32 @@ def difference_section(compared: Compared, of: str = "") -> Section | None:
     if not compared.findings:
         return None
     measure = _measure(compared)
-    shown = compared.findings[:MOST_DIFFERENCES]
-    rows = [
-        Interval(
-            f"{_where(compared, one)}{one.first} \N{MINUS SIGN} {one.second}",
+    panels: dict[str, list[Interval]] = {}
+    for one in compared.findings[:MOST_DIFFERENCES]:
+        row = Interval(
+            f"{one.first} \N{MINUS SIGN} {one.second}",
             one.difference.mean,
             one.difference.low,
             one.difference.high,
             filled=one.is_significant,
             said=f"{signed(one.difference.mean)}{' *' if one.is_significant else ''}",
         )
-        for one in shown
-    ]
+        panels.setdefault(_where(compared, one), []).append(row)
+    ends = [end for rows in panels.values() for row in rows for end in (row.low, row.high) if end is not None]
+    limits = (min(ends), max(ends))
     headers, cells = differences_table(compared.comparisons, compared.findings)
     title = f"Differences of {measure_title(measure)}"
     axis = f"difference [{unit(measure)}]"
     figure = Figure(
         title,
-        [("95% intervals over seeds and prompts", intervals(rows, title=title, x_label=axis, zero=True))],
+        [
+            (where or "95% intervals", intervals(rows, title=title, x_label=axis, zero=True, limits=limits))
+            for where, rows in panels.items()
+        ],
         headers,
         cells,
         "differences",
-        "Filled and with a star: significant after Holm's correction for all of them. Empty: not significant.",
+        "95% intervals. Filled and with a star: significant after Holm's correction for all of them. Empty: not.",
     )
     blocks: list[Any] = [figure, Table("As a table", headers, cells, "differences", open=False)]
     return Section(f"Differences{of}", blocks, compared.words)
@@ -67,7 +71,9 @@ def cards(compared: Compared) -> list[tuple[str, list[str]]]:
         if not ranked:
             continue
         lead = ", ".join(
-            part for part in (name if len(compared.comparisons) > 1 else "", student if len(parts) > 1 else "") if part
+            part
+            for part in (name if len(compared.comparisons) > 1 else "", student if len(comparison.students) > 1 else "")
+            if part
         )
         lead = f"{lead}: " if lead else ""
         best = ranked[0]
@@ -262,7 +268,7 @@ def _value(comparison: Comparison, student: str, label: str, bucket: str | None 
 def _where(compared: Compared, one: Finding) -> str:
     parts = [one.test_set] if len(compared.comparisons) > 1 else []
     parts += [one.student] if len(compared.comparisons[one.test_set].students) > 1 else []
-    return f"{', '.join(parts)}: " if parts else ""
+    return ", ".join(parts)
 
 
 def _measure(compared: Compared) -> str:
