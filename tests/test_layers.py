@@ -14,7 +14,7 @@ LONGEST_FILE = 420
 # Floors of the house, lowest first: files of the root and folders. Imports go down or stay on their floor.
 LAYERS = (
     (
-        *("errors", "chunks", "other_names", "plugins", "policy_options", "objective_names", "data_options"),
+        *("errors", "chunks", "fusing", "other_names", "plugins", "policy_options", "objective_names", "data_options"),
         "sources",
         *("rollout", "divergences", "sampling"),
     ),

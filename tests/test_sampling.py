@@ -1,6 +1,7 @@
 """Laws of the draws: distributions, independence of streams, counter-based randomness, coupling."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from switchkd import sampling
 from switchkd.divergences import generalized_jsd
 from switchkd.errors import check_warping
+from switchkd.fusing import fusing
 from switchkd.policies import RandomPolicy
 from switchkd.sampling import Stream
 from switchkd.training.text import TextSource
@@ -208,3 +210,26 @@ def test_the_source_of_a_step_is_not_the_number_that_random_uses_for_that_row():
     of_policy = sampling.uniform(keys(4000, Stream.POLICY, seed=3)) < 0.5
     agreeing = float((rolled_out == of_policy).double().mean())
     assert abs(agreeing - 0.5) < 0.04 and abs(float(rolled_out.double().mean()) - 0.5) < 0.04
+
+
+def test_noise_in_one_expression_is_the_noise_to_the_last_bit():
+    """What a compiler gets instead of the loop over memory that eager code needs."""
+    sample = keys(500)
+    assert torch.equal(sampling._log_exponential_in_one(sample, 1_003), sampling.log_exponential(sample, 1_003))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_draws_and_divergences_are_those_of_the_functions():
+    student, teacher = (
+        torch.randn(40, 5_003, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (0, 1)
+    )
+    plain = sampling.exponential_race(student, keys(40)), generalized_jsd(student, teacher)
+    calls = []
+    with torch.no_grad(), fusing(), pytest.MonkeyPatch.context() as patch:
+        compile_ = torch.compile
+        patch.setattr(torch, "compile", lambda function: calls.append(function.__name__) or compile_(function))
+        compiled = sampling.exponential_race(student, keys(40)), generalized_jsd(student, teacher)
+    assert calls == ["exponential_race", "_jsd_rows"]
+    assert torch.equal(plain[0], compiled[0])
+    assert torch.allclose(plain[1], compiled[1], atol=1e-6)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from switchkd.chunks import rows_at_once
+from switchkd.fusing import fusible
 
 LN_2 = math.log(2.0)
 #: ln 2 as float32 holds it, a little larger: the largest divergence that is ever recorded or compared.
@@ -202,6 +203,7 @@ def _jsd_value(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tenso
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(student.shape[:-1])
 
 
+@fusible
 def _jsd_rows(student: Tensor, teacher: Tensor, teacher_weight: float) -> Tensor:
     # With d = ln teacher - ln student: ln m - ln student = softplus(d + ln(w / (1-w))) + ln(1-w), and that minus d is
     # ln m - ln teacher. Beyond |d| = 30 the mixture is one of the two to all digits; ids that both exclude add 0.

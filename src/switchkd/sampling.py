@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from switchkd.chunks import rows_at_once
+from switchkd.fusing import fusible
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_MIX_32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
+# Shift and factor of each round of the 32-bit finaliser.
+_ROUNDS_32 = ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 0))
 _GOLDEN_32 = 0x9E3779B1 - (1 << 32)
 
 
@@ -140,6 +142,7 @@ def uniform(keys: Tensor) -> Tensor:
     return ((keys >> 11 & ((1 << 53) - 1)).to(torch.float64) + 0.5) * 2.0**-53
 
 
+@fusible
 def exponential_race(log_probs: Tensor, keys: Tensor) -> Tensor:
     """Return a draw from each distribution by Gumbel-max with hashed noise.
 
@@ -162,6 +165,8 @@ def log_exponential(keys: Tensor, size: int) -> Tensor:
 
     In-place throughout: at V = 50,257 fresh temporaries would cost more than the arithmetic.
     """
+    if torch.compiler.is_compiling():
+        return _log_exponential_in_one(keys, size)
     noise = torch.empty(len(keys), size, dtype=torch.float32, device=keys.device)
     hashed = noise.view(torch.int32)
     low, high = keys.to(torch.int32).unsqueeze(1), (keys >> 32).to(torch.int32).unsqueeze(1)
@@ -174,6 +179,22 @@ def log_exponential(keys: Tensor, size: int) -> Tensor:
     noise.copy_(hashed.view(torch.uint32))
     noise.add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
     return noise.neg_().log1p_().neg_().log_()
+
+
+def _log_exponential_in_one(keys: Tensor, size: int) -> Tensor:
+    """`log_exponential` to the last bit, as one expression that a compiler makes one kernel of."""
+
+    def mixed(value: Tensor) -> Tensor:
+        for shift, multiplier in _ROUNDS_32:
+            value = value ^ ((value >> shift) & ((1 << (32 - shift)) - 1))
+            value = value * multiplier if multiplier else value
+        return value
+
+    low, high = keys.to(torch.int32).unsqueeze(1), (keys >> 32).to(torch.int32).unsqueeze(1)
+    ids = torch.arange(size, dtype=torch.int32, device=keys.device) * _GOLDEN_32
+    hashed = mixed(mixed(ids.unsqueeze(0) ^ low) + high)
+    fraction = ((hashed.to(torch.int64) & ((1 << 32) - 1)).to(torch.float32) + 0.5) * 2.0**-32
+    return (-torch.log1p(-fraction.clamp(max=1.0 - 2.0**-24))).log()
 
 
 @functools.lru_cache(maxsize=8)
@@ -288,7 +309,7 @@ def residual_draw(
 
 def _mix_32(value: Tensor, scratch: Tensor) -> None:
     """A 32-bit finaliser, in place: (xorshift, multiply) twice and a last xorshift."""
-    for shift, multiplier in ((16, _MIX_32[0]), (15, _MIX_32[1]), (16, 0)):
+    for shift, multiplier in _ROUNDS_32:
         # The shift of a signed integer repeats the sign bit; the mask makes it the unsigned shift.
         torch.bitwise_right_shift(value, shift, out=scratch)
         value.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))

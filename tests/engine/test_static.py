@@ -202,6 +202,7 @@ QUESTIONS = {
     "numbers of the host": lambda at: at + torch.tensor([1.0, 2.0, 3.0]),
     "one or the other": lambda at: torch.where(at > 1),
     "unique": lambda at: at.unique(),
+    "another device": lambda at: at.to("meta"),
 }
 
 

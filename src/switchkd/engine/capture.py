@@ -87,7 +87,8 @@ class Captures:
                 # One pool for all: results leave a graph in tensors of ours, so that the next may use its memory.
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads, a data loader's or NCCL's, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 function()
         return _Replay(graph, function)
 
@@ -132,9 +133,13 @@ class NoHostReads(TorchDispatchMode):
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         ):
             raise HostReadError(f"{name} with a mask")
-        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+        kwargs = kwargs or {}
+        other = kwargs.get("device") if name == "_to_copy" else args[1].device if name == "copy_" else None
+        if other is not None and torch.device(other).type != args[0].device.type:
+            raise HostReadError(f"{name} between devices")
+        if name == "repeat_interleave" and kwargs.get("output_size") is None:
             raise HostReadError(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def host_read(function: Callable[[], Any]) -> str | None:

@@ -56,7 +56,8 @@ class Session:
             record.session = last = cls(request, sizes)
             if request.teacher is not None:
                 # What was taken apart of a teacher must not outlive it.
-                weakref.finalize(request.teacher, _forget, weakref.ref(request.student), weakref.ref(last))
+                gone = weakref.finalize(request.teacher, _forget, weakref.ref(request.student), weakref.ref(last))
+                gone.atexit = False
         last._prepare(request)
         return last
 
@@ -82,7 +83,7 @@ class Session:
             if self._policy is None or policy != self._policy:
                 # A policy that changes from step to step, as annealed ones do, must not pile up graphs.
                 self.captures.forget(lambda key: key[0] != "settle")
-                self._host_read = _policy_host_read(policy)
+                self._host_read = _policy_host_read(policy, self.sizes.vocabulary, device)
                 if self._host_read is not None:
                     warnings.warn(f"{type(policy).__name__} decides outside of CUDA graphs: {self._host_read}")
             self._policy = policy
@@ -148,14 +149,15 @@ def _forget(student: weakref.ref[nn.Module], session: weakref.ref[Session]) -> N
         known(model).session = None
 
 
-def _policy_host_read(policy: Policy) -> str | None:
+def _policy_host_read(policy: Policy, vocabulary: int, device: torch.device) -> str | None:
     """Why a policy's decisions cannot be captured, or None where they can."""
     parameters = getattr(policy, "__dataclass_params__", None)
     if parameters is None or not parameters.frozen:
         return "it is no frozen dataclass, so that its numbers may change"
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(3, 11, generator=generator).log_softmax(-1) for _ in range(2))
-    drafted, uniform = torch.tensor([1, 4, 7]), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    student, teacher = (torch.randn(3, vocabulary, generator=generator).to(device).log_softmax(-1) for _ in range(2))
+    drafted = torch.arange(3, device=device)
+    uniform = torch.linspace(0.2, 0.8, 3, dtype=torch.float64, device=device)
 
     def ask() -> None:
         measure = torch.full_like(student[:, 0], math.nan)

@@ -23,6 +23,7 @@ from switchkd.engine.readers import prefill
 from switchkd.engine.request import Request
 from switchkd.engine.rounds import STREAMS, Sizes
 from switchkd.engine.session import Session
+from switchkd.fusing import fusing
 from switchkd.models.forward import device_of
 from switchkd.models.known import known
 from switchkd.rollout import Author, Rollout
@@ -114,9 +115,10 @@ class StaticDecoder:
     def run(self) -> Rollout:
         """Write every row and return the rollout."""
         captured = len(self.session.captures)
-        while self.active or self.waiting:
-            self._admit()
-            self._round()
+        with fusing(self.device.type == "cuda"):
+            while self.active or self.waiting:
+                self._admit()
+                self._round()
         self.stats["captured"] = len(self.session.captures) - captured
         return self._rollout()
 
