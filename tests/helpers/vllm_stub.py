@@ -87,7 +87,12 @@ class StubHost(SwitchWorker):
         self.student, self.teacher, self.draft_length = student, teacher, draft_length
         self.max_num_seqs, self.preempt, self.max_model_len = max_num_seqs, preempt or {}, max_model_len
         self.model_runner = Runner(student)
-        self.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=None))
+        self.vllm_config = SimpleNamespace(
+            speculative_config=SimpleNamespace(draft_model_config=None, num_speculative_tokens=draft_length),
+            model_config=SimpleNamespace(
+                max_model_len=max_model_len, dtype=torch.float32, get_vocab_size=lambda: teacher.config.vocab_size
+            ),
+        )
         self.steps, self.asked, self.longest_step = 0, 0, 0
 
     def get_draft_model(self) -> Any:
@@ -184,8 +189,7 @@ class StubChild(Answers):
         self.host = StubHost(  # type: ignore[assignment]
             student, teacher, draft_length=spec["num_speculative_tokens"], max_model_len=longest
         )
-        self.host.call("switch_prepare")
-        return {"version": "stub", "runner": "v1", "max_model_len": longest, "dtype": options["dtype"]}
+        return {"version": "stub", **self.host.call("switch_facts"), "dtype": options["dtype"]}
 
     def load_student(self, file: str) -> int:
         self.loads += 1

@@ -259,6 +259,7 @@ ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
 ELSEWHERE |= {"allow_other_inputs", "max_skipped_steps"}  # test_checkpoints.py, test_skipping.py
 ELSEWHERE |= {"rollout_engine", "vllm_python", "vllm_tensor_parallel_size"}  # test_vllm_engine.py, as the next
 ELSEWHERE |= {"vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"}
+ELSEWHERE |= {"vllm_mode", "vllm_server_host", "vllm_server_port"}
 
 
 def test_every_option_of_the_project_has_a_stated_effect():

@@ -6,6 +6,11 @@ Every trap of vLLM that tests/engine/test_vllm_adapter.py names on a stub is met
 import json
 import math
 import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,7 +22,11 @@ from helpers.vllm_policy import EveryNth
 
 import switchkd
 from switchkd import SwitchPolicy, UserError
+from switchkd.engine.vllm.child import alone
 from switchkd.engine.vllm.private import WANTED
+from switchkd.engine.vllm.process import ENVIRONMENT
+from switchkd.engine.vllm.server import ServedEngine
+from switchkd.engine.vllm.worker import EXTENSION
 from switchkd.vllm import Engine
 
 PYTHON = os.environ.get("SWITCHKD_VLLM_PYTHON", "")
@@ -181,3 +190,50 @@ def test_the_command_line_trains_with_it(run, tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
+
+
+def test_a_server_writes_the_same_text_and_is_missed_in_one_line(tmp_path):
+    """vLLM's own server, its engine in another process of its own."""
+    student, teacher = pair()
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+        build_tokenizer().save_pretrained(tmp_path / name)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    speculative = {"method": "draft_model", "model": str(tmp_path / "student"), "num_speculative_tokens": 3}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                *(PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", tmp_path / "teacher", "--port", str(port)),
+                *("--enable-scale-out", "--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32"),
+                *("--worker-extension-cls", EXTENSION, "--speculative-config", json.dumps(speculative)),
+            ],
+            env={**environment, "PYTHONPATH": str(alone(tmp_path / "site"))},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 150
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(1)
+        engine = ServedEngine(student, teacher, url=url, sync_folder=tmp_path / "sync")
+        assert engine.draft_length == 3
+        both(engine, (student, teacher), make_prompts(12, longest=30, shortest=2), eos_token_id=[7, 40])
+        with torch.no_grad():
+            for mine, its in zip(student.parameters(), teacher.parameters(), strict=True):
+                mine.lerp_(its, 0.3)
+        engine.load_student(student)
+        both(engine, (student, teacher), make_prompts(12, longest=30, shortest=2))
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    with pytest.raises(UserError, match="does not answer"):
+        engine.roll_out([[3, 4]], policy=SWITCH)

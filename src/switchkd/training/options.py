@@ -187,6 +187,12 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         default="transformers",
         metadata={"help": "What writes rolled-out text: transformers, or vllm in a process of its own (docs/vllm.md)."},
     )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "colocate: vLLM on this machine, started here; server: one that you have started."},
+    )
+    vllm_server_host: str = field(default="localhost", metadata={"help": "Where that server runs."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "The port of that server."})
     vllm_python: str | None = field(
         default=None, metadata={"help": "Python of an environment with vLLM. Default: the one that trains."}
     )
@@ -274,6 +280,7 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be a finite number >= 0, got {value}")
         check_choice("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        check_choice("vllm_mode", self.vllm_mode, ("colocate", "server"))
         if not 0.0 < self.vllm_gpu_memory_utilization <= 1.0:
             raise UserError(f"vllm_gpu_memory_utilization must lie in (0, 1], got {self.vllm_gpu_memory_utilization}")
         check_count("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, 1)

@@ -240,6 +240,14 @@ def _vllm(plan: Plan, args: SwitchConfig) -> str | None:
     return None if args.rollout_engine == "vllm" else "rollout_engine is transformers"
 
 
+def _server(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if args.vllm_mode == "server" else "vllm_mode is colocate"
+
+
+def _colocated(plan: Plan, args: SwitchConfig) -> str | None:
+    return "the server has its own" if args.vllm_mode == "server" else None
+
+
 def _weights_by_author(plan: Plan, args: SwitchConfig) -> str | None:
     return "importance weighs the tokens" if plan.method.policy_gradient else None
 
@@ -313,14 +321,17 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "temperature": (_any_rollout,),
     "top_k": (_any_rollout,),
     "top_p": (_any_rollout,),
-    "draft_length": (_any_rollout, _teacher_in_rollouts),
-    "rollout_batch_size": (_any_rollout,),
+    "draft_length": (_any_rollout, _teacher_in_rollouts, _colocated),
+    "rollout_batch_size": (_any_rollout, _colocated),
     "cuda_graphs": (_any_rollout, _transformers),
     "rollout_engine": (_steps_that_roll_out,),
-    "vllm_python": (_vllm,),
-    "vllm_gpu_memory_utilization": (_vllm, _accelerator),
-    "vllm_tensor_parallel_size": (_vllm,),
-    "vllm_enable_sleep_mode": (_vllm, _accelerator),
+    "vllm_mode": (_vllm,),
+    "vllm_server_host": (_vllm, _server),
+    "vllm_server_port": (_vllm, _server),
+    "vllm_python": (_vllm, _colocated),
+    "vllm_gpu_memory_utilization": (_vllm, _colocated, _accelerator),
+    "vllm_tensor_parallel_size": (_vllm, _colocated),
+    "vllm_enable_sleep_mode": (_vllm, _colocated, _accelerator),
     "reuse_teacher_hidden": _STATES,
     "teacher_hidden_dtype": (*_STATES, _kept_states),
     "offload_teacher_hidden": (*_STATES, _kept_states, _accelerator),

@@ -1,6 +1,7 @@
 """The vLLM engine of a training: what it starts with, and what is refused before the first step."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.engine.vllm.engine import Engine
+from switchkd.engine.vllm.server import ServedEngine
 from switchkd.errors import UserError
 from switchkd.models.forward import context_length
 from switchkd.training.config import SwitchConfig
@@ -38,6 +40,12 @@ def make_engine(
             f"rollout_engine=vllm needs a teacher, its target model, and method {args.method!r} has none; "
             "use the transformers engine"
         )
+    if args.vllm_mode == "server":
+        if args.world_size > 1:
+            raise UserError("vllm_mode=server serves one training process; let each have its own vLLM (colocate)")
+        _check_prompts(data)
+        url = f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        return ServedEngine(student, teacher, url=url, sync_folder=Path(str(args.output_dir)) / "vllm_student")
     if args.world_size > 1 and args.vllm_tensor_parallel_size > 1:
         raise UserError("vllm_tensor_parallel_size must be 1 where several processes train: each has a vLLM of its own")
     _check_prompts(data)

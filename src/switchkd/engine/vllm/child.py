@@ -38,13 +38,7 @@ class Child:
         self.python = python
         self.folder = Path(tempfile.mkdtemp(prefix="switchkd-vllm-"))
         self.log = self.folder / "vllm.log"
-        site = self.folder / "site"
-        facts = site / f"switchkd-{switchkd.__version__}.dist-info"
-        facts.mkdir(parents=True)
-        facts.joinpath("METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: switchkd\nVersion: {switchkd.__version__}\n", encoding="utf-8"
-        )
-        (site / "switchkd").symlink_to(Path(switchkd.__file__).parent, target_is_directory=True)
+        site = alone(self.folder / "site")
         path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
         ours, its = socket.socketpair()
         try:
@@ -108,6 +102,17 @@ class Child:
         """End the process."""
         self.answers.close()
         self._end()
+
+
+def alone(folder: Path) -> Path:
+    """Return a folder that has this package and nothing else, made here: one for `PYTHONPATH`."""
+    facts = folder / f"switchkd-{switchkd.__version__}.dist-info"
+    facts.mkdir(parents=True)
+    facts.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: switchkd\nVersion: {switchkd.__version__}\n", encoding="utf-8"
+    )
+    (folder / "switchkd").symlink_to(Path(switchkd.__file__).parent, target_is_directory=True)
+    return folder
 
 
 def default_python() -> str:

@@ -38,6 +38,10 @@ from switchkd.policies import Policy
 from switchkd.rollout import Author, Prompts, Rollout
 
 
+#: Where the student's weights pass, if there is such a place: files in main memory.
+MEMORY = Path("/dev/shm")
+
+
 class Engine:
     """A vLLM engine in a process of its own: the student is its draft model, the teacher its target model.
 
@@ -100,8 +104,8 @@ class Engine:
         self.vocabulary_size, self.draft_length = widths[0], draft_length
         self.dtype = dtype or _dtype(teacher, configs[1])
         self.device = device_of(student) if isinstance(student, nn.Module) else torch.device("cpu")
-        self._sleeps = enable_sleep_mode
-        self._child = Child(python or default_python(), environment)
+        self._sleeps, self._weights_folder = enable_sleep_mode, MEMORY if MEMORY.is_dir() else None
+        self._child: Any = Child(python or default_python(), environment)
         try:
             with tempfile.TemporaryDirectory(prefix="switchkd-models-") as folder:
                 names = [
@@ -273,8 +277,7 @@ class Engine:
         Raises:
             UserError: vLLM's student has other tensors, or the engine has ended.
         """
-        memory = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(prefix="switchkd-student-", dir=memory if memory.is_dir() else None) as folder:
+        with tempfile.TemporaryDirectory(prefix="switchkd-student-", dir=self._weights_folder) as folder:
             if isinstance(student, nn.Module):
                 file = write_model(student, Path(folder))
             else:

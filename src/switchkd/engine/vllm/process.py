@@ -71,13 +71,7 @@ class Answers:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
         self._choose_runner()
         self.host = LocalHost(options)
-        config = self.host.llm.llm_engine.vllm_config
-        return {
-            "version": found_version(),
-            "runner": self.host.call("switch_prepare"),
-            "max_model_len": config.model_config.max_model_len,
-            "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        }
+        return {"version": found_version(), **self.host.call("switch_facts")}
 
     def _choose_runner(self) -> None:
         """V2 runs on Triton kernels, so V1 is the one for a CPU; elsewhere vLLM chooses."""

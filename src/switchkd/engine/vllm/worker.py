@@ -31,6 +31,18 @@ class SwitchWorker:
             worker.switch_sampler.begin(None)
         return worker.switch_runner
 
+    def switch_facts(self) -> dict[str, Any]:
+        """Return what vLLM's configuration came to."""
+        worker: Any = self
+        config = worker.vllm_config
+        return {
+            "runner": self.switch_prepare(),
+            "max_model_len": config.model_config.max_model_len,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "vocabulary_size": config.model_config.get_vocab_size(),
+            "draft_length": config.speculative_config.num_speculative_tokens,
+        }
+
     def switch_begin(self, job: str) -> None:
         """Start a rollout; see `Writing` for what a job holds."""
         worker: Any = self

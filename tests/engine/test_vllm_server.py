@@ -1,0 +1,114 @@
+"""A vLLM server on a stub: what goes over HTTP, and what is said where nobody answers."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from helpers import vllm_stub
+from helpers.pairs import assert_same, make_pair, make_prompts
+from helpers.vllm_stub import StubHost
+from safetensors.torch import load_file
+
+import switchkd
+from switchkd import UserError
+from switchkd.engine.vllm.server import ServedEngine
+
+SWITCH = switchkd.SwitchPolicy(initial_threshold=0.05, horizon=16)
+
+
+class StubServer:
+    """vLLM's API over a `StubHost`; requests run one after the other."""
+
+    def __init__(self, student, teacher, version="0.32.1"):
+        self.host, self.version, self.paths = StubHost(student, teacher), version, []
+        self.host.switch_load_student = self._load
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self._answer(None)
+
+            def do_POST(self):
+                self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def _answer(self, body):
+                with outer.lock:
+                    outer.paths.append(self.path)
+                    answer = outer.answer(self.path, body)
+                self.send_response(200 if answer is not None else 404)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer if answer is not None else {"detail": "Not Found"}).encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def _load(self, file):
+        self.host.student.load_state_dict(load_file(file), strict=False)
+        return 1
+
+    def answer(self, path, body):
+        if path == "/version":
+            return {"version": self.version}
+        if path == "/collective_rpc":
+            return {"results": [self.host.call(body["method"], *body["args"])]}
+        if path == "/inference/v1/generate":
+            self.host.generate([{"prompt_token_ids": body["token_ids"], **body["sampling_params"]}])
+            return {"choices": []}
+        return {} if path == "/reset_prefix_cache" else None
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """`served(**options)` -> the stub server, and a pair whose student the server does not have yet."""
+    vllm_stub.install(monkeypatch)
+    running = []
+
+    def start(**options):
+        student, teacher = make_pair("llama", noise=0.4)
+        running.append(StubServer(make_pair("llama", noise=0.9)[0], teacher, **options))
+        return running[-1], (student, teacher), {"url": running[-1].url, "sync_folder": tmp_path / "sync"}
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+def test_a_server_writes_the_text_of_roll_out_with_the_trainers_student(served):
+    server, pair, options = served()
+    engine = ServedEngine(*pair, **options)  # its self-test passes only with the weights of this student
+    prompts = make_prompts(3, shortest=2)
+    found = engine.roll_out(*prompts, policy=SWITCH, max_new_tokens=10, seed=7)
+    assert_same(found, switchkd.roll_out(*pair, *prompts, policy=SWITCH, max_new_tokens=10, seed=7))
+    assert {"/version", "/collective_rpc", "/inference/v1/generate", "/reset_prefix_cache"} == set(server.paths)
+    with torch.no_grad():
+        pair[0].lm_head.weight.mul_(1.5)
+    engine.load_student(pair[0])
+    found = engine.roll_out(*prompts, policy=SWITCH, max_new_tokens=10, seed=7)
+    assert_same(found, switchkd.roll_out(*pair, *prompts, policy=SWITCH, max_new_tokens=10, seed=7))
+
+
+def test_a_server_of_another_version_is_refused_and_a_lost_one_ends_in_one_line(served):
+    server, pair, options = served(version="0.31.0")
+    with pytest.raises(UserError, match=r"http://127.0.0.1:\d+ has vLLM 0\.31\.0, wanted is 0\.32"):
+        ServedEngine(*pair, **options)
+    server.version = "0.32.0"
+    engine = ServedEngine(*pair, **options, self_test=False)
+    server.answer, answer = lambda path, body: None, server.answer
+    with pytest.raises(UserError, match="/collective_rpc answers 404; start it with VLLM_SERVER_DEV_MODE=1"):
+        engine.roll_out([[3, 4]], policy=SWITCH, max_new_tokens=4)
+    server.answer = answer
+    server.stop()
+    with pytest.raises(UserError, match="does not answer .*; what was saved before is still there") as caught:
+        engine.roll_out([[3, 4]], policy=SWITCH, max_new_tokens=4)
+    assert "\n" not in str(caught.value)
