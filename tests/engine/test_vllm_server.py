@@ -109,6 +109,6 @@ def test_a_server_of_another_version_is_refused_and_a_lost_one_ends_in_one_line(
         engine.roll_out([[3, 4]], policy=SWITCH, max_new_tokens=4)
     server.answer = answer
     server.stop()
-    with pytest.raises(UserError, match="does not answer .*; what was saved before is still there") as caught:
+    with pytest.raises(UserError, match=r"does not answer .*; what was saved before is still there") as caught:
         engine.roll_out([[3, 4]], policy=SWITCH, max_new_tokens=4)
     assert "\n" not in str(caught.value)

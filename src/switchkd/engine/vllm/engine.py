@@ -37,7 +37,6 @@ from switchkd.models.vocabulary import model_vocabulary_size
 from switchkd.policies import Policy
 from switchkd.rollout import Author, Prompts, Rollout
 
-
 #: Where the student's weights pass, if there is such a place: files in main memory.
 MEMORY = Path("/dev/shm")
 
