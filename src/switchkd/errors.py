@@ -13,8 +13,19 @@ class UserError(ValueError):
     """Raised where input, configuration or files cannot be used.
 
     The message is one line: what is wrong, with which value, and the way out. The command line prints it after
-    `switchkd: error:` and exits with code 2; library users catch it as a `ValueError`.
+    `switchkd: error:` and exits with its code; library users catch it as a `ValueError`.
+
+    Attributes:
+        code: Exit code of the process.
     """
+
+    code = 2
+
+
+class LostProcess(UserError):
+    """Raised where another process of a distributed run is gone; the same command may go on (EX_TEMPFAIL)."""
+
+    code = 75
 
 
 class UserErrors(UserError):

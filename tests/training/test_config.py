@@ -570,20 +570,20 @@ def test_prepared_and_raw_data_train_alike(make_trainer):
 
 
 def launch(trainer):
-    refuse_launch(gpus=trainer.args.n_gpu, writes_text=trainer.plan.writes_text, sharded=trainer._is_sharded)
+    refuse_launch(gpus=trainer.args.n_gpu, writes_text=trainer.plan.writes_text, sharding=trainer.sharding)
 
 
-def test_fsdp_and_zero3_are_refused_because_rollouts_would_hang(make_trainer, monkeypatch):
+def test_fsdp1_and_zero3_are_refused_where_rollouts_are_written(make_trainer, monkeypatch):
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1))
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    assert "rollouts under FSDP or DeepSpeed ZeRO-3 would hang" in refusal(lambda: launch(trainer))
+    assert "rollouts under FSDP1 are not supported; use FSDP2" in refusal(lambda: launch(trainer))
     monkeypatch.setattr(trainer, "is_fsdp_enabled", False)
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     for stage, refused in ((3, True), (2, False)):
         plugin = type("Plugin", (), {"zero_stage": stage})()
         monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
         if refused:
-            assert "use DDP or ZeRO-1/2" in refusal(lambda: launch(trainer))
+            assert "rollouts under DeepSpeed ZeRO-3 are not supported" in refusal(lambda: launch(trainer))
         else:
             launch(trainer)
 
@@ -592,6 +592,23 @@ def test_sharded_launches_without_rollouts_are_allowed(make_trainer, monkeypatch
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd")
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     launch(trainer)
+
+
+def test_weights_on_the_first_process_only_are_refused_because_the_teacher_would_have_none(make_trainer, monkeypatch):
+    """`fsdp_cpu_ram_efficient_loading` leaves what from_pretrained gives elsewhere empty, and nobody fills the teacher."""
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1))
+    plugin = type("Plugin", (), {"cpu_ram_efficient_loading": True, "activation_checkpointing": False})()
+    plugin.state_dict_type, plugin.fsdp_version = "FULL_STATE_DICT", 2
+    monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", plugin, raising=False)
+    assert "fsdp_cpu_ram_efficient_loading leaves the teacher" in refusal(trainer.create_accelerator_and_postprocess)
+
+
+def test_several_processes_on_cpus_need_not_be_told_so(monkeypatch):
+    """`accelerate launch` without --use_cpu ended in "Default process group has not been initialized"."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(SwitchConfig, "_setup_devices", torch.device("cpu"), raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert SwitchConfig().use_cpu
 
 
 def test_several_gpus_in_one_process_are_refused(make_trainer, monkeypatch):

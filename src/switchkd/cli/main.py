@@ -64,7 +64,7 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
     """Run the command line and return its exit code.
 
     That is 0, 2 for mistakes, each explained in one line, 71 where memory runs out, 74 where nothing more can be
-    written, 130 for Ctrl-C and 143 for SIGTERM.
+    written, 75 where another process of a distributed run is gone, 130 for Ctrl-C and 143 for SIGTERM.
 
     Args:
         commands: Name -> the module of the command, imported when the command runs, and its line of help.
@@ -82,7 +82,7 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
             traceback.print_exc()
         for message in error.messages if isinstance(error, UserErrors) else [str(error)]:
             write(sys.stderr, f"switchkd: error: {' '.join(message.split())}\n")
-        return error.code if isinstance(error, OutOfMemory) else 2
+        return error.code
     except Exception as error:
         problem, code = storage_problem(error), os.EX_IOERR
         if problem is None and is_out_of_memory(error):

@@ -29,6 +29,7 @@ from switchkd.training.card import Origin, changed_options, typed
 from switchkd.training.checkpoints import chosen, newest_whole
 from switchkd.training.config import SwitchConfig
 from switchkd.training.options import own_fields
+from switchkd.training.peers import together
 from switchkd.training.resolve import written_out
 from switchkd.training.setup import tokenizer_place
 from switchkd.training.trainer import SwitchTrainer
@@ -51,6 +52,13 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = RunFolder(options.output_dir, "train")
     options.output_dir = str(folder.path)
     run_args, config = read_options(options)
+    with together():
+        return _train(options, run_args, config, folder, console)
+
+
+def _train(
+    options: argparse.Namespace, run_args: RunArguments, config: SwitchConfig, folder: RunFolder, console: Console
+) -> dict[str, Any]:
     set_init_kwargs(run_args, config)
     checkpoint = _checkpoint(config.resume_from_checkpoint, folder, console)
     if checkpoint is not None and options.overwrite_output_dir:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from switchkd.errors import UserError
+from switchkd.models.forward import class_of
 
 # Modules that only surround another one, by the name under which they hold it.
 _WRAPPED = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -270,8 +271,7 @@ def _skeleton(base: Any) -> Any:
     """A model of the student's class and configuration, all of whose tensors lie on the meta device."""
     config = copy.deepcopy(base.config)
     config.use_cache = True  # training switches it off
-    # FSDP2 gives a module a class of its own, below the one it had.
-    kind = next(kind for kind in type(base).__mro__ if not hasattr(kind, "unshard"))
+    kind: Any = class_of(base)
     try:
         with torch.device("meta"):
             return kind(config)

@@ -28,6 +28,11 @@ def takes_argument(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(inner.forward).parameters
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class, and not the one that FSDP2 puts below it in its place."""
+    return next(kind for kind in type(module).__mro__ if not hasattr(kind, "unshard"))
+
+
 def prompt_positions(mask: Tensor) -> Tensor:
     """Return position ids that count real tokens from 0; padding on the left gets 0, int64 `[B, T]`."""
     return (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
@@ -89,7 +94,9 @@ def check_finite(model: nn.Module | None, role: str, advice: str) -> None:
         UserError: Says how many tensors hold such values, and names the first.
     """
     parameters = () if model is None else model.named_parameters()
-    tensors = {name: value for name, value in parameters if value.numel() and not value.is_meta}
+    # Of a sharded tensor every process looks at its part.
+    parts = {name: getattr(value, "to_local", lambda value=value: value)() for name, value in parameters}
+    tensors = {name: value for name, value in parts.items() if value.numel() and not value.is_meta}
     floating = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
     # A bias of -inf is how some models exclude an id; nan and inf are never meant.
     wrong = [name for name, value in floating.items() if not float(value.amax()) < math.inf]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchkd.models.forward import class_of
 from switchkd.models.known import known
 
 
@@ -41,9 +42,19 @@ class OutputHead:
     def is_plain(self) -> bool:
         """Whether the layer is nothing but its weight and bias: no adapter, no hook, no quantised or absent weight."""
         module = self.module
-        if type(module) is not nn.Linear or "forward" in vars(module) or module.weight.is_meta:
+        if class_of(module) is not nn.Linear or "forward" in vars(module) or module.weight.is_meta:
             return False
-        return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        # FSDP2's hooks gather the weight, which `hidden_states_of` has done for the loss.
+        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        return not hooked or type(module) is not nn.Linear
+
+    def layer(self, states: Tensor) -> Tensor:
+        """Return what the output layer makes of states, `[..., V]`, outside of the model's own pass."""
+        if self.is_plain:
+            module: Any = self.module
+            return nn.functional.linear(states, module.weight, module.bias)  # no hooks: FSDP2's belong to a pass
+        raw: Tensor = self.module(states)
+        return raw
 
     def logits(self, raw: Tensor) -> Tensor:
         """Return the model's logits for the layer's result `[..., V]`, scaled and capped."""
@@ -95,7 +106,19 @@ def hidden_states_of(model: nn.Module, **forward: Any) -> Tensor:
         model(**forward)
     if len(collected) != 1:
         raise RuntimeError(f"the output layer of {type(model).__name__} was called {len(collected)} times in one pass")
+    _gather(_bare(model), head)
     return collected[0]
+
+
+def _gather(model: nn.Module, head: nn.Module) -> None:
+    """Make an output layer that FSDP2 sharded whole: the unit that owns it gathers its weights, until it trains."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in head.parameters()):
+        return
+    path = next(name for name, module in model.named_modules() if module is head)
+    parts = path.split(".")
+    above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1)]
+    owner: Any = next(module for module in above if hasattr(module, "unshard"))
+    owner.unshard()
 
 
 def _bare(model: Any) -> Any:

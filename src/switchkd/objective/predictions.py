@@ -36,7 +36,7 @@ class Predictions:
         weight, states = getattr(self.head.module, "weight", None), self.values
         if isinstance(weight, Tensor) and weight.is_floating_point():
             states = states.to(weight.dtype)
-        return self.head.logits(self.head.module(states))
+        return self.head.logits(self.head.layer(states))
 
 
 def predict(

@@ -1,9 +1,11 @@
 """`SwitchConfig`: transformers' TrainingArguments plus what teacher-in-the-loop distillation adds."""
 
 import json
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from switchkd.data_options import SUPERVISE, TEMPLATES, parse_columns
@@ -44,6 +46,9 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
         for name in JSON_FIELDS:
             setattr(self, name, _read_json_object(name, getattr(self, name)))
         check_training_ranges(self)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Said to accelerate: without it every one of several processes on CPUs would train alone.
+            self.use_cpu = True
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay False: the trainer needs the prepared columns")

@@ -12,6 +12,7 @@ from switchkd.evaluation import evaluate
 from switchkd.objective.step import StepLoss
 from switchkd.training.config import SwitchConfig
 from switchkd.training.log import ReferenceTotals
+from switchkd.training.peers import enter
 from switchkd.training.resolve import Plan
 from switchkd.training.setup import at_hand, prepare_data
 from switchkd.training.writer import Writer
@@ -67,6 +68,7 @@ class ReferenceTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
+        enter("the evaluation")
         self._reference = ReferenceTotals()
         kwargs["metric_key_prefix"] = metric_key_prefix
         output: Any = super().evaluation_loop(dataloader, *args, **kwargs)

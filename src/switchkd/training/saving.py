@@ -26,6 +26,7 @@ from switchkd.training.config import SwitchConfig
 from switchkd.training.guards import check_student
 from switchkd.training.inputs import checksums, require_same
 from switchkd.training.log import RunningMeans
+from switchkd.training.peers import enter
 from switchkd.training.text import TextSource
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class SavingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint as `transformers.Trainer` does, then what tells that it is whole; old ones go last."""
+        enter("the saving of a checkpoint")
         limit, self._limit = self.args.save_total_limit, self.args.save_total_limit
         self.args.save_total_limit = None  # nothing is removed before the new one is whole
         try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from datasets import Dataset
 from filelock import FileLock
 from torch import nn
 
+from switchkd.cli.run_folder import whole
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy
@@ -31,6 +32,8 @@ def with_teacher_text(
     policy: Policy,
     tokenizer: Any = None,
     say: Callable[[str], None] = lambda text: None,
+    part: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
     **rollout_options: Any,
 ) -> Dataset:
     """Return prepared data whose answers the policy wrote, one for each prompt.
@@ -38,6 +41,8 @@ def with_teacher_text(
     The answers stand in a JSONL file, with a description of what made them beside it. A file that is already there is
     taken up where it ends, if teacher, prompts and options are the same (the seed may differ: one sample is as good as
     another); it is itself a data set for `switchkd train`.
+    Several processes write every n-th row each, into a file of their own beside it, which is taken up in the same way;
+    the first one joins them, and the text is that of one process.
     The file says nothing about the student, whose drafts the teacher only corrects: the distribution is the teacher's.
 
     Args:
@@ -48,6 +53,8 @@ def with_teacher_text(
         policy: `TeacherPolicy()`.
         tokenizer: Adds the texts to the file.
         say: Prints a line for people.
+        part: This process's number and how many there are; all must call.
+        wait: Returns when all of them have called it.
         rollout_options: Passed on to `roll_out`; part of the description.
 
     Raises:
@@ -62,9 +69,20 @@ def with_teacher_text(
         **{name: value for name, value in rollout_options.items() if name not in NOT_DESCRIBED},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    options = {**rollout_options, "policy": policy}
+    number, parts = part
+    if parts > 1 and len(_taken_up(path, description)) < len(data):
+        own, rows = _part_of(path, number, parts), range(number, len(data), parts)
+        with FileLock(f"{own}.lock"):
+            _write(data, student, teacher, own, description, rows, tokenizer, say, options)
+        wait()  # every process has an equal share
+        if number == 0:
+            with FileLock(f"{path}.lock"):
+                _join(path, [_part_of(path, one, parts) for one in range(parts)], description, len(data))
+    wait()
     # Several runs may share a file: one writes, the others wait and take it up.
     with FileLock(f"{path}.lock"):
-        completions = _write(data, student, teacher, path, description, policy, tokenizer, say, rollout_options)
+        completions = _write(data, student, teacher, path, description, range(len(data)), tokenizer, say, options)
     return data.remove_columns("completion_ids").add_column("completion_ids", completions)
 
 
@@ -74,28 +92,28 @@ def _write(
     teacher: nn.Module,
     path: Path,
     description: dict[str, Any],
-    policy: Policy,
+    rows: Sequence[int],
     tokenizer: Any,
     say: Callable[[str], None],
-    rollout_options: dict[str, Any],
+    options: dict[str, Any],
 ) -> list[list[int]]:
+    """Write the answers to some rows of the data, in their order, as far as the file does not have them."""
     completions, names = _taken_up(path, description), data.column_names
     if completions:
-        say(f"teacher text: {len(completions)} of {len(data)} answers are in {path}")
+        say(f"teacher text: {len(completions)} of {len(rows)} answers are in {path}")
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
-        while len(completions) < len(data):
-            first = len(completions)
-            rows = data.select(range(first, min(first + ROWS_PER_PART, len(data))))
+        while len(completions) < len(rows):
+            some = rows[len(completions) : len(completions) + ROWS_PER_PART]
+            asked = data.select(some)
             rollout = roll_out(
                 student,
                 teacher,
-                list(rows["prompt_ids"]),
-                teacher_prompt_ids=list(rows["teacher_prompt_ids"]) if "teacher_prompt_ids" in names else None,
-                policy=policy,
-                row_ids=torch.arange(first, first + len(rows)),
+                list(asked["prompt_ids"]),
+                teacher_prompt_ids=list(asked["teacher_prompt_ids"]) if "teacher_prompt_ids" in names else None,
+                row_ids=torch.tensor(some),
                 max_active_rows=ACTIVE_ROWS,
-                **rollout_options,
+                **options,
             )
             for row in rollout.to_dicts(tokenizer):
                 kept = ("prompt", "completion", "prompt_ids", "completion_ids")
@@ -106,6 +124,22 @@ def _write(
     if tokenizer is not None:
         say(f"teacher text: {len(completions)} answers, {sum(map(len, completions))} tokens, in {path}")
     return completions
+
+
+def _part_of(path: Path, number: int, parts: int) -> Path:
+    return path.with_name(f"{path.stem}-{number + 1}-of-{parts}{path.suffix}")
+
+
+def _join(path: Path, parts: list[Path], description: dict[str, Any], rows: int) -> None:
+    """Put the rows of all processes into one file, in the order of the data, and remove their own files."""
+    lines = [part.read_text(encoding="utf-8").splitlines() for part in parts]
+    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    with whole(path) as file:
+        for row in range(rows):
+            file.write(lines[row % len(parts)][row // len(parts)] + "\n")
+    for part in parts:
+        for one in (part, part.with_suffix(".json"), Path(f"{part}.lock")):
+            one.unlink(missing_ok=True)
 
 
 def _prompt_columns(data: Dataset) -> list[str]:

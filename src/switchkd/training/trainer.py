@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -36,8 +35,10 @@ from switchkd.training.guards import (
     require_evaluation,
     warn_of_precision,
 )
+from switchkd.training.launching import LaunchedTrainer
 from switchkd.training.log import RunningMeans, TextWatch, append_rows
 from switchkd.training.out_of_memory import ExplainingTrainer
+from switchkd.training.peers import enter, together
 from switchkd.training.reference import ReferenceTrainer
 from switchkd.training.resolve import resolve
 from switchkd.training.saving import SavingTrainer
@@ -62,7 +63,7 @@ from switchkd.training.writer import Writer
 logger = logging.getLogger(__name__)
 
 
-class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, ExplainingTrainer):
+class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, LaunchedTrainer, ExplainingTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
@@ -154,21 +155,24 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
             **kwargs,
         )
         warn_of_precision(args)
-        refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, sharded=self._is_sharded)
+        refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, sharding=self.sharding)
+        logger.info(f"training runs in {self.launched_as()}")
         self.teacher_model = None if teacher is None else frozen(teacher, args.device, offload=args.offload_teacher)
-        if self._is_sharded:
+        if self.sharding in ("fsdp1", "zero3"):
             self.step_loss = replace(self.step_loss, full_logits=True)
         else:
             with self._teacher_at_hand() as teacher:
                 for role, reader in (("student", self.model), ("teacher", teacher)):
                     require_readable(reader, role)  # micro-batches are padded on the left
-            output_head(self.model)  # measured here, so that a warning comes before the first step
+            head = output_head(self.model)  # measured here, so that a warning comes before the first step
+            if self.sharding == "fsdp2" and head is not None and not head.is_plain:
+                self.step_loss = replace(self.step_loss, full_logits=True)  # an adapter on it, which FSDP2 gathers
         self.writer = Writer(
             self.accelerator,
             copies=args.rollout_copy,
             dtype=args.rollout_dtype,
             offload=args.offload_rollout_copy,
-            sharded=self._is_sharded,
+            sharded=self.sharding is not None,
         )
         self.rollout_rows = rollout_rows(student, teacher, args) if self.plan.rolls_out else None
         with self._teacher_at_hand(args.rollout_engine == "vllm") as teacher:
@@ -184,11 +188,6 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         self._unlogged_rollout: tuple[Rollout, list[list[int]] | None] | None = None
         self.logged_completions: list[dict[str, Any]] = []  # those of the last log, see log_completions
         self._training_since = time.perf_counter()
-
-    @property
-    def _is_sharded(self) -> bool:
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return bool(self.is_fsdp_enabled or zero3)
 
     # ---- set-up
 
@@ -206,6 +205,10 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         Raises:
             UserError: The checkpoint is missing or damaged: the file is named.
         """
+        with together():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: Any) -> Any:
         if self.plan.method.teacher_text:
             self._write_teacher_text()
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
@@ -226,11 +229,8 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         path = Path(self.args.teacher_text_file or Path(str(self.args.output_dir)) / "teacher_text.jsonl")
         data: Any = vars(self)["train_dataset"]  # prepared here; the Trainer's annotation allows other kinds too
         assert self.plan.policy is not None
-        with (
-            self._teacher_at_hand() as teacher,
-            self.writer.of(self.model) as student,
-            self.accelerator.main_process_first(),
-        ):
+        enter("the writing of the teacher's text")
+        with self._teacher_at_hand() as teacher, self.writer.of(self.model) as student:
             self.train_dataset = with_teacher_text(
                 data,
                 student,
@@ -238,6 +238,8 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
                 path,
                 policy=self.plan.policy,
                 tokenizer=self.processing_class,
+                part=(self.args.process_index, self.args.world_size),
+                wait=self.accelerator.wait_for_everyone,
                 **self._sampling(),
             )
 
@@ -286,10 +288,12 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.reshape(1)).sum()
         self._training_since, self._guard.batches = time.perf_counter(), batches
+        enter(f"the training of step {self.state.global_step + 1}")
         return batches, count
 
     def _roll_out_window(self, window: list[Rows]) -> list[dict[str, Tensor]]:
         args = self.args
+        enter(f"the rollout of step {self.state.global_step + 1}")
         rows, sizes = Rows(list(itertools.chain.from_iterable(window))), [len(rows) for rows in window]
         assert self.rollout_rows is not None
         # Less of everything where auto_find_batch_size has found that the memory holds less.
@@ -331,12 +335,6 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         if not self.args.reuse_teacher_hidden or not self.step_loss.reads_teacher or self.text.engine is not None:
             return False
         return self.plan.teacher_writes and output_head(self.teacher_model) is not None
-
-    def _gathered(self, values: Tensor) -> Tensor:
-        """Return `[n]` of all processes, whose n may differ."""
-        padded = self.accelerator.pad_across_processes(values.to(self.args.device), pad_index=math.nan)
-        values = self.accelerator.gather(padded)
-        return values[~values.isnan()]
 
     # ---- learning from it
 

@@ -1,0 +1,70 @@
+"""The processes of one training: what spreads the student over them, and sums over all of them."""
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
+from torch import Tensor
+from transformers import Trainer
+
+from switchkd.errors import UserError
+from switchkd.training.config import SwitchConfig
+
+logger = logging.getLogger(__name__)
+
+
+class LaunchedTrainer(Trainer):
+    """A Trainer that knows how it was launched; a subclass has the configuration."""
+
+    args: SwitchConfig
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; on CPUs too FSDP shards, where accelerate alone would do DDP and not say so."""
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        # accelerate itself sets this in processes that it launches, and where a plugin is given.
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if asked and state.distributed_type == DistributedType.MULTI_CPU:
+            if torch.accelerator.is_available():
+                raise UserError("FSDP with use_cpu beside a GPU is not supported: hide it (CUDA_VISIBLE_DEVICES='')")
+            plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            state.fsdp_plugin, self.is_fsdp_enabled = plugin, True
+            # Where accelerate writes it down itself: every new state begins with what the partial one says.
+            for shared in (state, PartialState()):
+                shared.distributed_type = DistributedType.FSDP
+        if self.is_fsdp_enabled and state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise UserError(
+                "fsdp_cpu_ram_efficient_loading leaves the teacher of every process but the first without weights: set "
+                "it to false"
+            )
+
+    @property
+    def sharding(self) -> str | None:
+        """What spreads the student's weights over the processes: fsdp1, fsdp2, zero3, or None."""
+        if self.is_fsdp_enabled:
+            return "fsdp2" if self.accelerator.is_fsdp2 else "fsdp1"
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return "zero3" if zero3 else None
+
+    def launched_as(self) -> str:
+        """Return what holds the processes together, in words."""
+        state: Any = self.accelerator.state
+        if self.args.world_size == 1:
+            return "one process"
+        names = {"fsdp1": "FSDP1", "fsdp2": "FSDP2: the student is sharded", "zero3": "DeepSpeed ZeRO-3"}
+        name = names.get(self.sharding or "", "DDP: every process has the whole student")
+        if self.is_deepspeed_enabled and self.sharding is None:
+            name = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+        return f"{self.args.world_size} processes, {name} ({torch.distributed.get_backend()}, {state.device.type})"
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Return `[n]` of all processes, whose n may differ."""
+        padded = self.accelerator.pad_across_processes(values.to(self.args.device), pad_index=math.nan)
+        values = self.accelerator.gather(padded)
+        return values[~values.isnan()]

@@ -1,0 +1,173 @@
+"""The other processes of a training: a mistake in one ends all with that line, and none waits for one that is gone.
+
+A process that waits in a collective hears nothing, so that each has a thread that gives signs of life and reads those
+of the others, in the store through which the processes found each other.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from torch import distributed
+
+from switchkd.errors import LostProcess, UserError
+
+#: Seconds between two signs of life.
+BEAT = 1.0
+#: Seconds without one after which a process counts as lost; it may hold the interpreter's lock while it loads a model.
+LOST_AFTER = 40.0
+#: The same once a collective has failed here, which says that somebody is gone but not who.
+LOST_AFTER_FAILURE = 6.0
+#: Seconds that a process which fails waits until the others have said why.
+TOLD_WITHIN = 8.0
+DONE = "done"
+
+
+class _Watch:
+    """Signs of life of one process, and what it has heard of the others."""
+
+    count = 0  # watches of this process: all processes open them in the same order
+
+    def __init__(self, store: Any, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.phase = rank, ranks, "the start"
+        _Watch.count += 1
+        self.store = distributed.PrefixStore(f"switchkd/{_Watch.count}", store.clone())
+        self.others = [other for other in range(ranks) if other != rank]
+        self.patience = LOST_AFTER
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="switchkd-peers", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(5 * BEAT)
+
+    def _read(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def _run(self) -> None:
+        beat, seen = 0, {other: ("", 0.0) for other in self.others}
+        while not self._stopped.wait(BEAT):
+            beat += 1
+            try:
+                self.store.set(f"alive/{self.rank}", f"{beat} {self.phase}")
+                fault = self._read("fault")
+                signs = {other: self._read(f"alive/{other}") for other in self.others}
+            except (distributed.DistError, RuntimeError):
+                if not self._stopped.is_set() and seen.get(0, ("",))[0] != DONE:
+                    self._end(LostProcess(self._lost("process 0 or the launcher", "")))
+                return
+            if fault is not None:
+                self.store.set(f"heard/{self.rank}", "")
+                self._end(UserError(fault))
+            now = time.monotonic()
+            for other, sign in signs.items():
+                if sign is not None and sign != seen[other][0]:
+                    seen[other] = sign, now
+                sign, since = seen[other]
+                if sign not in ("", DONE) and now - since > self.patience:
+                    self._end(LostProcess(self._lost(f"process {other} of {self.ranks}", sign.partition(" ")[2])))
+
+    def _lost(self, who: str, phase: str) -> str:
+        last = f", last in {phase}" if phase else ""
+        return (
+            f"{who} is gone{last} (no sign of life; process {self.rank} waited in {self.phase}); look at what it said, "
+            "and start the same command again with --resume_from_checkpoint auto"
+        )
+
+    def _end(self, error: UserError) -> NoReturn:
+        """End this process, whose other threads may wait for ever, with one line."""
+        sys.stdout.flush()
+        sys.stderr.write(f"switchkd: error: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+        os._exit(error.code)
+
+    def tell(self, message: str) -> None:
+        """Let the others end with this message, and wait until they have heard it."""
+        self._stopped.set()
+        with contextlib.suppress(distributed.DistError, RuntimeError):
+            if not self.store.check(["fault"]):
+                self.store.set("fault", f"process {self.rank} of {self.ranks}: {message}")
+            self._await_others(TOLD_WITHIN)
+
+    def finish(self) -> None:
+        """Say that this process is through, and wait for the others as long as they live."""
+        self.stop()
+        fault = None
+        with contextlib.suppress(distributed.DistError, RuntimeError):
+            self.store.set(f"alive/{self.rank}", DONE)
+            self._await_others(LOST_AFTER)
+            fault = self._read("fault")
+        if fault is not None:
+            raise UserError(fault)
+
+    def _await_others(self, seconds: float) -> None:
+        """Wait until every process has said that it ends, for the last time."""
+        self.store.set(f"heard/{self.rank}", "")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.store.check([f"heard/{other}" for other in self.others]):
+            time.sleep(0.05)
+
+
+_watch: _Watch | None = None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Let all processes of a training end together inside; one process, or a second call inside, changes nothing.
+
+    A `UserError` here ends the others with its line. Where another process fails, is killed or hangs, this one ends
+    with one line and the exit code of `UserError` or `LostProcess`, wherever it waits.
+    """
+    global _watch
+    if _watch is not None or not distributed.is_available() or not distributed.is_initialized():
+        yield
+        return
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    if ranks == 1:
+        yield
+        return
+    watch = _watch = _Watch(distributed.distributed_c10d._get_default_store(), rank, ranks)
+    watch.start()
+    finished = False
+    try:
+        yield
+        finished = True
+        watch.finish()
+    except UserError as error:
+        if finished:
+            raise
+        watch.tell(str(error))
+        raise
+    except Exception as error:
+        if _failed_together(error):
+            # Another one is gone or has said why: the thread finds out and ends this process.
+            watch.patience = LOST_AFTER_FAILURE
+            time.sleep(LOST_AFTER_FAILURE + 3 * BEAT)
+        watch.tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        raise
+    except BaseException:
+        watch.tell("interrupted")
+        raise
+    finally:
+        watch.stop()
+        _watch = None
+
+
+def enter(phase: str) -> None:
+    """Say what this process begins to do, for the message of one that waits for it in vain."""
+    if _watch is not None:
+        _watch.phase = phase
+
+
+def _failed_together(error: Exception) -> bool:
+    """Whether an exception came out of a collective."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out waiting")
+    is_known = isinstance(error, distributed.DistError)
+    return is_known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
