@@ -22,7 +22,9 @@ class Fails:
     def parser(self):
         from switchkd.cli.options import OptionParser
 
-        return OptionParser("fails", "fails")
+        result = OptionParser(prog="switchkd fails", usage="", description="")
+        result.add_shared_options(None, overwrite=False)
+        return result
 
     def run(self, options, console):
         trainer = build_trainer(

@@ -595,7 +595,7 @@ def test_sharded_launches_without_rollouts_are_allowed(make_trainer, monkeypatch
 
 
 def test_weights_on_the_first_process_only_are_refused_because_the_teacher_would_have_none(make_trainer, monkeypatch):
-    """`fsdp_cpu_ram_efficient_loading` leaves what from_pretrained gives elsewhere empty, and nobody fills the teacher."""
+    """`fsdp_cpu_ram_efficient_loading` leaves both models empty elsewhere, and nobody fills the teacher."""
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1))
     plugin = type("Plugin", (), {"cpu_ram_efficient_loading": True, "activation_checkpointing": False})()
     plugin.state_dict_type, plugin.fsdp_version = "FULL_STATE_DICT", 2

@@ -52,7 +52,7 @@ class _Watch:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
     def _run(self) -> None:
-        beat, seen = 0, {other: ("", 0.0) for other in self.others}
+        beat, seen = 0, dict.fromkeys(self.others, ("", 0.0))
         while not self._stopped.wait(BEAT):
             beat += 1
             try:
