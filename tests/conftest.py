@@ -17,6 +17,7 @@ import datasets
 import pytest
 import transformers
 from helpers.command_line import Run, write_rows
+from helpers.network import guard
 from helpers.tiny import (
     BUILDERS,
     RAGGED_ROWS,
@@ -30,11 +31,27 @@ from helpers.tiny import (
 
 from switchkd.__main__ import main
 
+TRIED = guard()
+
 
 def pytest_collection_finish() -> None:
     """Spare the collector what imports have made: every Trainer run collects garbage, which takes 0.3 s otherwise."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_elsewhere_was_reached() -> Iterator[None]:
+    """Fail the test that tried to connect to another machine."""
+    before = TRIED.stat().st_size
+    yield
+    if TRIED.stat().st_size != before:
+        pytest.fail(f"tried to reach {TRIED.read_text()[before:].split()}")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the list of what was tried."""
+    TRIED.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

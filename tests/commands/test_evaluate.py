@@ -1,12 +1,14 @@
 """`switchkd evaluate`: scores, rows, one line for a mistake."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command_line import Run, evaluate_options, write_rows
+from helpers.command_line import Run, evaluate_options, one_line_error, write_rows
+from helpers.tiny import build_gpt2
 
 from switchkd.cli.run_folder import read_config
 from switchkd.commands import scoring
@@ -206,3 +208,72 @@ def test_a_stopped_evaluation_goes_on_at_the_row_and_finds_the_same(
         assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
     code, out, _ = run(*options("stopped", "--resume"))
     assert code == 0 and "finished before" in out
+
+
+@pytest.mark.parametrize("lines", [1, 3, 9, 25, 38, 46])
+def test_an_evaluation_is_kept_row_by_row_in_every_pass(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, lines: int
+) -> None:
+    """The passes over references and over divergences were made anew from their first row."""
+
+    def options(folder: str, *more: Any) -> list[Any]:
+        pair = ("--teacher_model_name_or_path", models / "teacher", "--batch_size", 2)
+        return evaluate_options(models, models / "student", tmp_path / folder, *pair, *more)
+
+    assert run(*options("whole"))[0] == 0
+    append, written = scoring.append_sealed, []
+
+    def counted(path: Path, rows: Any) -> None:
+        append(path, rows)
+        written.extend(json.dumps(row) for row in rows)
+
+    def stopped(path: Path, rows: Any) -> None:
+        counted(path, rows)
+        if len(written) >= lines:
+            monkeypatch.setattr(scoring, "append_sealed", counted)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "append_sealed", stopped)
+    assert run(*options("stopped", "--resume"))[0] == 130
+    code, _, err = run(*options("stopped", "--resume"))
+    assert code == 0, err
+    assert len(written) == len(set(written)) == 1 + 8 + 16 + 16 + 8 + 8  # each line once: none was computed twice
+    for name in ("rows.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("stopped", "whole"))
+    assert {**one, "seconds": 0, "decoding_seconds": 0} == {**two, "seconds": 0, "decoding_seconds": 0}
+    assert not (tmp_path / "stopped" / "answers.jsonl").exists()
+
+
+def test_answers_of_other_weights_are_not_gone_on_from(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(*more: Any) -> list[Any]:
+        return evaluate_options(models, tmp_path / "model", tmp_path / "run", "--resume", *more)
+
+    shutil.copytree(models / "student", tmp_path / "model")
+    real = scoring.evaluate
+    monkeypatch.setattr(scoring, "evaluate", lambda *arguments, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(*options())[0] == 130
+    monkeypatch.setattr(scoring, "evaluate", real)
+    build_gpt2(seed=5).save_pretrained(tmp_path / "model")
+    code, _, err = run(*options())
+    assert code == 2 and "were written with other weights of the same names" in err
+    path = tmp_path / "run" / "answers.jsonl"
+    whole_text = path.read_text()
+    for damaged in (whole_text.replace('"index": 3', '"index" 3'), whole_text.replace('"index": 3', '"index": 4')):
+        path.write_text(damaged)
+        assert "line 2 is damaged; remove that file, or all of it from that line on" in run(*options())[2]
+    path.write_text("{")
+    assert run(*options())[0] == 0  # cut in its first line: nothing is there
+
+
+@pytest.mark.parametrize(
+    "flags", [("--top_p", 2), ("--temperature", "nan"), ("--decoding_seeds", "1,1"), ("--scorer", "no:f")]
+)
+def test_options_are_checked_before_anything_is_computed(
+    models: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, Any]
+) -> None:
+    monkeypatch.setattr(scoring, "reference_losses", lambda *arguments, **more: pytest.fail("computed"))
+    monkeypatch.setattr(scoring, "read_model", lambda *arguments: pytest.fail("read the model"))
+    one_line_error(*run(*evaluate_options(models, models / "student", tmp_path / "run", *flags)))

@@ -1,6 +1,7 @@
 """`switchkd compare`: every run once, refused at the door, resumed where it stopped; numbers that can be recomputed."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -171,13 +172,71 @@ def test_all_runs_of_a_student_and_seed_begin_with_its_warm_start(finished):
     assert made[0].read_bytes() != made[1].read_bytes()
 
 
+def test_an_empty_config_of_a_comparison_does_not_block_its_folder_for_ever(home, tmp_path, capfd):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "config.yaml").write_text("")
+    assert call(tmp_path / "runs", config_of(home)) == 2
+    error = capfd.readouterr().err
+    assert "was not written by switchkd" in error and error.count("\n") == 1
+
+
+def test_a_run_killed_between_training_and_its_result_is_not_trained_further(in_process, finished, home, tmp_path):
+    """It recorded one step more than it was given."""
+    again = shutil.copytree(finished, tmp_path / "again")
+    said_to_lie_in(again, finished)
+    cut = again / "small" / "switch" / "seed-0"
+    before = {
+        name: json.loads((cut / "result.json").read_text())["train"][name] for name in ("steps", "teacher_passes")
+    }
+    for path in again.rglob("train.yaml"):
+        path.write_text(path.read_text().replace(str(finished), str(again)))
+    (cut / "result.json").unlink()
+    assert call(again, config_of(home)) == 0
+    after = json.loads((cut / "result.json").read_text())["train"]
+    assert {name: after[name] for name in before} == before
+
+
+def test_answers_to_other_prompts_are_not_compared(in_process, finished, home, tmp_path, capfd):
+    """Test data that had changed between two runs paired answers to different prompts, in silence."""
+    again = shutil.copytree(finished, tmp_path / "again")
+    said_to_lie_in(again, finished)
+    path = again / "small" / "switch" / "seed-0" / "evaluate" / "rows.jsonl"
+    path.write_text(path.read_text().replace("Say hello:", "Say goodbye:"))
+    assert call(again, config_of(home)) == 2
+    assert "small switch seed 0 answered different prompts" in capfd.readouterr().err
+
+
+def said_to_lie_in(copy, original):
+    """Let the results of a copied comparison name its own folder, without the checksums that this breaks."""
+    for path in copy.rglob("result.json"):
+        result = json.loads(path.read_text().replace(str(original), str(copy)))
+        del result["checksums"]
+        path.write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize("damage", ["cut", "digit", "answers"])
+def test_a_run_whose_result_is_damaged_is_made_again(finished, home, tmp_path, damage):
+    """A cut result.json ended every later call in a traceback; a changed digit was a changed score."""
+    [task, *_] = plan(output_dir=finished, seeds=[0], **{name: config_of(home).get(name) for name in command.SECTIONS})
+    folder = tmp_path / "one"
+    shutil.copytree(task.folder, folder)
+    copied = dataclasses.replace(task, folder=folder)
+    assert copied.result() is not None
+    path = folder / ("evaluate/rows.jsonl" if damage == "answers" else "result.json")
+    text = path.read_text()
+    digit = re.sub(r'("rouge_l": \d*)\d', r"\g<1>5", text, count=1)
+    changed = {"cut": text[:-30], "digit": digit, "answers": text.replace('"index": 0', '"index": 1', 1)}[damage]
+    assert changed != text
+    path.write_text(changed)
+    assert copied.result() is None
+
+
 def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(in_process, finished, home, capfd, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(finished, again)
     for path in again.rglob("train.yaml"):
         path.write_text(path.read_text().replace(str(finished), str(again)))
-    for path in again.rglob("result.json"):
-        path.write_text(path.read_text().replace(str(finished), str(again)))
+    said_to_lie_in(again, finished)
     before = {path: path.stat().st_mtime_ns for path in again.rglob("result.json")}
     cut = again / "small" / "switch" / "seed-1"
     (cut / "result.json").unlink()
@@ -211,8 +270,7 @@ def test_runs_of_another_warm_start_are_not_taken_for_done(finished, home, capfd
     shorter = shutil.copytree(finished, tmp_path / "again")
     for path in shorter.rglob("warm-start"):
         shutil.rmtree(path)
-    for path in shorter.rglob("result.json"):
-        path.write_text(path.read_text().replace(str(finished), str(shorter)))
+    said_to_lie_in(shorter, finished)
     tasks = plan(output_dir=shorter, seeds=[0], **{name: config.get(name) for name in command.SECTIONS})
     with pytest.raises(UserError, match=r"max_steps=3 \(warm_start\), now it is 4"):
         [task.result() for task in tasks]
@@ -232,6 +290,11 @@ def test_words_that_yaml_reads_as_truth_values_reach_the_option(home):
         ({"runs": {"sft": {"top_k": 3}}}, "small sft, seed 0: top_k=3 does nothing"),
         ({"runs": {}}, "give `runs`"),
         ({"runs": {"a/b": None}}, "'a/b' is not a valid name of a run"),
+        ({"runs": {"a b": {"method": "sft"}, "a-b": {"method": "kd"}}}, "would share the folder 'a-b'; rename one"),
+        ({"train": {"seed": 3}}, "seed=3 in train does nothing"),
+        ({"runs": {"sft": {"output_dir": "x"}}}, "output_dir=x in run 'sft' does nothing"),
+        ({"runs": {"sft": {"method": None}}}, "method"),
+        ({"evaluate": {"model_name_or_path": "x"}}, "model_name_or_path=x in evaluate does nothing"),
         ({"runs": {"warm start": None}}, "a run may not be called 'warm start'"),
         ({"runs": [1]}, "runs must be a mapping"),
         ({"evaluate": {"sedes": 1}}, "unknown option --sedes"),

@@ -250,3 +250,17 @@ def test_the_published_files_go_through_unchanged(shared_dir: Path, tmp_path: Pa
         published = load_records(str(data / folder / "valid.jsonl"))["prompt"]
         prepared, _ = prepare(records, tiny_tokenizer, max_prompt_length=20_000)
         assert prepared["prompt"] == published
+
+
+def test_a_preparation_that_was_killed_is_begun_again_by_the_same_command(tmp_path: Path, run: Run) -> None:
+    """It was refused, because the folder held another run."""
+    rows = write_rows(tmp_path / "rows.jsonl", [record(number) for number in range(8)])
+    words = ("prepare", "--source", "custom", "--dataset_name", rows, "--output_dir", tmp_path / "data")
+    assert run(*words)[0] == 0
+    whole = (tmp_path / "data" / "train.jsonl").read_bytes()
+    (tmp_path / "data" / "prepared.json").unlink()  # written last
+    (tmp_path / "data" / "train.jsonl").write_bytes(whole[:20])
+    code, _, err = run(*words)
+    assert code == 0, err
+    assert (tmp_path / "data" / "train.jsonl").read_bytes() == whole
+    assert "holds another run" in run(*words)[2]

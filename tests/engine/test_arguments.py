@@ -185,3 +185,21 @@ def test_the_line_says_what_is_wrong(pair, over, message):
     with pytest.raises(UserError) as caught:
         written(pair, **over)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_any_id_may_stand_under_the_mask(draft_length):
+    """-100 worked with drafts and failed without."""
+    student, teacher = build_gpt2(seed=1), build_gpt2(seed=2)
+    ids = torch.tensor([[7, 7, 5], [1, 2, 3]])
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]], dtype=torch.bool)
+    found = [
+        roll_out(
+            *(student, teacher, torch.where(mask, ids, padding), mask),
+            policy=SwitchPolicy(initial_threshold=0.2),
+            max_new_tokens=6,
+            draft_length=draft_length,
+        ).completion_ids
+        for padding in (0, -100, 10**6)
+    ]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

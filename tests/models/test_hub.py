@@ -1,5 +1,8 @@
 """A hub that cannot be reached costs one short question, and one line."""
 
+import socket
+import subprocess
+import sys
 import time
 
 import datasets
@@ -96,3 +99,36 @@ def test_the_hub_is_asked_once_a_minute(no_hub, monkeypatch):
     monkeypatch.setattr(hub, "get_session", Session)
     assert [hub.problem() for _ in range(3)] == ["no route"] * 3
     assert asked in ([hub.PATIENCE], [hub.PATIENCE] * 2)  # two where a minute began in between
+
+
+# ---- no test reaches another machine
+
+TRIES = """
+import socket, urllib.request
+for call in (
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=0.1),
+    lambda: urllib.request.urlopen("http://example.com", timeout=0.1),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
+):
+    try:
+        call()
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "in another process"])
+def test_the_guard_sees_every_try_to_reach_another_machine(tmp_path, monkeypatch, capfd, where):
+    """It looks at the whole suite: nothing that switchkd does sends anything anywhere."""
+    monkeypatch.setenv("SWITCHKD_TRIED", str(tmp_path / "tried"))
+    if where == "here":
+        exec(TRIES, {})
+    else:
+        subprocess.run([sys.executable, "-c", TRIES], check=True, timeout=60)
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 3 and all("a test tried to reach" in line for line in said), said
+    assert len((tmp_path / "tried").read_text().splitlines()) == 3
+    with socket.socket() as server, socket.socket() as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        client.connect(server.getsockname())

@@ -128,7 +128,7 @@ def test_damaged_weight_files_are_one_line(tmp_path, damage, kind):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
     (folder / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]).write_bytes(damage(data))
-    error = refused(folder)
+    error = refused(folder, init_kwargs={"use_safetensors": None})
     assert "damaged" in error and "copy or download it again" in error
 
 
@@ -167,6 +167,69 @@ def test_commands_end_in_one_line_for_a_holed_model(holed, tmp_path, capsys, com
     assert error.startswith("switchkd: error: cannot load ") and "transformer.ln_f.weight" in error
 
 
+# ---- pickled weights
+
+
+def pickled(folder: Path, file: str = "model.safetensors", to: str = "pytorch_model.bin") -> Path:
+    torch.save(load_file(folder / file), folder / to)
+    (folder / file).unlink()
+    return folder
+
+
+def test_pickled_weights_are_refused_unless_asked_for(tmp_path):
+    model = build_llama(seed=3)
+    folder = pickled(saved(tmp_path / "m", model))
+    assert "has no weights in safetensors. Pickled ones (.bin, .pt) can run code" in refused(folder)
+    assert "set allow_pickled_weights if you trust their source" in refused(folder)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    assert torch.equal(load_model(str(folder), {"use_safetensors": None})(ids).logits, model(ids).logits)
+    (folder / "pytorch_model.bin").unlink()
+    assert "no file named model.safetensors" in refused(folder)  # nothing is there
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_commands_refuse_pickled_weights_and_take_them_when_told(models, tmp_path, run, role):
+    folder = pickled(Path(shutil.copytree(models / role, tmp_path / role)))
+    pair = {"student": models / "student", "teacher": models / "teacher", role: folder}
+    words = ["--model_name_or_path", pair["student"], "--teacher_model_name_or_path", pair["teacher"]]
+    short = ["--max_completion_length", 4]
+    calls = {
+        "rollout": ["--prompt", "a", "--output_dir", tmp_path / "rollout"],
+        "train": [
+            "--dataset_name",
+            models / "train.jsonl",
+            "--max_steps",
+            1,
+            "--use_cpu",
+            "--output_dir",
+            tmp_path / "run",
+        ],
+    }
+    for command, more in calls.items():
+        code, out, err = run(command, *words, *short, *more)
+        assert (code, out) == (2, "") and "no weights in safetensors" in err.splitlines()[-1]
+        code, _, err = run(command, *words, *short, *more, "--allow_pickled_weights")
+        assert code == 0, err
+
+
+class Planted:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_in_pickled_weights_is_never_run(tmp_path, allowed):
+    folder, trace = pickled(saved(tmp_path / "m", build_gpt2())), tmp_path / "was_run"
+    torch.save({"transformer.wte.weight": Planted(trace)}, folder / "pytorch_model.bin")
+    refused(folder, init_kwargs={"use_safetensors": None} if allowed else {})
+    assert not trace.exists()
+
+
 # ---- adapters
 
 
@@ -201,6 +264,14 @@ def test_an_adapter_beside_the_weights_of_its_base_gives_what_was_saved(adapter)
     assert torch.equal(load_model(str(adapter))(torch.arange(1, 9).unsqueeze(0)).logits, logits)
     rewritten(adapter, without("model.norm"))
     assert "model.norm.weight" in refused(adapter)
+
+
+def test_a_pickled_adapter_is_refused_unless_asked_for(adapter):
+    pickled(adapter, "adapter_model.safetensors", "adapter_model.bin")
+    message = refused(adapter)
+    assert "cannot load adapter" in message and "has no weights in safetensors" in message
+    logits = torch.load(adapter.parent / "logits.pt")
+    assert torch.equal(load_model(str(adapter), {"use_safetensors": None})(torch.arange(1, 9)[None]).logits, logits)
 
 
 @pytest.mark.parametrize(

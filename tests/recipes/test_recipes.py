@@ -158,9 +158,17 @@ def test_a_recipe_goes_on_where_it_was_and_skips_what_is_done(tmp_path: Path, ru
     assert "[1/3] dolly: done before" in err and "[2/3] sni: done before" in err
     stages = json.loads(out)["stages"]
     assert stages["teacher"]["steps"] == 2 and stages["dolly"]["splits"]["train"]["kept"] == 8
-    assert (tmp_path / "run" / "teacher" / "model.safetensors").exists()
+    weights = tmp_path / "run" / "teacher" / "model.safetensors"
+    before = weights.read_bytes()
     code, out, err = run(*call, "--set", *changes, f"teacher={tmp_path / 'xl'}")
     assert code == 0 and "[3/3] teacher: done before" in out
+    # Killed in a stage that had no whole checkpoint yet: it was refused; a cut result of a stage was a traceback.
+    (tmp_path / "run" / "stages" / "teacher.json").write_text('{"ste')
+    for path in [*(tmp_path / "run" / "teacher").glob("checkpoint-*/manifest.json"), weights]:
+        path.unlink()
+    (tmp_path / "run" / "teacher" / "summary.json").unlink()
+    code, out, err = run(*call, "--set", *changes, f"teacher={tmp_path / 'xl'}")
+    assert code == 0 and weights.read_bytes() == before, err
     code, out, err = run(*call, "--set", *changes, f"teacher={tmp_path / 'xl'}", "teacher.learning_rate=1")
     assert code == 2 and "stage teacher was run with learning_rate=5e-05, now it is 1" in err
 

@@ -161,13 +161,47 @@ def test_from_python_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_fo
         assert torch.equal(one, two)
 
 
-def test_a_damaged_line_of_the_log_is_named(finished, models, tmp_path, run):
+@pytest.mark.parametrize("damage", ["a line", "a digit", "a missing line"])
+def test_a_damaged_log_is_written_again_from_the_checkpoint(finished, models, tmp_path, run, damage):
+    """A changed digit of an earlier row stayed."""
     folder = copied(finished, tmp_path)
     cut_to(folder, 2)
-    text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text("{broken\n" + text)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    changed = {"a line": "{broken\n", "a digit": lines[0].replace('"step": 2', '"step": 1'), "a missing line": ""}
+    (folder / "metrics.jsonl").write_text("".join([changed[damage], *lines[1:]]))
+    code, _, err = run(*options(models, folder, "--logging_steps", 2), "--resume_from_checkpoint", "true")
+    assert code == 0, err
+    assert rows(folder) == rows(finished)
+
+
+def test_a_damaged_line_of_the_completions_is_named(finished, models, tmp_path, run):
+    folder = copied(finished, tmp_path)
+    cut_to(folder, 2)
+    text = (folder / "completions.jsonl").read_text()
+    (folder / "completions.jsonl").write_text("{broken\n" + text)
     error = run(*options(models, folder, "--logging_steps", 2), "--resume_from_checkpoint", "true")[2]
-    assert "metrics.jsonl, line 1 is damaged; remove that line to go on" in error and "Traceback" not in error
+    assert "completions.jsonl, line 1 is damaged; remove that line to go on" in error and "Traceback" not in error
+
+
+def test_the_same_command_begins_a_run_again_that_was_killed_before_its_first_checkpoint(
+    finished, models, tmp_path, run
+):
+    """It was refused: the folder holds another run."""
+    folder = copied(finished, tmp_path)
+    cut_to(folder, 0)
+    words = [*options(models, folder, "--logging_steps", 2), "--resume_from_checkpoint", "auto"]
+    (folder / "config.yaml.part").write_text("# W")
+    code, _, err = run(*words)
+    assert code == 0, err
+    assert rows(folder) == rows(finished)
+    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    cut_to(folder, 0)
+    assert "the saved run has seed=42, this one 43" in run(*words, "--seed", 43)[2]
+    assert "holds another run" in run(*words[:-2])[2]
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "_switchkd.lock":
+            path.unlink()
+    assert run(*words)[0] == 0  # killed before it wrote anything but its lock
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

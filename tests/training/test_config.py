@@ -254,7 +254,7 @@ EFFECTS = {
 # Options whose effect needs more than two values is shown in test_step.py; those of a GPU are refused without one
 # and run with one there. What is loaded is shown in test_loading_options.py.
 ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden", "offload_rollout_copy"}
-ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "tokenizer_kwargs"}
+ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "allow_pickled_weights", "tokenizer_kwargs"}
 ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
 ELSEWHERE |= {"allow_other_inputs", "max_skipped_steps"}  # test_checkpoints.py, test_skipping.py
 ELSEWHERE |= {"rollout_engine", "vllm_python", "vllm_tensor_parallel_size"}  # test_vllm_engine.py, as the next

@@ -281,6 +281,22 @@ def test_seqkd_takes_up_a_file_that_was_cut_off_and_refuses_one_of_another_teach
     again = make_trainer(build_gpt2(), build_gpt2(seed=1), **options)
     again.train()
     assert again.teacher_passes == 0
+    # A changed answer was trained on, a line taken out gave all later prompts another answer: both in silence.
+    lines = whole.splitlines(keepends=True)
+    changed = [lines[0], lines[1].replace('"completion_ids": [', '"completion_ids": [1, '), *lines[2:]]
+    for damaged, message in (
+        (changed, "line 2 is damaged; remove that file, or all of it from that line on"),
+        (lines[1:], "line 1 does not answer prompt 1 of the data"),
+    ):
+        path.write_text("".join(damaged), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            make_trainer(build_gpt2(), build_gpt2(seed=1), **options).train()
+    path.write_text(whole, encoding="utf-8")
+    description = path.with_suffix(".json").read_text(encoding="utf-8")
+    path.with_suffix(".json").write_text(description[:30], encoding="utf-8")
+    with pytest.raises(UserError, match=r"no text\.json beside it that says who wrote it, or a damaged one"):
+        make_trainer(build_gpt2(), build_gpt2(seed=1), **options).train()
+    path.with_suffix(".json").write_text(description, encoding="utf-8")
     with pytest.raises(UserError, match="was made with teacher"):
         make_trainer(build_gpt2(), build_gpt2(seed=2), **options).train()
     with pytest.raises(UserError, match=r"was made with temperature 1\.0, this run has 0.5"):

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -127,7 +127,7 @@ class RunFolder:
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"output_dir {self.path} cannot be written: {parent} is not a folder you can write to")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or not any(map(_counts, self.path.iterdir())):
             return
         if not self.holds_run():
             raise UserError(
@@ -206,12 +206,30 @@ class RunFolder:
             with whole(self.path / name) as file:
                 file.write(text + "\n")
 
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSON Lines file, whole or not at all."""
+        if self.writes:
+            with whole(self.path / name) as file:
+                file.writelines(_line(row) for row in rows)
+
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSON Lines file."""
         if self.writes:
             with (self.path / name).open("a", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+                file.writelines(_line(row) for row in rows)
+
+    def write_again(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put a JSON Lines file that exists into a known state; a line that says the same stays as it is."""
+        path = self.path / name
+        if not self.writes or not path.exists():
+            return
+        there = {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                there[json.dumps(json.loads(line), sort_keys=True)] = line
+        with whole(path) as file:
+            for row in rows:
+                file.write(there.get(json.dumps(plain(row), sort_keys=True), _line(row).rstrip("\n")) + "\n")
 
     def forget_after(self, name: str, step: int) -> None:
         """Take the rows of later steps out of a JSON Lines file: a resumed run writes them again.
@@ -282,6 +300,15 @@ def is_main_process() -> bool:
 def json_line(value: Any) -> str:
     """Return one compact line of JSON that any terminal and any parser can read; nan becomes null."""
     return json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file is more than what a command leaves that was killed before it wrote anything."""
+    return path.name != LOCK and path.suffix != ".part"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _free_folder(command: str) -> Path:

@@ -26,6 +26,9 @@ def add_pair_options(group: Any, *, student: str = "student: folder or hub id", 
     group.add_argument(
         "--trust_remote_code", **flag("run code that comes with a model or tokenizer; only for sources you trust")
     )
+    group.add_argument(
+        "--allow_pickled_weights", **flag("read weights that are not in safetensors; only from sources you trust")
+    )
 
 
 def add_sampling_options(group: Any, *, max_completion_length: int, batch_size: int, at_once: str) -> None:
@@ -93,6 +96,8 @@ def read_model(options: argparse.Namespace, role: str = "student") -> Any:
         "attn_implementation": options.attn_implementation,
     }
     given = {name: value for name, value in kwargs.items() if value is not None}
+    if options.allow_pickled_weights:
+        given["use_safetensors"] = None
     return load_model(getattr(options, f"{prefix}model_name_or_path"), given, role=role).to(default_device())
 
 

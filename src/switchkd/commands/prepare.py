@@ -51,10 +51,11 @@ def parser() -> OptionParser:
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Prepare the source, print and write what was done to it, and return that."""
     check(options)
-    folder = RunFolder(options.output_dir, "prepare")
-    folder.check(overwrite=options.overwrite_output_dir)
+    from switchkd.data.protocol import PREPARED, prepare_source, summary_lines
 
-    from switchkd.data.protocol import prepare_source, summary_lines
+    folder = RunFolder(options.output_dir, "prepare")
+    stopped = folder.holds_run("switchkd prepare") and not (folder.path / PREPARED).is_file()
+    folder.check(overwrite=options.overwrite_output_dir or stopped)
 
     quiet_libraries(options.verbose)
     given = {split: getattr(options, f"{split}_size") for split in ("validation", "test")}

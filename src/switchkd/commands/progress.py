@@ -58,8 +58,11 @@ class RunCallback(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar; take back what an interrupted run logged after the checkpoint."""
-        for name in ("metrics.jsonl", "completions.jsonl", SKIPPED_FILE):
+        for name in ("completions.jsonl", SKIPPED_FILE):
             self.folder.forget_after(name, state.global_step)
+        # As the checkpoint has them: whatever happened to the file since, it has the rows of the whole run.
+        logged = [{"step": row["step"], **row} for row in state.log_history]
+        self.folder.write_again("metrics.jsonl", logged)
         if self.show_bar:
             super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 

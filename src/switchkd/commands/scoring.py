@@ -10,6 +10,7 @@ from typing import Any
 from switchkd.cli.console import Console
 from switchkd.cli.options import is_terminal
 from switchkd.cli.run_folder import NOT_KEPT, RunFolder, plain, read_config
+from switchkd.cli.sealed import append_sealed, read_sealed
 from switchkd.commands.data import prepare_data
 from switchkd.commands.pair import read_excluded_ids, read_model, read_tokenizer
 from switchkd.commands.score_tables import score_tables
@@ -17,8 +18,10 @@ from switchkd.data.prepared import prepared_facts
 from switchkd.data.protocol import PREPARED
 from switchkd.errors import UserError
 from switchkd.evaluation import evaluate, reference_losses, sequence_divergences
+from switchkd.evaluation.answers import check_answerable
 from switchkd.evaluation.losses import samples_the_model
 from switchkd.evaluation.scorers import load_scorer
+from switchkd.training.inputs import of_weights
 
 #: The answers so far, a line each; the last thing an evaluation does is to replace it by rows.jsonl.
 ANSWERS = "answers.jsonl"
@@ -68,30 +71,48 @@ class Scoring:
                 summary: dict[str, Any] = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
                 self.console.say(f"finished before\n\n{score_tables(summary, self.console)}")
                 return summary
+        scorer = load_scorer(options.scorer) if options.scorer is not None else None
         data, report = self._prepared(options)
         self.console.say(f"data: {report}")
         digest = hashlib.sha256(json.dumps(list(data["prompt_ids"])).encode()).hexdigest()
-        written = _read_answers(folder, digest, self.seeds) if resumes else {}
+        header, written, found = _read_answers(folder, digest, self.seeds) if resumes else (None, {}, {})
         if written:
             self.console.say(f"{len(written):,} of {len(data) * len(self.seeds):,} answers are there already")
+        model, teacher, excluded_ids = self._read_models()
+        models = {role: of_weights(one) for role, one in (("model", model), ("teacher", teacher)) if one is not None}
+        if header is not None and header.get("models", models) != models:
+            raise UserError(
+                f"resume: the answers in {folder.path} were written with other weights of the same names; give another "
+                "output_dir"
+            )
+        lengths = (options.max_completion_length, options.batch_size, options.no_repeat_ngram_size)
+        check_answerable(model, data, self.seeds, *lengths)  # before anything is computed or written
         claimed = resumes
+
+        def write(rows: list[dict[str, Any]]) -> None:
+            if folder.writes:
+                append_sealed(folder.path / ANSWERS, rows)
 
         def claim() -> None:
             nonlocal claimed
             if not claimed:
                 folder.claim(config)
             if not (folder.path / ANSWERS).exists():
-                folder.append(ANSWERS, [{"prompts": digest}])
+                write([{"prompts": digest, "models": models}])
             claimed = True
 
         def keep(seed: int, answers: Mapping[int, list[int]]) -> None:
             claim()
-            folder.append(ANSWERS, [{"seed": seed, "index": index, "ids": ids} for index, ids in answers.items()])
+            write([{"seed": seed, "index": index, "ids": ids} for index, ids in answers.items()])
 
-        model, teacher, excluded_ids = self._read_models()
+        def keep_pass(name: str, rows: Mapping[int, Any]) -> None:
+            claim()
+            write([{"pass": name, "index": index, "values": values} for index, values in rows.items()])
+
         started, progress = time.perf_counter(), is_terminal(self.console.stream)
         shared: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
-        losses = reference_losses(model, self.tokenizer, data, teacher=teacher, excluded_ids=excluded_ids, **shared)
+        passes: dict[str, Any] = {**shared, "excluded_ids": excluded_ids, "found": found, "keep": keep_pass}
+        losses = reference_losses(model, self.tokenizer, data, teacher=teacher, **passes)
         result = evaluate(
             model,
             self.tokenizer,
@@ -102,7 +123,7 @@ class Scoring:
             top_k=options.top_k,
             top_p=options.top_p,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
-            scorer=load_scorer(options.scorer) if options.scorer is not None else None,
+            scorer=scorer,
             written=written,
             keep=keep,
             **shared,
@@ -123,8 +144,7 @@ class Scoring:
                 [(row["index"], ids) for row, ids in zip(result.rows, result.completion_ids, strict=True)],
                 max_completion_length=options.max_completion_length,
                 seed=self.seeds[0],
-                excluded_ids=excluded_ids,
-                **shared,
+                **passes,
             )
             for row, value in zip(result.rows, divergences["reverse_sequence_kl"].pop("of_answers"), strict=True):
                 row["reverse_sequence_kl"] = value
@@ -135,13 +155,15 @@ class Scoring:
         summary["seconds"] = time.perf_counter() - started  # the passes over references and answers as well
         self.console.say("\n" + score_tables(summary, self.console))
         facts = prepared_facts([options.dataset_name])
-        folder.claim(config)
+        claim()
         if facts:
             folder.write_json(PREPARED, facts)
-        folder.append("rows.jsonl", result.rows)
+        folder.write_rows("rows.jsonl", result.rows)
         scores = zip(self.seeds, result.scores, strict=True)
-        folder.append("metrics.jsonl", [{"seed": seed, "rouge_l": score} for seed, score in scores])
+        folder.write_rows("metrics.jsonl", [{"seed": seed, "rouge_l": score} for seed, score in scores])
         folder.write_json("summary.json", summary)
+        if folder.writes:
+            (folder.path / ANSWERS).unlink(missing_ok=True)
         return summary
 
     def _prepared(self, options: argparse.Namespace) -> Any:
@@ -176,15 +198,17 @@ def _check_same(folder: RunFolder, config: Mapping[str, Any]) -> None:
             )
 
 
-def _read_answers(folder: RunFolder, digest: str, seeds: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """(seed, index) -> tokens of the answers that a stopped evaluation left."""
-    path = folder.path / ANSWERS
-    if not path.is_file():
-        return {}
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:  # the line at which it was stopped
-        path.write_bytes(b"\n".join(lines[:-1]) + b"\n")
-    rows = [json.loads(line) for line in lines[:-1]]
-    if not rows or rows[0].get("prompts") != digest:
+def _read_answers(
+    folder: RunFolder, digest: str, seeds: Sequence[int]
+) -> tuple[dict[str, Any] | None, dict[tuple[int, int], list[int]], dict[str, dict[int, Any]]]:
+    """What a stopped evaluation left: what it was of, (seed, index) -> tokens of answers, pass -> row -> values."""
+    rows = read_sealed(folder.path / ANSWERS, "resume")
+    if not rows:
+        return None, {}, {}
+    if rows[0].get("prompts") != digest:
         raise UserError(f"resume: the answers in {folder.path} are to other prompts; give another output_dir")
-    return {(row["seed"], row["index"]): row["ids"] for row in rows[1:] if row["seed"] in seeds}
+    found: dict[str, dict[int, Any]] = {}
+    for row in rows:
+        if "pass" in row:
+            found.setdefault(row["pass"], {})[row["index"]] = row["values"]
+    return rows[0], {(row["seed"], row["index"]): row["ids"] for row in rows if row.get("seed") in seeds}, found

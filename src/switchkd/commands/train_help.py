@@ -12,8 +12,15 @@ TASKS: dict[str, tuple[str, ...]] = {
     "models": (
         *("model_name_or_path", "teacher_model_name_or_path", "tokenizer_name_or_path"),
         *("student_config", "student_layers", "dtype", "attn_implementation", "model_revision"),
-        *("teacher_model_revision", "trust_remote_code", "model_init_kwargs", "teacher_model_init_kwargs"),
-        *("tokenizer_kwargs", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+        *("teacher_model_revision", "trust_remote_code", "allow_pickled_weights", "model_init_kwargs"),
+        *(
+            "teacher_model_init_kwargs",
+            "tokenizer_kwargs",
+            "load_in_4bit",
+            "load_in_8bit",
+            "bnb_4bit_quant_type",
+            "use_bnb_nested_quant",
+        ),
     ),
     "data": (
         *("dataset_name", "dataset_mixture", "dataset_config", "dataset_streaming", "dataset_train_split"),
@@ -50,7 +57,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     ),
     "saving and logging": (
         *("output_dir", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"),
-        "allow_other_inputs",
+        *("allow_other_inputs", "max_skipped_steps"),
         *("hub_model_id", "logging_steps", "report_to", "run_name", "log_completions", "num_completions_to_log"),
         "log_top_tokens",
     ),

@@ -15,6 +15,7 @@ from switchkd.errors import UserError
 from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.training.config import SwitchConfig
 from switchkd.training.resolve import resolve
+from switchkd.training.setup import trusted
 
 
 def set_init_kwargs(args: RunArguments, config: SwitchConfig) -> None:
@@ -53,7 +54,8 @@ def make_student(args: RunArguments, config: SwitchConfig, source: str | None, t
         overrides = json_object("student_config", args.student_config)
         return student_from_config(overrides, base=source, tokenizer=tokenizer, seed=config.seed, init_kwargs=kwargs)
     if args.student_layers is not None:
-        return student_from_layers(str(source), integers(args.student_layers, "student_layers") or [], kwargs)
+        layers = integers(args.student_layers, "student_layers") or []
+        return student_from_layers(str(source), layers, {**trusted(config), **(kwargs or {})})
     return str(args.model_name_or_path)
 
 

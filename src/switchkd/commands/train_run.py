@@ -65,8 +65,11 @@ def _train(
         raise UserError("resume_from_checkpoint and overwrite_output_dir exclude each other; remove one")
     # A run is resumed in its own folder, or from a checkpoint elsewhere in a new one.
     resumes = checkpoint is not None and Path(checkpoint).resolve().parent == folder.path.resolve()
+    wanted = str(config.resume_from_checkpoint or "").lower()
+    # A run that was stopped before its first checkpoint: the same command begins it again.
+    again = checkpoint is None and wanted == "auto" and folder.holds_run("switchkd train") and not _is_done(folder)
     if not resumes:
-        folder.check(overwrite=options.overwrite_output_dir)
+        folder.check(overwrite=options.overwrite_output_dir or again)
         _keep_models(run_args, config, folder)
 
     quiet_libraries(options.verbose)
@@ -79,8 +82,8 @@ def _train(
     if checkpoint is None:
         trainer.find_threshold()
     resolved = {**_resolved(run_args, trainer), "push_to_hub": pushes}
-    if checkpoint is not None:
-        _check_same_run(resolved, checkpoint)
+    if checkpoint is not None or again:
+        _check_same_run(resolved, folder.path if checkpoint is None else Path(checkpoint).resolve().parent)
     facts = prepared_facts(_data_names(run_args))
     folder.claim(resolved, keep=resumes)
     before = 0.0 if checkpoint is not None else time.perf_counter() - started
@@ -240,7 +243,7 @@ def _checkpoint(wanted: str | None, folder: RunFolder, console: Console) -> str 
 def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     """Every option with its final value, the method's defaults included; `--config` reads it again."""
     config = trainer.args
-    values = config.to_dict()  # type: ignore[no-untyped-call]
+    values = config.to_dict()
     values |= written_out(trainer.plan)
     if trainer.calibration is not None:
         values["initial_threshold"] = trainer.calibration.initial_threshold
@@ -248,9 +251,13 @@ def _resolved(args: RunArguments, trainer: SwitchTrainer) -> dict[str, Any]:
     return {**dataclasses.asdict(args), **own, **values}
 
 
-def _check_same_run(resolved: dict[str, Any], checkpoint: str) -> None:
-    """Refuse to resume with options that make it another run."""
-    saved = read_config(Path(checkpoint).resolve().parent)
+def _is_done(folder: RunFolder) -> bool:
+    return (folder.path / "summary.json").is_file()
+
+
+def _check_same_run(resolved: dict[str, Any], before: Path) -> None:
+    """Refuse to resume with options that make it another run than that of the folder."""
+    saved = read_config(before)
     for name, value in (saved or {}).items():
         if name == "initial_threshold" and resolved.get(name) is None and resolved.get("target_teacher_share"):
             resolved[name] = value  # found before the first step; where it stands now is in the checkpoint

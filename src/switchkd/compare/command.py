@@ -261,6 +261,22 @@ def _line(result: Mapping[str, Any], measure: str) -> str:
     return f"{result['train']['steps']} steps, {scores}{teacher}, {result['seconds']:.0f} s"
 
 
+def _check_same_prompts(test_set: str, rows: Mapping[tuple[str, str, int], Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse to compare answers to different prompts: a test set may have changed since some of them were written.
+
+    Raises:
+        UserError: Names two runs.
+    """
+    (first, one), *others = rows.items()
+    for key, other in others:
+        if {(row["index"], row["prompt"]) for row in other} != {(row["index"], row["prompt"]) for row in one}:
+            names = " and ".join(" ".join(filter(None, (name[0], name[1], f"seed {name[2]}"))) for name in (first, key))
+            raise UserError(
+                f"{names} answered different prompts: {test_set!r} has changed between the two; remove the folders of "
+                "the older runs, or give another output_dir"
+            )
+
+
 def _mean_score(scored: Mapping[str, Any], measure: str) -> float:
     if measure in TEACHER_MEASURES:
         return float(scored["sequence_divergences"][measure]["per_sequence"])
@@ -302,6 +318,7 @@ def _report(
     comparisons = {}
     for name in tasks[0].evaluate:
         rows = {(task.student, task.label, task.seed): task.rows(name) for task, _ in finished}
+        _check_same_prompts(name, rows)
         results = [{**one, "evaluate": one["evaluate"][name]} for one in found]
         comparisons[name] = Comparison(results, rows, measure, axes)
     against, pairs = compared

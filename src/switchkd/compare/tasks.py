@@ -1,6 +1,7 @@
 """One run of a comparison: its folder, what it wrote, and how it is executed in a separate process."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
@@ -83,9 +84,9 @@ class Task:
         Raises:
             UserError: It was made with other options.
         """
-        if not self.is_finished:
+        found = self._read_result()
+        if found is None:
             return None
-        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         for part in {**self.options, **found["options"]}:
             options, before = self.options.get(part, {}), found["options"].get(part, {})
             for name in sorted({*options, *before}):
@@ -95,6 +96,23 @@ class Task:
                         f"{options.get(name)!r}; give another output_dir, or remove {self.folder} to run it again"
                     )
         return {**found, "cell": dict(self.cell)}
+
+    def _read_result(self) -> dict[str, Any] | None:
+        """What stands in result.json; None where that or the answers are damaged: such a run is made again."""
+        try:
+            found: dict[str, Any] = dict(json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
+            given = found.pop("checksums", None)
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if given is None or given == self.checksums(found) else None
+
+    def checksums(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Return what tells that a result and the answers it is of are as they were written."""
+        found = {"result": json.dumps(plain(result), sort_keys=True).encode("utf-8")}
+        for name in self.evaluate:
+            path = self.folder / scoring_folder(name) / "rows.jsonl"
+            found[f"answers of {name}"] = path.read_bytes() if path.is_file() else b""
+        return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
 
 def trim(task: Task) -> None:
@@ -155,8 +173,9 @@ def execute(task: Task, threads: int | None) -> dict[str, Any]:
         "evaluate": scored,
         "seconds": time.perf_counter() - started,
     }
+    written = {**plain(result), "checksums": task.checksums(result)}
     with whole(task.folder / "result.json") as part:
-        part.write(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
+        part.write(json.dumps(written, indent=1, allow_nan=False) + "\n")
     return result
 
 
@@ -166,13 +185,19 @@ def _command(name: str, folder: Path, values: Mapping[str, Any]) -> dict[str, An
 
     config = folder.parent / f"{folder.name}.yaml"
     text = yaml.safe_dump(plain({**values, "output_dir": str(folder)}), sort_keys=False)
-    same = config.exists() and config.read_text(encoding="utf-8") == text
-    config.write_text(text, encoding="utf-8")
+    same = config.exists() and config.read_bytes() == text.encode("utf-8")
+    with whole(config) as part:
+        part.write(text)
     module = import_module(f"switchkd.commands.{name}")
     flags = ["--config", str(config)]
+    result: dict[str, Any]
     if name == "train" and same and any(folder.glob("checkpoint-*")):
-        flags += ["--resume_from_checkpoint", "auto"]
-    elif folder.exists():
+        try:
+            result = module.run(module.parser().resolve([*flags, "--resume_from_checkpoint", "auto"]), Console())
+            return result
+        except UserError as error:
+            print(f"cannot go on from what is there, begins again: {error}")
+    if folder.exists():
         shutil.rmtree(folder)  # what a run that did not end left behind: a comparison owns the folders of its runs
-    result: dict[str, Any] = module.run(module.parser().resolve(flags), Console())
+    result = module.run(module.parser().resolve(flags), Console())
     return result

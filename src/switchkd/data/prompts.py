@@ -59,6 +59,10 @@ class PrepareReport:
         )
 
 
+#: No token has more characters: a text of more than so many times the limit exceeds it, and is not encoded to see that.
+LONGEST_TOKEN = 1000
+
+
 def prepare(
     records: Dataset,
     tokenizer: Any,
@@ -127,9 +131,11 @@ def prepare(
         values = chosen.rows(batch)
         places = [f"row {row + i}" for i in range(1, len(values) + 1)]
         examples = [reader.read(value, where) for value, where in zip(values, places, strict=True)]
-        prompt_ids = reader.prompt_ids(examples, places)
-        lengths += map(len, prompt_ids)
-        fits = [i for i, ids in enumerate(prompt_ids) if len(ids) <= max_prompt_length]
+        short = [i for i, one in enumerate(examples) if len(one.prompt.text) <= LONGEST_TOKEN * max_prompt_length]
+        read = reader.prompt_ids([examples[i] for i in short], [places[i] for i in short]) if short else []
+        prompt_ids = dict(zip(short, read, strict=True))
+        lengths += [len(prompt_ids[i]) if i in prompt_ids else max_prompt_length + 1 for i in range(len(examples))]
+        fits = [i for i, ids in prompt_ids.items() if len(ids) <= max_prompt_length]
         kept, kept_ids = [examples[i] for i in fits], [prompt_ids[i] for i in fits]
         completions = reader.completion_ids(kept, kept_ids)
         cut += sum(len(ids) > max_completion_length for ids in completions)

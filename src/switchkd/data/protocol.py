@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from switchkd.cli.run_folder import whole
 from switchkd.data.raw_records import Placed, Record, prompt_key, read_source, response_words
 from switchkd.errors import UserError, check_choice
 from switchkd.sources import RULES, SOURCES, SPLITS, Source
@@ -39,9 +40,10 @@ class PreparedSource:
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         for split, records in self.splits.items():
-            (folder / f"{split}.jsonl").write_bytes(_lines(records))
-        text = json.dumps(self.facts, indent=2, ensure_ascii=False)
-        (folder / PREPARED).write_text(f"{text}\n", encoding="utf-8")
+            with whole(folder / f"{split}.jsonl") as file:
+                file.write(_lines(records).decode("utf-8"))
+        with whole(folder / PREPARED) as file:  # last: it says that the others are there
+            file.write(json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def prepare_source(

@@ -146,7 +146,7 @@ def evaluate(
         UserError: A row has no reference, the longest prompt and `max_completion_length` exceed the model's context,
             no end-of-sequence token is known, or a setting is out of range.
     """
-    _check(model, dataset, decoding_seeds, max_completion_length, batch_size, no_repeat_ngram_size)
+    check_answerable(model, dataset, decoding_seeds, max_completion_length, batch_size, no_repeat_ngram_size)
     check_warping(temperature, top_k, top_p)
     unseen = unseen_by_rouge(dataset["references"])
     if unseen > len(dataset) / 10:
@@ -357,9 +357,22 @@ def _score(
     )
 
 
-def _check(
+def check_answerable(
     model: nn.Module, dataset: Dataset, seeds: Sequence[int], max_completion_length: int, batch_size: int, ngram: int
 ) -> None:
+    """Refuse what `evaluate` cannot answer or score.
+
+    Args:
+        model: As `evaluate` takes it.
+        dataset: Likewise.
+        seeds: `decoding_seeds`.
+        max_completion_length: Likewise, tokens.
+        batch_size: Likewise.
+        ngram: `no_repeat_ngram_size`.
+
+    Raises:
+        UserError: Names the option or the row.
+    """
     check_prepared(dataset)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"decoding_seeds must be one or more different integers, got {list(seeds)}")

@@ -1,6 +1,6 @@
 """Two models on the same text: losses on the references, and how far a model is from its teacher as a writer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,10 @@ from switchkd.policies import StudentPolicy
 
 #: Name -> sums of a loss over the tokens of each row and range of positions, `[rows, ranges]`, nats.
 Sums = dict[str, np.ndarray]
+#: What a pass has found, to be given to a later call that goes on: name of the pass -> number of the row -> values.
+Found = Mapping[str, Mapping[int, Any]]
+#: Called with the name of a pass and the values of its next rows.
+Keep = Callable[[str, Mapping[int, Any]], None]
 
 
 def reference_losses(
@@ -33,6 +37,8 @@ def reference_losses(
     batch_size: int = 8,
     excluded_ids: Sequence[int] = (),
     progress: bool = False,
+    found: Found | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Return losses on the reference completions, means over their tokens, the end of sequence included, in nats.
 
@@ -44,6 +50,8 @@ def reference_losses(
         batch_size: Rows read at once; affects only speed.
         excluded_ids: Left out of the comparison, see `switchkd.models.vocabulary.check_tokenizers`.
         progress: Whether to show a progress bar on standard error.
+        found: What an earlier call with the same models, data and settings has handed to `keep`: not computed again.
+        keep: Called with what was found of each batch as soon as it is there, as JSON has it.
 
     Returns:
         `cross_entropy`, `tokens` (their number), and with a teacher `forward_kl` = KL(teacher, student) and
@@ -61,7 +69,8 @@ def reference_losses(
     compared = {} if teacher is None else {"forward_kl": "forward_kl", "jsd": "generalized_jsd"}
     pad = readable_pad_id(tokenizer.pad_token_id, require_eos(tokenizer, model), model, teacher)
     options: dict[str, Any] = {"pad": pad, "batch_size": batch_size, "excluded_ids": excluded_ids}
-    sums, counts = _read(model, teacher, rows, compared, **options, title="references" if progress else None)
+    part = _Part("references", found, keep, shown=progress)
+    sums, counts = _read(model, teacher, rows, compared, **options, part=part)
     kinds = np.array([length_bucket(len(ids)) for ids in reference_ids(tokenizer, dataset)])
     result = _means(sums, counts)
     result["by_length"] = {
@@ -84,6 +93,8 @@ def sequence_divergences(
     batch_size: int = 8,
     excluded_ids: Sequence[int] = (),
     progress: bool = False,
+    found: Found | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Return how far a model is from its teacher as a writer, on the model's own text and on the teacher's, in nats.
 
@@ -110,6 +121,8 @@ def sequence_divergences(
         excluded_ids: Left out of the comparison, see `switchkd.models.vocabulary.check_tokenizers`. A text is read up
             to its first token that only one of the models knows.
         progress: Whether to show progress bars on standard error.
+        found: As `reference_losses` takes it.
+        keep: Likewise.
 
     Returns:
         `reverse_sequence_kl`, `forward_sequence_kl`, `teacher_cross_entropy` (mean of -ln teacher on the model's text):
@@ -127,18 +140,19 @@ def sequence_divergences(
     known = min(model_vocabulary_size(model), model_vocabulary_size(teacher))
     unknown = frozenset(excluded_ids)
 
-    def read(texts: Sequence[tuple[int, Sequence[int]]], divergence: str) -> tuple[Sums, np.ndarray]:
+    def read(texts: Sequence[tuple[int, Sequence[int]]], divergence: str, name: str) -> tuple[Sums, np.ndarray]:
         rows = [{**data[index], "completion_ids": known_part(ids, known, unknown)} for index, ids in texts]
         compared = {divergence: divergence, "teacher_cross_entropy": CROSS_ENTROPY}
         options: dict[str, Any] = {"pad": pad, "batch_size": batch_size, "excluded_ids": excluded_ids}
-        return _read(model, teacher, rows, compared, **options, title="divergences" if progress else None)
+        return _read(model, teacher, rows, compared, **options, part=_Part(name, found, keep, shown=progress))
 
     def divergence(values: np.ndarray, counts: np.ndarray, texts: Sequence[tuple[int, Sequence[int]]]) -> Any:
         return _divergence(_by_prompt(values, texts), _by_prompt(counts, texts), texts)
 
-    of_model, own_counts = read(answers, "reverse_kl")
-    teacher_texts = _teacher_texts(teacher, data, eos, pad, max_completion_length, seed, batch_size)
-    of_teacher, teacher_counts = read(teacher_texts, "forward_kl")
+    of_model, own_counts = read(answers, "reverse_kl", "divergences of answers")
+    part = _Part("teacher texts", found, keep, shown=False)
+    teacher_texts = _teacher_texts(teacher, data, eos, pad, max_completion_length, seed, batch_size, part)
+    of_teacher, teacher_counts = read(teacher_texts, "forward_kl", "divergences of teacher texts")
     return {
         "reverse_sequence_kl": {
             **divergence(of_model["reverse_kl"], own_counts, answers),
@@ -183,6 +197,28 @@ def _ids(dataset: Dataset) -> list[dict[str, list[int]]]:
     return list(dataset.select_columns(names))
 
 
+class _Part:
+    """A pass over rows that may have been made in part before."""
+
+    def __init__(self, name: str, found: Found | None, keep: Keep | None, *, shown: bool) -> None:
+        self.name, self.shown, self._keep = name, shown, keep
+        self.found: dict[int, Any] = dict((found or {}).get(name, {}))
+
+    def batches(self, order: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """The batches of which a row is not there yet, whole: what a row gives may depend on its batch by rounding."""
+        batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+        with tqdm(total=len(order), desc=self.name, unit="row", disable=not self.shown, leave=False) as bar:
+            for batch in batches:
+                if not all(row in self.found for row in batch):
+                    yield batch
+                bar.update(len(batch))
+
+    def keep(self, rows: Mapping[int, Any]) -> None:
+        self.found.update(rows)
+        if self._keep is not None:
+            self._keep(self.name, rows)
+
+
 @torch.no_grad()
 def _read(
     model: nn.Module,
@@ -193,7 +229,7 @@ def _read(
     pad: int,
     batch_size: int,
     excluded_ids: Sequence[int],
-    title: str | None = None,
+    part: _Part,
 ) -> tuple[Sums, np.ndarray]:
     """Return the sums of losses over the completions of rows, and the tokens counted, both `[rows, ranges]`.
 
@@ -205,7 +241,7 @@ def _read(
         pad: Any id the models can read.
         batch_size: Rows read at once.
         excluded_ids: Left out of the divergences.
-        title: Of a progress bar on standard error; None for no bar.
+        part: What was found before, and where what is found now goes.
     """
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
     readers = (("model", model), ("teacher", teacher))
@@ -218,24 +254,21 @@ def _read(
             )
     order = sorted(range(len(rows)), key=lambda index: -lengths[index])
     names = ["cross_entropy", *compared]
-    sums = {name: np.zeros((len(rows), len(POSITION_STARTS))) for name in names}
-    counts = np.zeros((len(rows), len(POSITION_STARTS)))
     with eval_mode(model, teacher):
         for role, reader in readers:
             require_readable(reader, role, padded=batch_size > 1)
-        bar = tqdm(total=len(order), desc=title, unit="row", disable=title is None, leave=False)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in part.batches(order, batch_size):
             losses, mask = _batch_losses(model, teacher, [rows[i] for i in batch], compared, pad, tuple(excluded_ids))
             # Tokens without supervision have a loss of 0.
             ranges = np.searchsorted(POSITION_STARTS, np.arange(mask.shape[1]), side="right") - 1
             member = torch.from_numpy(np.eye(len(POSITION_STARTS))[ranges])
-            counts[batch] = (mask.double() @ member).numpy()
-            for name, values in losses.items():
-                sums[name][batch] = (torch.where(mask, values, 0.0).double() @ member).numpy()
-            bar.update(len(batch))
-        bar.close()
-    return sums, counts
+            sums = {name: (torch.where(mask, losses[name], 0.0).double() @ member).tolist() for name in names}
+            counts = (mask.double() @ member).tolist()
+            part.keep(
+                {row: {"tokens": counts[i], **{name: sums[name][i] for name in names}} for i, row in enumerate(batch)}
+            )
+    found = [part.found[row] for row in range(len(rows))]
+    return {name: np.array([row[name] for row in found]) for name in names}, np.array([row["tokens"] for row in found])
 
 
 def _batch_losses(
@@ -271,6 +304,7 @@ def _teacher_texts(
     max_completion_length: int,
     seed: int,
     batch_size: int,
+    part: _Part,
 ) -> list[tuple[int, list[int]]]:
     """One text of the teacher for every row, `(index, ids)`; it depends on the seed and the index only."""
     prompts = [row.get("teacher_prompt_ids", row["prompt_ids"]) for row in data]
@@ -281,9 +315,7 @@ def _teacher_texts(
             f"more than the teacher's context of {limit}: lower max_completion_length or max_prompt_length"
         )
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts: list[tuple[int, list[int]]] = []
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in part.batches(order, batch_size):
         rollout = roll_out(
             teacher,
             None,
@@ -295,8 +327,8 @@ def _teacher_texts(
             pad_token_id=pad,
             row_ids=torch.tensor(batch),
         )
-        texts += zip(batch, rollout.completions(), strict=True)
-    return texts
+        part.keep(dict(zip(batch, rollout.completions(), strict=True)))
+    return [(index, part.found[index]) for index in order]
 
 
 def known_part(ids: Sequence[int], known: int, unknown: frozenset[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import warnings
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available, is_peft_available
+from transformers.utils import cached_file, is_bitsandbytes_available, is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.errors import UserError
@@ -27,6 +28,11 @@ _UNREADABLE = (
     *(OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, EOFError),
     *(SafetensorError, pickle.UnpicklingError),
 )
+_PICKLED = (
+    "it has no weights in safetensors. Pickled ones (.bin, .pt) can run code when they are read: convert them, with "
+    "save_pretrained, or set allow_pickled_weights if you trust their source"
+)
+SAFE_ADAPTER = "adapter_model.safetensors"
 _PLACE = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
 # Masks and position tables that old checkpoints hold and newer code computes.
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias|causal_mask)|inv_freq|position_ids)$")
@@ -39,15 +45,18 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
 
     Args:
         name_or_path: A folder, or a hub id.
-        init_kwargs: Passed to `from_pretrained`. Remote code stays off unless `trust_remote_code` is set here.
+        init_kwargs: Passed to `from_pretrained`. Remote code stays off unless `trust_remote_code` is set here, pickled
+            weights are refused unless `use_safetensors` is None or False here.
         role: What the model is for, named in errors.
 
     Raises:
-        UserError: The model cannot be found or read, or its file lacks a tensor, holds one that the model has not, or
-            one of another shape: transformers would put random weights in its place.
+        UserError: The model cannot be found or read, its weights are pickled, or its file lacks a tensor, holds one
+            that the model has not, or one of another shape: transformers would put random weights in its place.
     """
     # Said explicitly: where nothing is said, transformers asks on a terminal whether to run the code.
-    init_kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
+    init_kwargs = {"trust_remote_code": False, "use_safetensors": True, **(init_kwargs or {})}
+    # Else transformers asks a service of the hub to convert pickled weights, and loads what that made of them.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     path = local_folder(name_or_path, role)
     source = str(path or name_or_path)
     # Where an adapter's files are looked for, as for those of a model.
@@ -69,9 +78,15 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, *, 
         model = _complete_model(source, alone, f"{role} {name_or_path!r}")
     else:
         model = _base_of(adapter, init_kwargs, named)
-    found = _reading(
-        named, source, lambda: model.load_adapter(source, adapter_kwargs=place, ignore_mismatched_sizes=True)
-    )
+
+    def read_adapter() -> Any:
+        file = cached_file(source, SAFE_ADAPTER, **place, _raise_exceptions_for_missing_entries=False)
+        if file is None and init_kwargs["use_safetensors"]:
+            raise UserError(f"cannot load {named}: {_PICKLED}")
+        as_pickle = {} if file is not None else {"use_safetensors": False}
+        return model.load_adapter(source, adapter_kwargs=place, ignore_mismatched_sizes=True, **as_pickle)
+
+    found = _reading(named, source, read_adapter)
     _check_complete(model, vars(found), named, "save the adapter again with the version of peft that reads it here")
     return model
 
@@ -228,6 +243,10 @@ def _reading(what: str, source: str, read: Callable[[], Loaded]) -> Loaded:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it brings code of its own, which only runs with trust_remote_code; read that code first"
+        # What transformers says of a folder and of a place on the hub.
+        no_file = "no file named model.safetensors" in reason and any(Path(source).glob("*.[bp][ti]*"))
+        if no_file or "use_safetensors=True" in reason:
+            reason = _PICKLED
         if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
             reason = f"its weight file is damaged ({reason}); copy or download it again"
         raise UserError(f"cannot load {what}: {reason}") from error

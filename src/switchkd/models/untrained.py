@@ -141,7 +141,8 @@ def load_config(name_or_path: str) -> Any:
         UserError: It cannot be found or read.
     """
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        # Said explicitly: else transformers asks on a terminal whether to run code that comes with it.
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the configuration of {name_or_path!r}: {str(error).splitlines()[0]}") from error
 

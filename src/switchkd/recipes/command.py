@@ -13,7 +13,7 @@ import yaml
 
 from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser
-from switchkd.cli.run_folder import RunFolder, plain
+from switchkd.cli.run_folder import RunFolder, plain, whole
 from switchkd.errors import UserError, UserErrors, check_choice
 from switchkd.recipes.recipe import COMMANDS, Recipe, Stage, read_recipe, shipped
 
@@ -111,7 +111,8 @@ def _run(
             console.say(f"{head}: done before")
             results[stage.name] = done
             continue
-        file.write_text(_text(stage.options), encoding="utf-8")
+        with whole(file) as part:
+            part.write(_text(stage.options))
         console.say(f"\n{head}: switchkd {stage.command} --config {file}")
         started = time.perf_counter()
         try:
@@ -173,8 +174,8 @@ def _execute(stage: Stage, file: Path, console: Console, verbose: bool) -> dict[
     flags = ["--config", str(file), "--json", str(console.json), "--verbose", str(verbose)]
     if stage.command == "evaluate":
         flags.append("--resume")
-    elif stage.command == "train" and any(stage.folder.glob("checkpoint-*/trainer_state.json")):
-        flags.append("--resume_from_checkpoint")
+    elif stage.command == "train":
+        flags += ["--resume_from_checkpoint", "auto"]
     elif stage.command not in ("compare", "report") and RunFolder(str(stage.folder), stage.command).holds_run():
         flags.append("--overwrite_output_dir")
     try:
@@ -194,12 +195,19 @@ def _result(stage: Stage, folder: Path) -> dict[str, Any] | None:
     if stage.command == "report":
         return None  # it takes seconds, and shows what the other stages have written by now
     file = folder / "stages" / f"{stage.name}.json"
-    if not file.is_file() and stage.command != "compare":
-        file = stage.folder / COMMANDS[stage.command][1]
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found = _read(file)
+    if found is None and stage.command != "compare":
+        found = _read(stage.folder / COMMANDS[stage.command][1])
     return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None where there is none, or a damaged one: what wrote it runs again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_same(stage: Stage, folder: Path) -> None:
@@ -207,7 +215,12 @@ def _check_same(stage: Stage, folder: Path) -> None:
     file = folder / "stages" / f"{stage.name}.yaml"
     if _result(stage, folder) is None or not file.is_file():
         return
-    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(_text(stage.options))
+    try:
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(_text(stage.options))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"cannot read {file}; remove it, and {stage.folder} if its options may have been others")
     for name in {**before, **now}:
         if name not in _MAY_CHANGE and before.get(name) != now.get(name):
             raise UserError(

@@ -1,5 +1,6 @@
 """`SwitchConfig`: transformers' TrainingArguments plus what teacher-in-the-loop distillation adds."""
 
+import copy
 import json
 import os
 from dataclasses import dataclass, fields
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from switchkd.cli.run_folder import without_secrets
 from switchkd.data_options import SUPERVISE, TEMPLATES, parse_columns
 from switchkd.errors import UserError, check_choice
 from switchkd.other_names import refuse_unknown
@@ -60,6 +62,22 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
         check_choice("template", self.template, TEMPLATES)
         check_choice("supervise", self.supervise, SUPERVISE)
         self.check_ranges()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON has them, with access tokens blacked out wherever they stand."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return {
+            name: without_secrets(value) if isinstance(value, dict | str) else value for name, value in values.items()
+        }
+
+    def without_tokens(self) -> "SwitchConfig":
+        """Return a copy to be saved: access tokens are blacked out, that of the hub is left out."""
+        copied = copy.copy(self)
+        for name, value in vars(self).items():
+            if type(value) in (dict, str):  # enums of transformers are strings too
+                setattr(copied, name, without_secrets(value))
+        copied.hub_token = None
+        return copied
 
     def options_set(self, *names: str) -> dict[str, Any]:
         """Return the named options that are not None."""

@@ -23,7 +23,7 @@ def checksums(data: Any, teacher: nn.Module | None) -> dict[str, str]:
     if isinstance(data, Dataset):
         found["training data"] = _of_data(data)
     if teacher is not None:
-        found["teacher"] = _of_weights(teacher)
+        found["teacher"] = of_weights(teacher)
     return found
 
 
@@ -57,7 +57,8 @@ def _of_data(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _of_weights(model: nn.Module) -> str:
+def of_weights(model: nn.Module) -> str:
+    """Return a checksum of a model's weights, of some numbers of each tensor."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())

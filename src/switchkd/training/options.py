@@ -62,6 +62,10 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
         default=False,
         metadata={"help": "Run code that comes with a model or tokenizer; only for sources you trust."},
     )
+    allow_pickled_weights: bool = field(
+        default=False,
+        metadata={"help": "Read weights that are not in safetensors (.bin); only from sources you trust."},
+    )
     tokenizer_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for the tokenizers, JSON on the command line."},

@@ -103,12 +103,13 @@ class SavingTrainer(Trainer):
         trained_with = getattr(student.config, "use_cache", None)
         if self.source_use_cache is not None:
             student.config.use_cache = self.source_use_cache
-        # The arguments that are saved are those that were given, also while a checkpoint is written.
-        limit, self.args.save_total_limit = self.args.save_total_limit, self._limit or self.args.save_total_limit
+        # The arguments that are saved are those that were given, also while a checkpoint is written, but for tokens.
+        args, self.args = self.args, self.args.without_tokens()
+        self.args.save_total_limit = self._limit or args.save_total_limit
         try:
             super()._save(output_dir, state_dict)
         finally:
-            self.args.save_total_limit = limit
+            self.args = args
             if self.source_use_cache is not None:
                 student.config.use_cache = trained_with
 

@@ -77,7 +77,7 @@ def load_models(
         excluded_ids = excluded_with(tokenizer, teacher_model, init_kwargs=tokenizer_place(args, "teacher"))
     # Weights that an optimizer updates are float32 unless asked otherwise, whatever the checkpoint holds.
     if isinstance(model, str):
-        kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **_as_dict(args.model_init_kwargs)}
+        kwargs = {"dtype": "float32", **trusted(args), **_as_dict(args.model_init_kwargs)}
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         student: nn.Module = load_model(model, kwargs, role="student")
@@ -89,10 +89,16 @@ def load_models(
         return student, copy.deepcopy(student), excluded_ids
     if not isinstance(teacher_model, str):
         return student, teacher_model, excluded_ids
-    kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.teacher_model_init_kwargs)}
+    kwargs = {**trusted(args), **_as_dict(args.teacher_model_init_kwargs)}
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
     return student, load_model(teacher_model, kwargs, role="teacher"), excluded_ids
+
+
+def trusted(args: SwitchConfig) -> dict[str, Any]:
+    """Return the keyword arguments of loading that say what may run code here."""
+    pickled = {"use_safetensors": None} if args.allow_pickled_weights else {}
+    return {"trust_remote_code": args.trust_remote_code, **pickled}
 
 
 def find_tokenizer(model: nn.Module | str, processing_class: Any, args: SwitchConfig) -> Any:

@@ -12,6 +12,7 @@ from filelock import FileLock
 from torch import nn
 
 from switchkd.cli.run_folder import whole
+from switchkd.cli.sealed import append_sealed, read_sealed
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy
@@ -71,7 +72,7 @@ def with_teacher_text(
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {**rollout_options, "policy": policy}
     number, parts = part
-    if parts > 1 and len(_taken_up(path, description)) < len(data):
+    if parts > 1 and len(_taken_up(path, description, data, range(len(data)))) < len(data):
         own, rows = _part_of(path, number, parts), range(number, len(data), parts)
         with FileLock(f"{own}.lock"):
             _write(data, student, teacher, own, description, rows, tokenizer, say, options)
@@ -98,29 +99,26 @@ def _write(
     options: dict[str, Any],
 ) -> list[list[int]]:
     """Write the answers to some rows of the data, in their order, as far as the file does not have them."""
-    completions, names = _taken_up(path, description), data.column_names
+    completions, names = _taken_up(path, description, data, rows), data.column_names
     if completions:
         say(f"teacher text: {len(completions)} of {len(rows)} answers are in {path}")
-    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        while len(completions) < len(rows):
-            some = rows[len(completions) : len(completions) + ROWS_PER_PART]
-            asked = data.select(some)
-            rollout = roll_out(
-                student,
-                teacher,
-                list(asked["prompt_ids"]),
-                teacher_prompt_ids=list(asked["teacher_prompt_ids"]) if "teacher_prompt_ids" in names else None,
-                row_ids=torch.tensor(some),
-                max_active_rows=ACTIVE_ROWS,
-                **options,
-            )
-            for row in rollout.to_dicts(tokenizer):
-                kept = ("prompt", "completion", "prompt_ids", "completion_ids")
-                line = {name: row[name] for name in kept if name in row}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                completions.append(row["completion_ids"])
-            file.flush()
+    _describe(path, description)
+    while len(completions) < len(rows):
+        some = rows[len(completions) : len(completions) + ROWS_PER_PART]
+        asked = data.select(some)
+        rollout = roll_out(
+            student,
+            teacher,
+            list(asked["prompt_ids"]),
+            teacher_prompt_ids=list(asked["teacher_prompt_ids"]) if "teacher_prompt_ids" in names else None,
+            row_ids=torch.tensor(some),
+            max_active_rows=ACTIVE_ROWS,
+            **options,
+        )
+        written = rollout.to_dicts(tokenizer)
+        kept = ("prompt", "completion", "prompt_ids", "completion_ids")
+        append_sealed(path, [{name: row[name] for name in kept if name in row} for row in written])
+        completions += [row["completion_ids"] for row in written]
     if tokenizer is not None:
         say(f"teacher text: {len(completions)} answers, {sum(map(len, completions))} tokens, in {path}")
     return completions
@@ -133,7 +131,7 @@ def _part_of(path: Path, number: int, parts: int) -> Path:
 def _join(path: Path, parts: list[Path], description: dict[str, Any], rows: int) -> None:
     """Put the rows of all processes into one file, in the order of the data, and remove their own files."""
     lines = [part.read_text(encoding="utf-8").splitlines() for part in parts]
-    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    _describe(path, description)
     with whole(path) as file:
         for row in range(rows):
             file.write(lines[row % len(parts)][row // len(parts)] + "\n")
@@ -142,30 +140,42 @@ def _join(path: Path, parts: list[Path], description: dict[str, Any], rows: int)
             one.unlink(missing_ok=True)
 
 
+def _describe(path: Path, description: dict[str, Any]) -> None:
+    with whole(path.with_suffix(".json")) as beside:
+        beside.write(json.dumps(description, indent=1) + "\n")
+
+
 def _prompt_columns(data: Dataset) -> list[str]:
     return [name for name in ("prompt_ids", "teacher_prompt_ids") if name in data.column_names]
 
 
-def _taken_up(path: Path, description: dict[str, Any]) -> list[list[int]]:
-    """The answers that a file has already; a line that was cut off is dropped from it."""
-    if not path.exists():
+def _taken_up(path: Path, description: dict[str, Any], data: Dataset, rows: Sequence[int]) -> list[list[int]]:
+    """The answers to some rows that a file has already; a line that was cut off is dropped from it."""
+    found_rows = read_sealed(path, "teacher_text_file")
+    if not found_rows:
         return []
     beside = path.with_suffix(".json")
-    if not beside.exists():
-        raise UserError(f"teacher_text_file {path} has no {beside.name} beside it that says who wrote it; remove it")
-    found = json.loads(beside.read_text(encoding="utf-8"))
+    try:
+        found = dict(json.loads(beside.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"teacher_text_file {path} has no {beside.name} beside it that says who wrote it, or a damaged one; remove "
+            f"{path}"
+        ) from None
     for name, value in json.loads(json.dumps(description)).items():
         if found.get(name) != value:
             raise UserError(
                 f"teacher_text_file {path} was made with {name} {found.get(name)}, this run has {value}; remove the "
                 "file or name another"
             )
-    lines = path.read_text(encoding="utf-8").split("\n")
-    # Everything after the last line break is a line that was being written.
-    whole = lines[:-1]
-    if lines[-1]:
-        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-    return [json.loads(line)["completion_ids"] for line in whole]
+    prompts = data["prompt_ids"]
+    for number, (line, row) in enumerate(zip(found_rows, rows, strict=False), start=1):
+        if line.get("prompt_ids", prompts[row]) != list(prompts[row]) or len(found_rows) > len(rows):
+            raise UserError(
+                f"teacher_text_file {path}, line {number} does not answer prompt {row + 1} of the data: lines were "
+                "added or taken out; remove the file or name another"
+            )
+    return [line["completion_ids"] for line in found_rows]
 
 
 def _fingerprint(model: nn.Module) -> str:

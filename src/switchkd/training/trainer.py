@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import pickle
 import time
 import warnings
 from collections.abc import Iterator
@@ -215,7 +216,13 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, LaunchedTr
         if checkpoint is None:  # a checkpoint holds the threshold that was reached
             self.find_threshold()
         self._checked_at = self._counted = self._first_attempt = None
-        result = super().train(checkpoint, trial, ignore_keys_for_eval)
+        try:
+            result = super().train(checkpoint, trial, ignore_keys_for_eval)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"resume_from_checkpoint: a file of {checkpoint} holds more than tensors and numbers and was not "
+                "read, since it could run code; go on from another checkpoint"
+            ) from error
         self.require_updates()
         if self._checked_at != self.state.global_step:  # a checkpoint of the last step was read already
             self._check_weights()
