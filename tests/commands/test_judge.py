@@ -166,6 +166,10 @@ def test_a_report_shows_the_judgement(
     (line,) = document.files()["judged-out"]
     assert (line["first wins"], line["ties"], line["second wins"]) == ("1", "2", "1")
     assert "no clear winner" in document.text("dd") and "Judged by judge-1" in document.text("figcaption")
+    assert str(two[0]) in document.text("strong")
+    # Its own config starts it again.
+    code, out, err = run("judge", "--config", tmp_path / "out" / "config.yaml", "--output_dir", tmp_path / "again")
+    assert code == 0 and "6 requests" in out, err
 
 
 def test_a_judge_that_prefers_a_place_decides_nothing(
@@ -182,7 +186,8 @@ def test_several_test_sets_another_seed_and_options_of_the_request(
 ) -> None:
     for name, text in (("a", "good"), ("b", "bad")):
         for test_set in ("dolly", "vicuna"):
-            evaluation(tmp_path / name / test_set, [text, text, text])
+            # The folders of an evaluation, and those of a run of a comparison.
+            evaluation(tmp_path / name / (f"evaluate-{test_set}" if name == "b" else test_set), [text, text, text])
     judge = server(prefers_good)
     code, out, err = run(
         *("judge", tmp_path / "a", tmp_path / "b", "--output_dir", tmp_path / "out", "--yes", "--json"),

@@ -186,7 +186,9 @@ def _pairs(options: argparse.Namespace) -> list[Pair]:
 def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Test set -> the rows of an evaluation; the name is empty where there is one without."""
     files = {"": folder / ROWS} if (folder / ROWS).is_file() else {}
-    files = files or {path.parent.name: path for path in sorted(folder.glob(f"*/{ROWS}"))}
+    if not files:  # a run of a comparison has `evaluate`, or `evaluate-dolly` and others
+        found_in = {path.parent.name.removeprefix("evaluate"): path for path in sorted(folder.glob(f"*/{ROWS}"))}
+        files = {name.removeprefix("-"): path for name, path in found_in.items()}
     found = {}
     for name, path in files.items():
         if not RunFolder(str(path.parent), "evaluate").holds_run("switchkd evaluate"):

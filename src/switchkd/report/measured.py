@@ -81,7 +81,7 @@ def judge_section(run: Run) -> Section:
         rate = one["win_rate"]
         value, low, high = (None, None, None) if rate is None else (rate["value"], *rate["interval"])
         cells.append([name, *(one[count] for count in counts), value, low, high, one["p_value"]])
-        said.append(f"{name}: {_sentence(one['said'])}")
+        said.append(f"{name}: {one['said']}.")
         if value is not None:
             rows.append(Interval(name, value, low, high, filled=one["p_value"] < 0.05, said=f"{value:.0%}"))
     headers = ["test set", "first wins", "ties", "second wins", *counts[3:], "win rate", "low", "high", "p"]
