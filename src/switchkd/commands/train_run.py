@@ -93,6 +93,8 @@ def _train(
         console.say(f"{name} data: {report}")
     first_prompt = _first_prompt(trainer)
     console.say(first_prompt)
+    if config.world_size > 1:
+        console.say(f"launch: {trainer.launched_as()}")
     console.say(f"student: {_size(trainer.model)}")
     if trainer.teacher_model is not None:
         console.say(f"teacher: {_size(trainer.teacher_model)}")

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from switchkd.data.batches import padded_batch
+from switchkd.errors import UserError
 from switchkd.evaluation import evaluate
 from switchkd.objective.step import StepLoss
 from switchkd.training.config import SwitchConfig
+from switchkd.training.launching import LaunchedTrainer
 from switchkd.training.log import ReferenceTotals
 from switchkd.training.peers import enter
 from switchkd.training.resolve import Plan
@@ -18,7 +19,7 @@ from switchkd.training.setup import at_hand, prepare_data
 from switchkd.training.writer import Writer
 
 
-class ReferenceTrainer(Trainer):
+class ReferenceTrainer(LaunchedTrainer):
     """A Trainer that compares student and teacher on reference text; a subclass sets what is annotated here."""
 
     args: SwitchConfig
@@ -69,6 +70,11 @@ class ReferenceTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
         enter("the evaluation")
+        if self.sharding == "fsdp2" and not any(hasattr(module, "unshard") for module in self.model.modules()):
+            raise UserError(
+                "evaluation before training is not supported under FSDP2, which shards student and optimizer together: "
+                "train first, or evaluate in one process"
+            )
         self._reference = ReferenceTotals()
         kwargs["metric_key_prefix"] = metric_key_prefix
         output: Any = super().evaluation_loop(dataloader, *args, **kwargs)

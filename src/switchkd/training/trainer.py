@@ -36,7 +36,6 @@ from switchkd.training.guards import (
     require_evaluation,
     warn_of_precision,
 )
-from switchkd.training.launching import LaunchedTrainer
 from switchkd.training.log import RunningMeans, TextWatch, append_rows
 from switchkd.training.out_of_memory import ExplainingTrainer
 from switchkd.training.peers import enter, together
@@ -64,7 +63,7 @@ from switchkd.training.writer import Writer
 logger = logging.getLogger(__name__)
 
 
-class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, LaunchedTrainer, ExplainingTrainer):
+class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, ExplainingTrainer):
     """Trains a student with a teacher in the loop; everything else is `transformers.Trainer`.
 
     One optimizer step: the prompts of the whole accumulation window are rolled out at once under the method's policy,
