@@ -20,8 +20,6 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "switchkd"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-#: Never imported here: transformers asks for it wherever a Trainer is made.
-NEEDED_BY_OTHERS = {"accelerate"}
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
@@ -55,7 +53,7 @@ def test_everything_that_is_imported_is_declared_and_nothing_else() -> None:
     assert "vllm" in requirements("vllm")
     distributions = {canonicalize_name(homes[package][0]) for package in imported_packages() - {"vllm"}}
     assert distributions - set(requirements("peft")) == set()
-    assert set(requirements()) - distributions == NEEDED_BY_OTHERS
+    assert set(requirements()) - distributions == set()
 
 
 def test_the_tested_version_of_every_dependency_is_known_and_allowed() -> None:
