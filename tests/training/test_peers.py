@@ -14,6 +14,8 @@ from switchkd.errors import LostProcess, UserError
 from switchkd.training import peers
 
 pytestmark = pytest.mark.slow
+# Two processes start in each of these, which costs more than what they check; `make test-long` runs them all.
+BOTH = [pytest.param(0, marks=pytest.mark.long), 1]
 
 
 def ended(folder: Path, fault: str, survivor: int) -> tuple[int, str, int, str]:
@@ -35,7 +37,7 @@ def lines_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("switchkd: error:")]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", BOTH)
 def test_killing_a_process_ends_the_other_with_one_line(tmp_path, victim):
     """The other ended with a traceback of gloo; on GPUs it waits for half an hour. Process 0 holds the store."""
     code, output, killed, _ = ended(tmp_path, f"killed-{victim}", 1 - victim)
@@ -45,6 +47,7 @@ def test_killing_a_process_ends_the_other_with_one_line(tmp_path, victim):
     assert f"process {1 - victim} waited in the rollout of step 3" in line or "the training of step 3" in line
 
 
+@pytest.mark.long
 def test_a_process_that_stands_still_ends_the_other_with_its_number_and_phase(tmp_path):
     """Nothing is closed, so that no collective fails: only the signs of life tell."""
     code, output, *_ = ended(tmp_path, "stopped-1", 0)
@@ -53,7 +56,7 @@ def test_a_process_that_stands_still_ends_the_other_with_its_number_and_phase(tm
     assert "process 1 of 2 is gone, last in the rollout of step 3" in line
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", BOTH)
 def test_a_mistake_in_one_process_ends_all_with_that_line(tmp_path, victim):
     code, output, other_code, other_output = ended(tmp_path, f"mistaken-{victim}", 1 - victim)
     assert (code, other_code) == (2, 2)
@@ -61,12 +64,14 @@ def test_a_mistake_in_one_process_ends_all_with_that_line(tmp_path, victim):
     assert lines_of(output) == [f"switchkd: error: process {victim} of 2: this row cannot be read; remove it"]
 
 
+@pytest.mark.long
 def test_a_traceback_in_one_process_ends_the_other_with_a_line_that_names_it(tmp_path):
     code, output, other_code, other_output = ended(tmp_path, "broken-1", 0)
     assert code == 2 and other_code != 0 and "ZeroDivisionError: no such number" in other_output
     assert lines_of(output) == ["switchkd: error: process 1 of 2: ZeroDivisionError: no such number"]
 
 
+@pytest.mark.long
 def test_a_process_that_computes_for_long_is_not_lost(tmp_path):
     """It sleeps, or holds no lock: its thread goes on giving signs of life."""
     running = started(faults.__file__, tmp_path, "slow-1")

@@ -5,6 +5,7 @@ of the others, in the store through which the processes found each other.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -38,6 +39,7 @@ class _Watch:
         self.store = distributed.PrefixStore(f"switchkd/{_Watch.count}", store.clone())
         self.others = [other for other in range(ranks) if other != rank]
         self.patience = LOST_AFTER
+        self._beats = itertools.count(1)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="switchkd-peers", daemon=True)
 
@@ -48,15 +50,18 @@ class _Watch:
         self._stopped.set()
         self._thread.join(5 * BEAT)
 
+    def sign(self) -> None:
+        """Give a sign of life, with what this process does."""
+        self.store.set(f"alive/{self.rank}", f"{next(self._beats)} {self.phase}")
+
     def _read(self, key: str) -> str | None:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
     def _run(self) -> None:
-        beat, seen = 0, dict.fromkeys(self.others, ("", 0.0))
+        seen = dict.fromkeys(self.others, ("", 0.0))
         while not self._stopped.wait(BEAT):
-            beat += 1
             try:
-                self.store.set(f"alive/{self.rank}", f"{beat} {self.phase}")
+                self.sign()
                 fault = self._read("fault")
                 signs = {other: self._read(f"alive/{other}") for other in self.others}
             except (distributed.DistError, RuntimeError):
@@ -164,6 +169,8 @@ def enter(phase: str) -> None:
     """Say what this process begins to do, for the message of one that waits for it in vain."""
     if _watch is not None:
         _watch.phase = phase
+        with contextlib.suppress(distributed.DistError, RuntimeError):  # the thread ends what is to be ended
+            _watch.sign()
 
 
 def _failed_together(error: Exception) -> bool:
