@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import vllm_stub
 from helpers.pairs import assert_same, make_pair, make_prompts
+from helpers.tiny import RAGGED_ROWS
 from helpers.vllm_stub import StubHost
 from safetensors.torch import load_file
 
@@ -112,3 +113,22 @@ def test_a_server_of_another_version_is_refused_and_a_lost_one_ends_in_one_line(
     with pytest.raises(UserError, match=r"does not answer .*; what was saved before is still there") as caught:
         engine.roll_out([[3, 4]], policy=SWITCH, max_new_tokens=4)
     assert "\n" not in str(caught.value)
+
+
+def test_training_on_a_server_has_the_losses_of_the_transformers_engine(served, make_trainer):
+    _, _, options = served()
+    settings = {
+        "train_dataset": RAGGED_ROWS[1:5],
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 0.1,
+    }
+    settings |= {"max_completion_length": 6, "initial_threshold": 0.05}
+    port = int(options["url"].rpartition(":")[2])
+    of_server = {"rollout_engine": "vllm", "vllm_mode": "server", "vllm_server_port": port}
+    losses = []
+    for engine in ({"reuse_teacher_hidden": False}, of_server):
+        trainer = make_trainer(*make_pair("llama", noise=0.4), **settings, **engine)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)

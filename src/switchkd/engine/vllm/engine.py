@@ -28,7 +28,7 @@ from switchkd.engine.arguments import (
 )
 from switchkd.engine.vllm.child import Child, default_python
 from switchkd.engine.vllm.described import Columns, described, unpacked
-from switchkd.engine.vllm.self_test import require_reference_text
+from switchkd.engine.vllm.self_test import TEST_PROMPT, TEST_TOKENS, require_reference_text
 from switchkd.engine.vllm.weights import write_model, write_tensors
 from switchkd.engine.vllm.worker import EXTENSION
 from switchkd.errors import UserError, check_count, check_range
@@ -100,6 +100,8 @@ class Engine:
                 f"vllm: the student scores {widths[0]} ids and the teacher {widths[1]}; vLLM needs models of one size "
                 "of vocabulary, use the transformers engine"
             )
+        if max_model_len is not None and self_test:
+            max_model_len = max(max_model_len, TEST_PROMPT + TEST_TOKENS + 2 * (draft_length + 1))
         self.vocabulary_size, self.draft_length = widths[0], draft_length
         self.dtype = dtype or _dtype(teacher, configs[1])
         self.device = device_of(student) if isinstance(student, nn.Module) else torch.device("cpu")
