@@ -158,6 +158,8 @@ def _become(words: list[str], said: int, room: int | None) -> None:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(said, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.argv = words
         if room is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
