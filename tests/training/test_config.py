@@ -588,6 +588,24 @@ def test_fsdp1_and_zero3_are_refused_where_rollouts_are_written(make_trainer, mo
             launch(trainer)
 
 
+def test_a_tensor_parallel_teacher_is_refused_because_its_processes_would_wait_for_each_other_for_ever():
+    message = refusal(lambda: SwitchConfig(teacher_model_init_kwargs={"tp_plan": "auto"}))
+    assert "teacher_model_init_kwargs: tp_plan splits a model over processes that read the same text" in message
+
+
+def test_the_gpus_over_which_a_teacher_is_spread_do_not_split_the_batch(tmp_path):
+    def trainer(teacher):
+        args = SwitchConfig(output_dir=str(tmp_path), use_cpu=True, initial_threshold=0.3, max_completion_length=8)
+        args._n_gpu = 2  # what transformers finds on a machine with two
+        rows = Dataset.from_list(RAGGED_ROWS)
+        return SwitchTrainer(build_gpt2(), teacher, args, train_dataset=rows, processing_class=build_tokenizer())
+
+    assert "2 GPUs in one process would split every rollout" in refusal(lambda: trainer(build_gpt2(seed=1)))
+    teacher = build_gpt2(seed=1)
+    teacher.hf_device_map = {"transformer.wte": 0, "transformer.h": 1}
+    assert trainer(teacher).args.n_gpu == 1
+
+
 def test_sharded_launches_without_rollouts_are_allowed(make_trainer, monkeypatch):
     trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd")
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)

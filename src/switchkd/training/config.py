@@ -47,6 +47,11 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
     def __post_init__(self) -> None:
         for name in JSON_FIELDS:
             setattr(self, name, _read_json_object(name, getattr(self, name)))
+            if "tp_plan" in (getattr(self, name) or {}):
+                raise UserError(
+                    f"{name}: tp_plan splits a model over processes that read the same text, and here each process "
+                    "writes its own; load it in 8 or 4 bits, or give one process several GPUs with device_map"
+                )
         check_training_ranges(self)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             # Said to accelerate: without it every one of several processes on CPUs would train alone.

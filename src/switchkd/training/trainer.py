@@ -143,6 +143,8 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
             require_evaluation(self.plan.method.name, eval_dataset, args.eval_strategy)
             args.eval_on_start = True  # the first loss is what later ones are compared with
 
+        if len(set(getattr(teacher, "hf_device_map", {}).values())) > 1:
+            args._n_gpu = 1  # the other GPUs are the teacher's; transformers does so for a student that is spread
         collator: Any = Rows  # the Trainer's annotation knows dicts of tensors only
         super().__init__(
             model=student,
