@@ -1,6 +1,7 @@
 """`switchkd plan`: from configurations alone to what fits."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -47,6 +48,16 @@ def test_what_does_not_fit_comes_with_the_option_to_change(configs, run):
     assert code == 0 and not found["fits"] and "does not fit" in err
     assert found["changes"][-1]["peak"] <= 0.8 * peak * 1e9
     assert found["changes"][0]["option"] in err
+
+
+@pytest.mark.parametrize("share", [0.9, 0.35])
+def test_what_is_advised_can_be_given_and_takes_what_was_promised(configs, run, share):
+    call = words(configs, "--batch", 16, "--gradient_accumulation_steps", 2, "--length", 64, "--gpus", 2, "--json")
+    peak = json.loads(run(*call)[1].splitlines()[-1])["peak_bytes"]
+    changes = json.loads(run(*call, "--memory", share * peak / 1e9)[1].splitlines()[-1])["changes"]
+    given = [word for change in changes for word in shlex.split(change["option"])]
+    found = json.loads(run(*call, *given)[1].splitlines()[-1])
+    assert changes and found["peak_bytes"] == changes[-1]["peak"], given
 
 
 def test_the_config_of_a_training_is_one_of_a_plan_and_flags_win(configs, run, tmp_path):

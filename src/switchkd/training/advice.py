@@ -152,7 +152,12 @@ def relief_of(run: Sized, phase: str) -> Change | None:
 
 def option_of(text: str, launch: Launch) -> str:
     """Return an option with the values that a run then has."""
-    return text.format(rows=launch.rows, accumulation=launch.accumulation, rollout_rows=launch.rollout_rows)
+    return text.format(
+        rows=launch.rows,
+        accumulation=launch.accumulation,
+        rollout_rows=launch.rollout_rows,
+        teacher_dtype=launch.teacher_dtype,
+    )
 
 
 def _half_precision_teacher(launch: Launch) -> Launch | None:
@@ -194,7 +199,7 @@ def _mixed(launch: Launch) -> Launch | None:
     # Of one GPU alone it saves little: weights, gradients and states keep their precision.
     if launch.bf16 or launch.student_dtype != "float32" or not launch.cuda or not launch.splits_states:
         return None
-    return replace(launch, bf16=True)
+    return replace(launch, bf16=True, copy_dtype=None if launch.copy_dtype is None else "bfloat16")
 
 
 def _states_away(launch: Launch) -> Launch | None:
@@ -223,11 +228,16 @@ def _adapter(launch: Launch) -> Launch | None:
 def _half_base(launch: Launch) -> Launch | None:
     if launch.adapter is None or launch.student_dtype != "float32":
         return None
-    return replace(launch, student_dtype="bfloat16")
+    return replace(launch, student_dtype="bfloat16", copy_dtype=None if launch.copy_dtype is None else "bfloat16")
 
 
 def _shared_teacher(launch: Launch) -> Launch | None:
-    if launch.gpus == 1 or launch.teacher_parts > 1 or launch.teacher is None:
+    if (
+        launch.gpus == 1
+        or launch.teacher_parts > 1
+        or launch.teacher is None
+        or launch.teacher_dtype in ("int8", "nf4")
+    ):
         return None
     return replace(launch, teacher_parts=min(launch.gpus, 8))
 
@@ -239,7 +249,7 @@ def _teacher_away(launch: Launch) -> Launch | None:
 
 
 def _small_teacher(launch: Launch) -> Launch | None:
-    if launch.teacher is None or launch.teacher_dtype in ("int8", "nf4") or not launch.cuda:
+    if launch.teacher is None or launch.teacher_dtype in ("int8", "nf4") or launch.teacher_parts > 1 or not launch.cuda:
         return None
     return replace(launch, teacher_dtype="nf4")
 
@@ -261,5 +271,5 @@ CHANGES: tuple[Named, ...] = (
     ("--dtype bfloat16", _half_base),
     ('--teacher_model_init_kwargs \'{{"tp_plan": "auto"}}\'', _shared_teacher),
     ("--offload_teacher", _teacher_away),
-    ("--teacher_model_init_kwargs '{{\"load_in_4bit\": true}}'", _small_teacher),
+    ('--teacher_model_init_kwargs \'{{"quantization_config": {{"load_in_4bit": true}}}}\'', _small_teacher),
 )
