@@ -180,7 +180,6 @@ def launch_of(options: argparse.Namespace) -> "Launch":
         optimizer=options.optim if isinstance(options.optim, str) else "adamw_torch_fused",
         gpus=options.gpus,
         sharding=sharding,
-        teacher_parts=min(options.gpus, 8) if of_teacher.get("tp_plan") else 1,
         rolls_out=plan.rolls_out,
         teacher_writes=plan.teacher_writes,
         reads_teacher=plan.objective.reads_teacher,

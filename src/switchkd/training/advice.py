@@ -231,17 +231,6 @@ def _half_base(launch: Launch) -> Launch | None:
     return replace(launch, student_dtype="bfloat16", copy_dtype=None if launch.copy_dtype is None else "bfloat16")
 
 
-def _shared_teacher(launch: Launch) -> Launch | None:
-    if (
-        launch.gpus == 1
-        or launch.teacher_parts > 1
-        or launch.teacher is None
-        or launch.teacher_dtype in ("int8", "nf4")
-    ):
-        return None
-    return replace(launch, teacher_parts=min(launch.gpus, 8))
-
-
 def _teacher_away(launch: Launch) -> Launch | None:
     if launch.teacher is None or launch.offloads_teacher or not launch.cuda:
         return None
@@ -249,7 +238,7 @@ def _teacher_away(launch: Launch) -> Launch | None:
 
 
 def _small_teacher(launch: Launch) -> Launch | None:
-    if launch.teacher is None or launch.teacher_dtype in ("int8", "nf4") or launch.teacher_parts > 1 or not launch.cuda:
+    if launch.teacher is None or launch.teacher_dtype in ("int8", "nf4") or not launch.cuda:
         return None
     return replace(launch, teacher_dtype="nf4")
 
@@ -269,7 +258,6 @@ CHANGES: tuple[Named, ...] = (
     ("--optim adafactor", _small_states),
     ("--use_peft", _adapter),
     ("--dtype bfloat16", _half_base),
-    ('--teacher_model_init_kwargs \'{{"tp_plan": "auto"}}\'', _shared_teacher),
     ("--offload_teacher", _teacher_away),
     ('--teacher_model_init_kwargs \'{{"quantization_config": {{"load_in_4bit": true}}}}\'', _small_teacher),
 )

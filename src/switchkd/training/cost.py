@@ -118,7 +118,7 @@ def step_seconds(
     if teacher is not None:
         plain = "bfloat16" if launch.teacher_dtype in ("int8", "nf4") else launch.teacher_dtype
         number = weight_bytes(teacher, launch.teacher_dtype) / teacher.parameters
-        of_teacher = _pass(teacher, number, plain, card, launch, launch.teacher_parts)
+        of_teacher = _pass(teacher, number, plain, card, launch)
     seconds = {}
     tokens = rows * launch.length
     if launch.rolls_out:
@@ -161,13 +161,13 @@ def _speed(card: Card, dtype: str) -> float:
     return card.single if dtype == "float32" else card.half
 
 
-def _pass(model: Footprint, number: float, dtype: str, card: Card, launch: Launch, parts: int = 1) -> Pass:
+def _pass(model: Footprint, number: float, dtype: str, card: Card, launch: Launch) -> Pass:
     """Seconds of a forward pass over n tokens in each of A rows, with caches half full."""
     cache = model.key_values * BYTES[dtype] * (launch.prompt + launch.completion / 2)
 
     def seconds(rows: int, tokens: int) -> float:
-        read = (model.parameters * number + (rows * cache if tokens < launch.prompt else 0.0)) / parts
-        computed = 2.0 * model.parameters * rows * tokens / parts
+        read = model.parameters * number + (rows * cache if tokens < launch.prompt else 0.0)
+        computed = 2.0 * model.parameters * rows * tokens
         busy = max(read / (card.bandwidth * card.reached[0]), computed / (_speed(card, dtype) * card.reached[1]))
         return max(busy, model.layers * KERNELS * card.call)
 

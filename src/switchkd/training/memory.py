@@ -49,7 +49,6 @@ class Launch:
         optimizer: `optim`.
         gpus: Processes, one for each GPU.
         sharding: One of `SHARDINGS`.
-        teacher_parts: GPUs that share one teacher (tensor parallel); 1: each has its own.
         rolls_out: Whether steps train on rolled-out text.
         teacher_writes: Whether the teacher takes part in rollouts.
         reads_teacher: Whether the loss compares with the teacher.
@@ -79,7 +78,6 @@ class Launch:
     optimizer: str = "adamw_torch_fused"
     gpus: int = 1
     sharding: str = "none"
-    teacher_parts: int = 1
     rolls_out: bool = True
     teacher_writes: bool = True
     reads_teacher: bool = True
@@ -289,9 +287,7 @@ def _standing(launch: Launch, student: Footprint, teacher: Footprint | None) -> 
         "student weights": weights / parts if launch.sharded else weights,
         "optimizer states": states / parts if launch.splits_states else states,
         "inference copy": 0.0 if launch.copy_dtype is None else student.parameters * BYTES[launch.copy_dtype],
-        "teacher weights": 0.0
-        if teacher is None
-        else weight_bytes(teacher, launch.teacher_dtype) / launch.teacher_parts,
+        "teacher weights": 0.0 if teacher is None else weight_bytes(teacher, launch.teacher_dtype),
     }
 
 
@@ -330,7 +326,7 @@ def _rollout(launch: Launch, student: Footprint, teacher: Footprint | None, rows
     vocabulary = size * 4.0
     prefill = student.forward / (launch.rows * launch.length)
     if writes and teacher is not None:
-        parts["teacher key/values"] = rows * wide * teacher.key_values * numbers["teacher"] / launch.teacher_parts
+        parts["teacher key/values"] = rows * wide * teacher.key_values * numbers["teacher"]
         vocabulary += size * (4.0 + BYTES[_plain(launch.teacher_dtype)])
         prefill = max(prefill, teacher.forward / (launch.rows * launch.length))
     if launch.cuda:
