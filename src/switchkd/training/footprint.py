@@ -312,10 +312,14 @@ def key_values_of(config: Any) -> int:
     Args:
         config: Of its text part.
     """
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * groups * width)
+    # As a dict: a config whose layers differ refuses to say what they have in common.
+    values, names = config.to_dict(), config.attribute_map
+    heads, groups, width = (
+        values.get(names.get(name, name)) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if not heads:  # states in place of attention, which do not grow: its width stands for them
+        return int(2 * config.num_hidden_layers * config.hidden_size)
+    return int(2 * config.num_hidden_layers * (groups or heads) * (width or config.hidden_size // heads))
 
 
 def _layers(model: Any) -> list[nn.Module]:
