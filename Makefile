@@ -10,6 +10,8 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 WORKERS ?= 2
 LOWER := .venv-lower
 VLLM := .venv-vllm
+# Which laws of vLLM: all, or an expression of pytest.
+LAWS ?=
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
 .PHONY: demo test test-long test-vllm lint install docs docs-serve test-lower-bounds clean
@@ -24,7 +26,7 @@ test-long: install  ## What takes minutes: two steps of every stage of every rec
 	$(BIN)/python -m pytest -m long
 
 test-vllm: install $(VLLM)/.installed  ## The laws of rollouts on vLLM, in an environment of their own (2.8 GB).
-	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm -k "$(LAWS)"
 
 lint: install  ## Style, types, and the file tree in README.md.
 	$(BIN)/ruff check src tests benchmarks docs/theme
