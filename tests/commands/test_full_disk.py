@@ -7,7 +7,8 @@ import sys
 import pytest
 from helpers.command_line import environment, train_options
 
-from switchkd.errors import storage_problem
+from switchkd.cli.run_folder import RunFolder, read_config
+from switchkd.errors import UserError, storage_problem
 from switchkd.training.checkpoints import newest_whole
 
 
@@ -45,6 +46,24 @@ def test_a_disk_that_is_full_in_training_is_one_line_and_the_checkpoints_before_
     assert newest_whole(folder)[0] == before
     assert run(*more)[0] == 0  # with room again
     assert newest_whole(folder)[0].name == "checkpoint-4"
+
+
+def test_a_folder_whose_new_config_found_no_room_is_still_the_run_s_own(tmp_path, monkeypatch):
+    """The same command was refused after it: the old config was gone, and the folder nobody's."""
+    folder = RunFolder(str(tmp_path / "run"), "train")
+    folder.claim({"max_steps": 1})
+    (folder.path / "teacher_text.jsonl").write_text("{}\n")  # kept for the next run
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("switchkd.cli.run_folder.yaml.safe_dump", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            folder.claim({"max_steps": 2})
+    folder.check(overwrite=True)
+    folder.claim({"max_steps": 2})
+    assert read_config(folder.path) == {"max_steps": 2}
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,8 @@ class RunFolder:
     def _remove_own_files(self) -> None:
         for pattern in OWN_FILES:
             for path in self.path.glob(pattern):
-                path.unlink()
+                if path.name != "config.yaml":  # replaced when the new one is whole: without one it is nobody's folder
+                    path.unlink()
         remove_model(self.path)
 
 
