@@ -79,25 +79,19 @@ WITHOUT_MEANING: dict[str, tuple[Any, ...] | None] = {
     "ds3_gather_for_generation": None,
     **dict.fromkeys(
         (
-            "vllm_mode",
             "vllm_model_impl",
-            "vllm_enable_sleep_mode",
             "vllm_structured_outputs_regex",
             "vllm_server_base_url",
-            "vllm_server_host",
-            "vllm_server_port",
             "vllm_server_timeout",
             "vllm_group_port",
-            "vllm_gpu_memory_utilization",
             "vllm_max_model_length",
-            "vllm_tensor_parallel_size",
         )
     ),
 }
 
 #: Options of TRL that do something there that nothing does here -> why.
 NOT_HERE = {
-    "use_vllm": "rollouts are written by transformers models here",
+    "use_vllm": "rollout_engine vllm writes rollouts on vLLM here, see docs/vllm.md",
     "packing": "rows are not packed here; micro-batches are padded to their longest row",
     "use_dora": "transformers loads DoRA adapters without their magnitudes; use LoRA",
     "min_p": "use top_p or top_k",

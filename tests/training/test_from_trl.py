@@ -42,7 +42,7 @@ def test_after_the_two_edits_the_file_trains_and_what_changes_nothing_is_said(fi
     code, _, err = run("train", "--config", "before.yaml")
     assert code == 0, err
     notes = [line for line in err.splitlines() if line.startswith("switchkd: note: ")]
-    names = ("lora_task_type=CAUSAL_LM", "repetition_penalty=1.0", "use_vllm=False", "vllm_mode=colocate")
+    names = ("lora_task_type=CAUSAL_LM", "repetition_penalty=1.0", "use_vllm=False", "shuffle_dataset=True")
     assert [note.split()[2] for note in notes][:4] == list(names)
     assert (file.parent / "runs" / "from_trl" / "adapter_config.json").is_file()
 
@@ -56,7 +56,7 @@ def test_the_script_runs_as_the_page_shows_it(tmp_path, monkeypatch):
 def test_flags_of_trl_that_change_nothing_are_left_out_and_others_refused_with_the_reason(run, models):
     data = ("--dataset_name", models / "train.jsonl", "--model_name_or_path", models / "student", "--method", "sft")
     error = one_line_error(*run("train", *data, "--use_vllm", "true", "--packing", "false"))
-    assert error.endswith("unknown option --use_vllm; rollouts are written by transformers models here")
+    assert "unknown option --use_vllm; rollout_engine vllm writes rollouts on vLLM here, see docs/vllm.md" in error
 
 
 def test_unknown_keyword_arguments_are_named_with_what_to_use():
@@ -77,7 +77,7 @@ def test_a_name_that_is_like_none_gets_no_hint():
 def test_values_that_change_nothing_are_told_from_those_that_do():
     assert changes_nothing("use_vllm", False) and not changes_nothing("use_vllm", True)
     assert changes_nothing("repetition_penalty", 1.0) and not changes_nothing("repetition_penalty", True)
-    assert changes_nothing("vllm_server_port", 8000) and not changes_nothing("zzz", None)
+    assert changes_nothing("vllm_server_timeout", 8000) and not changes_nothing("zzz", None)
     assert changes_nothing("min_p", None) and not changes_nothing("min_p", 0.1)
 
 
