@@ -176,9 +176,7 @@ def _become(words: list[str], said: int, room: int | None) -> None:
 def damage(folder: Path, chance: random.Random) -> str | None:
     """Damage a file of a stopped run; return what was done to which."""
     files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.stat().st_size and (path.name not in SPARED or "checkpoint-" in str(path))
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size and not _is_spared(path)
     ]
     if not files:
         return None
@@ -194,6 +192,11 @@ def damage(folder: Path, chance: random.Random) -> str | None:
     return f"{kind} {path.relative_to(folder)}"
 
 
+def _is_spared(path: Path) -> bool:
+    ended = path.name == "metrics.jsonl" and (path.parent / "summary.json").is_file()
+    return (path.name in SPARED or ended) and "checkpoint-" not in str(path)
+
+
 def state(folder: Path) -> dict[str, Any]:
     """What a finished run is compared by: weights, rows and scores, without what the clock wrote."""
     found: dict[str, Any] = {}
@@ -205,11 +208,19 @@ def state(folder: Path) -> dict[str, Any]:
             continue
         if path.suffix == ".safetensors":
             found |= {f"{name} {key}": value for key, value in load_file(path).items()}
-        elif path.suffix == ".jsonl":
-            found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
         else:
-            found[name] = _timeless(json.loads(path.read_text()))
+            found[name] = _read(path)
     return found
+
+
+def _read(path: Path) -> Any:
+    """A file of JSON or JSON Lines without the times; text that is neither is a difference, not an error of ours."""
+    try:
+        if path.suffix == ".jsonl":
+            return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        return _timeless(json.loads(path.read_text()))
+    except ValueError as error:
+        return f"damaged: {error}"
 
 
 def _timeless(value: Any) -> Any:
