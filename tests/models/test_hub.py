@@ -59,7 +59,8 @@ def test_the_command_says_it_in_one_line(no_hub, run: Run):
 
 
 @pytest.mark.parametrize("name", ["runs/demo", "./demo", "a/b/c"])
-def test_a_missing_folder_is_not_looked_for_on_the_hub(no_hub, monkeypatch, name):
+def test_a_missing_folder_is_not_looked_for_on_the_hub(no_hub, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves runs/demo in a checkout
     monkeypatch.setattr(hub, "problem", lambda: pytest.fail("asked the hub"))
     assert f"folder {name} does not exist" in refused(load_model, name)
     assert f"no file or folder {name}" in refused(load_records, name)
