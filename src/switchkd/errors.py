@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import json
 import math
 import os
 import re
@@ -145,6 +146,23 @@ def check_loss_temperature(temperature: float) -> None:
     """Refuse a temperature that logits cannot be divided by, with one line."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise UserError(f"loss_temperature must be a finite number > 0, got {temperature}")
+
+
+def json_object(name: str, value: Any) -> dict[str, Any]:
+    """Return the JSON object that an option is, as text or read already.
+
+    Raises:
+        UserError: It is something else.
+    """
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{name} must be a JSON object, got {value!r} ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{name} must be a JSON object, got {found!r}")
+    return found
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:

@@ -91,12 +91,12 @@ def test_the_last_verdict_of_a_reply_counts(reply: str, letter: str | None) -> N
 
 def test_a_tally_counts_every_pair_once_and_its_rate_is_turned_round_with_the_runs() -> None:
     rows = [
-        {"winner": "first", "verdicts": ["A", "B"]},
-        {"winner": "first", "verdicts": ["A", "C"]},
-        {"winner": "second", "verdicts": ["B", "A"]},
-        {"winner": "tie", "verdicts": ["A", "A"]},
-        {"winner": "tie", "verdicts": []},
-        {"winner": None, "verdicts": [None, "A"]},
+        {"index": 0, "winner": "first", "verdicts": ["A", "B"]},
+        {"index": 1, "winner": "first", "verdicts": ["A", "C"]},
+        {"index": 2, "winner": "second", "verdicts": ["B", "A"]},
+        {"index": 3, "winner": "tie", "verdicts": ["A", "A"]},
+        {"index": 4, "winner": "tie", "verdicts": []},
+        {"index": 5, "winner": None, "verdicts": [None, "A"]},
     ]
     found = tally(rows)
     assert (found.first, found.second, found.tie) == (2, 1, 2)
@@ -106,8 +106,20 @@ def test_a_tally_counts_every_pair_once_and_its_rate_is_turned_round_with_the_ru
     assert found.win_rate is not None and turned.win_rate is not None
     assert found.win_rate.value == pytest.approx(0.6) == pytest.approx(1 - turned.win_rate.value)
     assert found.p_value == turned.p_value == 1.0 and "no clear winner" in found.said("x", "y")
-    assert "x is ahead" in tally([rows[0]] * 9).said("x", "y") and "y is ahead" in tally([rows[2]] * 9).said("x", "y")
-    assert "no clear winner" in tally([rows[0]] * 5).said("x", "y") and tally([rows[-1]]).win_rate is None
+    nine = [[{**rows[one], "index": index} for index in range(9)] for one in (0, 2)]
+    assert "x is ahead" in tally(nine[0]).said("x", "y") and "y is ahead" in tally(nine[1]).said("x", "y")
+    assert "no clear winner" in tally(nine[0][:5]).said("x", "y") and tally([rows[-1]]).win_rate is None
+
+
+def test_the_seeds_of_one_prompt_are_one_observation_and_prompts_weigh_the_same() -> None:
+    """Five prompts answered nine times each would be 45 observations, and any preference significant."""
+    wins = [{"index": index, "winner": "first", "verdicts": ["A", "B"]} for index in range(5)]
+    once, often = tally(wins), tally(wins * 9)
+    assert often.first == 45 and (often.win_rate, often.p_value, often.ahead) == (once.win_rate, once.p_value, 5)
+    lost = {"index": 5, "winner": "second", "verdicts": ["B", "A"]}
+    mixed = tally([*wins * 9, lost, {**wins[0], "index": 5}, lost])
+    assert (mixed.ahead, mixed.behind) == (5, 1)
+    assert mixed.win_rate is not None and mixed.win_rate.value == pytest.approx((5 + 1 / 3) / 6)
 
 
 def test_the_judge_reads_the_prompt_and_both_answers_and_about_four_characters_a_token() -> None:
@@ -191,7 +203,7 @@ def test_several_test_sets_another_seed_and_options_of_the_request(
     judge = server(prefers_good)
     code, out, err = run(
         *("judge", tmp_path / "a", tmp_path / "b", "--output_dir", tmp_path / "out", "--yes", "--json"),
-        *("--decoding_seed", 20, "--max_samples", 2, "--concurrency", 1),
+        *("--decoding_seeds", 20, "--max_samples", 2, "--concurrency", 1),
         *("--request_options", '{"temperature": null, "max_completion_tokens": 99}'),
     )
     assert code == 0, err
@@ -202,6 +214,22 @@ def test_several_test_sets_another_seed_and_options_of_the_request(
                for _, _, request in judge.requests)  # fmt: skip
 
 
+def test_all_decoding_seeds_are_judged_and_pooled_by_prompt(
+    server: Callable[[Answer], StandIn], two: list[Path], tmp_path: Path, run: Run
+) -> None:
+    judge = server(prefers_good)
+    call = ("judge", *two, "--output_dir", tmp_path / "out", "--yes", "--json", "--decoding_seeds")
+    code, out, err = run(*call, "all")
+    found = json.loads(out)["test_sets"]["test"]
+    assert code == 0 and len(judge.requests) == 12, err
+    assert [found[name] for name in ("first", "second", "tie", "ahead", "behind")] == [2, 2, 4, 1, 1]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert {(row["seed"], row["index"]) for row in rows} == {(seed, index) for seed in (10, 20) for index in range(4)}
+    (tmp_path / "out" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    code, out, _ = run(*call, "all", "--resume")
+    assert code == 0 and json.loads(out)["test_sets"]["test"]["ahead"] == 1
+
+
 def test_a_stopped_judgement_goes_on_at_the_row(
     server: Callable[[Answer], StandIn], two: list[Path], tmp_path: Path, run: Run
 ) -> None:
@@ -209,7 +237,7 @@ def test_a_stopped_judgement_goes_on_at_the_row(
     call = ("judge", *two, "--output_dir", tmp_path / "out", "--yes", "--concurrency", 1, "--max_retries", 1)
     judge = server(lambda request: (503, {}, "busy") if "p2" in str(request) else prefers_good(request))
     error = one_line_error(*no_output(run(*call)))
-    assert "2 times with status 503 (busy)" in error and "2 of 4 prompts are judged, --resume goes on" in error
+    assert "2 times with status 503 (busy)" in error and "2 of 4 pairs are judged, --resume goes on" in error
     assert "--resume to continue it" in one_line_error(*no_output(run(*call)))
     rows = tmp_path / "out" / "rows.jsonl"
     rows.write_text(rows.read_text() + '{"test_set": "", "ind')
@@ -231,8 +259,8 @@ def test_verdicts_on_other_answers_or_by_another_judge_are_never_mixed_in(
     monkeypatch.setenv("OPENAI_MODEL", "judge-2")
     assert "by judge-1 on answers that are not these" in one_line_error(*no_output(run(*call, "--resume")))
     monkeypatch.setenv("OPENAI_MODEL", "judge-1")
-    error = one_line_error(*no_output(run(*call, "--resume", "--decoding_seed", 20)))
-    assert "decoding_seed=None, now it is 20" in error
+    error = one_line_error(*no_output(run(*call, "--resume", "--decoding_seeds", 20)))
+    assert "decoding_seeds=None, now it is ['20']" in error
     (two[0] / "rows.jsonl").write_text((two[0] / "rows.jsonl").read_text().replace("good", "fine"))
     assert "answers that are not these" in one_line_error(*no_output(run(*call, "--resume")))
 
@@ -282,7 +310,7 @@ def test_what_a_server_may_answer_is_one_line(
     call = ("judge", *two, "--output_dir", tmp_path / "out", "--yes", "--max_retries", 1, "--concurrency", 1)
     result = run(*call)
     error = one_line_error(*no_output(result))
-    assert message in error and "0 of 4 prompts are judged" in error and KEY not in error
+    assert message in error and "0 of 4 pairs are judged" in error and KEY not in error
 
 
 def test_a_key_is_neither_printed_nor_written(
@@ -348,7 +376,8 @@ def test_a_wrong_environment_is_one_line(
         (["A", "SETS"], "the two runs answered different test sets"),
         (["A", "OTHER"], "prompt 0 is not the same in both runs"),
         (["A", "SEED"], "no decoding seed is in both runs"),
-        (["A", "B", "--decoding_seed", "7"], "no decoding seed 7 is in both runs"),
+        (["A", "B", "--decoding_seeds", "10", "7"], "no decoding seed 7 is in both runs"),
+        (["A", "B", "--decoding_seeds", "every"], "decoding_seeds must be integers joined by commas"),
         (["A", "B", "--prices", "1"], "prices must be two numbers joined by a comma"),
         (["A", "B", "--prices", "1,-1"], "prices must be two numbers"),
         (["A", "B", "--timeout", "0"], "timeout must be a number of seconds > 0"),

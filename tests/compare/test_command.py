@@ -18,6 +18,7 @@ from helpers.tiny import RAGGED_ROWS, build_gpt2, build_tokenizer
 from huggingface_hub import ModelCard
 
 from switchkd.__main__ import main
+from switchkd.cli.sealed import append_sealed
 from switchkd.compare import command
 from switchkd.compare.checks import check
 from switchkd.compare.plan import evaluations, plan
@@ -252,6 +253,34 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_off_is(in_process, finis
         {(r["student"], r["run"], r["seed"]): r["evaluate"]["test"]["rouge_l"] for r in rs} for rs in (first, second)
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_its_answers(in_process, finished, home, tmp_path, monkeypatch):
+    """Model and answers were thrown away, and made again."""
+    again = shutil.copytree(finished, tmp_path / "again")
+    said_to_lie_in(again, finished)
+    for path in [*again.rglob("*.yaml"), *again.rglob("summary.json")]:
+        path.write_text(path.read_text().replace(str(finished), str(again)))
+    cut = again / "small" / "switch" / "seed-1"
+    rows = (cut / "evaluate" / "rows.jsonl").read_text()
+    model = (cut / "train" / "model.safetensors").stat().st_mtime_ns
+    (cut / "result.json").unlink()
+    shutil.rmtree(cut / "evaluate")
+
+    def write_and_stop(path, lines):
+        append_sealed(path, lines)
+        if any("seed" in line for line in lines):
+            raise RuntimeError("the machine went down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("switchkd.commands.scoring.append_sealed", write_and_stop)
+        assert call(again, config_of(home)) == 2
+    (cut / "log.txt").write_text("")
+    assert call(again, config_of(home)) == 0
+    log = (cut / "log.txt").read_text()
+    assert "trained before" in log and re.search(r"[1-9]\d* of \d+ answers are there already", log)
+    assert (cut / "train" / "model.safetensors").stat().st_mtime_ns == model
+    assert (cut / "evaluate" / "rows.jsonl").read_text() == rows
 
 
 def test_a_finished_run_with_other_options_is_refused(finished, home, capfd):

@@ -113,6 +113,7 @@ def test_changes_reach_into_a_stage() -> None:
         (["show", "gpt2-smal"], "no recipe 'gpt2-smal'; the nearest is 'gpt2-small'"),
         (["show", "gpt2-small", "--set", "techer=x"], "no such setting; the nearest is 'teacher'"),
         (["show", "gpt2-small", "--set", "teacher"], "give name=value"),
+        (["run", "gpt2-small", "--output_dir", "runs/a", "dolly=d"], "settings are given after --set: --set dolly=d"),
         (["show", "gpt2-small", "--set", "tabel.seeds=1"], "no stage 'tabel'"),
         (["show", "gpt2-small", "--set", "teacher.seed.x=1"], "seed of stage 'teacher' holds no options"),
         (["show", "gpt2-small", "--stages", "tabel"], "stages must be one of dolly"),

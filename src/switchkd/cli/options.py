@@ -169,6 +169,8 @@ class OptionsMixin(_Parser):
         """How to give a word that belongs to no option."""
         if stray.lower().endswith((".yaml", ".yml")):
             return f"give a config file as --config {stray}"
+        if "--set" in self._known() and "=" in stray:
+            return f"settings are given after --set: --set {stray}"
         before = flags[: flags.index(stray)]
         start = max(
             (place for place, flag in enumerate(before) if flag.startswith("--") and flag != "--"), default=None
@@ -248,21 +250,6 @@ def integers(texts: Iterable[str] | None, name: str) -> list[int] | None:
         return [int(word) for word in words]
     except ValueError:
         raise UserError(f"{name} must be integers joined by commas, got {' '.join(texts)!r}") from None
-
-
-def json_object(name: str, text: str) -> dict[str, Any]:
-    """Return the JSON object that the text of an option is.
-
-    Raises:
-        UserError: The text is something else.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} must be a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{name} must be a JSON object, {{"name": value, ...}}, got {text}')
-    return value
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:

@@ -4,9 +4,9 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from switchkd.cli.options import flag, json_object
+from switchkd.cli.options import flag
 from switchkd.data_options import HELP, TEMPLATES, parse_columns
-from switchkd.errors import UserError, check_choice
+from switchkd.errors import UserError, check_choice, json_object
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,9 +14,9 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli.console import Console
-from switchkd.cli.options import OptionParser, flag, is_terminal, json_object
+from switchkd.cli.options import OptionParser, flag, integers, is_terminal
 from switchkd.cli.run_folder import RunFolder, read_config
-from switchkd.errors import UserError, check_count
+from switchkd.errors import UserError, check_count, json_object
 
 if TYPE_CHECKING:
     from switchkd.evaluation.chat_server import ChatServer
@@ -39,9 +39,9 @@ class Pair:
     second: str
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> tuple[str, int, int]:
         """What it is called in the rows."""
-        return self.test_set, self.index
+        return self.test_set, self.seed, self.index
 
     @property
     def digest(self) -> str:
@@ -63,7 +63,10 @@ def parser() -> OptionParser:
     inputs.add_argument("runs", nargs="*", default=argparse.SUPPRESS, **folders)
     inputs.add_argument("--runs", nargs="+", default=[], **(folders | {"help": "the same, as a key of a config file"}))
     inputs.add_argument(
-        "--decoding_seed", type=int, metavar="N", help="which answers (default: the first seed that both have)"
+        "--decoding_seeds",
+        nargs="+",
+        metavar="N,N,...",
+        help="which answers, or all; every seed costs as much again (default: the first one that both runs have)",
     )
     inputs.add_argument("--max_samples", type=int, metavar="N", help="only the first N prompts of each test set")
     server = result.add_argument_group("server")
@@ -107,7 +110,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     read = sum(2 * estimated_tokens(pair.prompt, pair.first, pair.second) for pair in asked)
     estimate = {"requests": 2 * len(asked), "prompt_tokens": read, "completion_tokens": 2 * len(asked) * REPLY_TOKENS}
     of_them = f", {len(done):,} of them judged before" if done else ""
-    console.say(f"{' against '.join(options.runs)}: {len(pairs):,} prompts{of_them}; judge {server.model}")
+    console.say(f"{' against '.join(options.runs)}: {len(pairs):,} pairs of answers{of_them}; judge {server.model}")
     console.say(f"about {_cost(estimate, prices)}")
     judge = {"base_url": server.base_url, "model": server.model}
     if not options.yes:
@@ -119,9 +122,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     try:
         for row in _judged(pairs, done, server, options.concurrency, console):
             folder.append(ROWS, [row])
-            rows[row["test_set"], row["index"]] = row
+            rows[row["test_set"], row["seed"], row["index"]] = row
     except UserError as error:
-        kept = f"; {len(rows):,} of {len(pairs):,} prompts are judged, --resume goes on with {folder.path}"
+        kept = f"; {len(rows):,} of {len(pairs):,} pairs are judged, --resume goes on with {folder.path}"
         raise UserError(f"{error}{kept}") from error
     summary = {**_summary([rows[pair.key] for pair in pairs], options), "judge": judge, "sent": True}
     summary["seconds"] = time.perf_counter() - started
@@ -167,20 +170,27 @@ def _pairs(options: argparse.Namespace) -> list[Pair]:
     for test_set, rows in first.items():
         others = {(row["seed"], row["index"]): row for row in second[test_set]}
         shared = [row["seed"] for row in rows if (row["seed"], row["index"]) in others]
-        seed = options.decoding_seed if options.decoding_seed is not None else next(iter(shared), None)
-        if seed is None or seed not in shared:
-            raise UserError(f"no decoding seed{f' {seed}' if seed is not None else ''} is in both runs"
-                            f"{f' ({test_set})' if test_set else ''}")  # fmt: skip
-        chosen = [row for row in rows if row["seed"] == seed and (seed, row["index"]) in others]
-        for row in chosen[: options.max_samples]:
-            other = others[seed, row["index"]]
-            if other["prompt"] != row["prompt"]:
-                raise UserError(
-                    f"prompt {row['index']}{f' of {test_set}' if test_set else ''} is not the same in both runs; judge "
-                    "evaluations of the same data, with the same template and tokenizer"
-                )
-            found.append(Pair(test_set, row["index"], seed, row["prompt"], row["completion"], other["completion"]))
+        for seed in _seeds(options.decoding_seeds, list(dict.fromkeys(shared)), test_set):
+            chosen = [row for row in rows if row["seed"] == seed and (seed, row["index"]) in others]
+            for row in chosen[: options.max_samples]:
+                other = others[seed, row["index"]]
+                if other["prompt"] != row["prompt"]:
+                    raise UserError(
+                        f"prompt {row['index']}{f' of {test_set}' if test_set else ''} is not the same in both runs; "
+                        "judge evaluations of the same data, with the same template and tokenizer"
+                    )
+                found.append(Pair(test_set, row["index"], seed, row["prompt"], row["completion"], other["completion"]))
     return found
+
+
+def _seeds(given: list[str] | None, shared: list[int], test_set: str) -> list[int]:
+    """The decoding seeds whose answers are judged, of those that both runs have."""
+    wanted = shared if given == ["all"] else integers(given, "decoding_seeds") or shared[:1]
+    missing = [seed for seed in wanted if seed not in shared]
+    if missing or not wanted:
+        raise UserError(f"no decoding seed{f' {missing[0]}' if missing else ''} is in both runs"
+                        f"{f' ({test_set})' if test_set else ''}")  # fmt: skip
+    return list(dict.fromkeys(wanted))
 
 
 def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -205,7 +215,7 @@ def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _read_rows(
     folder: RunFolder, options: argparse.Namespace, model: str, pairs: Sequence[Pair]
-) -> dict[tuple[str, int], dict[str, Any]]:
+) -> dict[tuple[str, int, int], dict[str, Any]]:
     """The verdicts that a stopped judgement left."""
     saved = read_config(folder.path) or {}
     for name, value in vars(options).items():
@@ -225,7 +235,7 @@ def _read_rows(
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            key = row["test_set"], row["index"]
+            key = row["test_set"], row["seed"], row["index"]
             same = key in known and known[key].digest == row["digest"] and row["model"] == model
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is damaged; remove that line to go on") from error
@@ -240,7 +250,7 @@ def _read_rows(
 
 def _judged(
     pairs: Sequence[Pair],
-    done: Mapping[tuple[str, int], Any],
+    done: Mapping[tuple[str, int, int], Any],
     server: "ChatServer",
     concurrency: int,
     console: Console,
@@ -336,7 +346,8 @@ def _text(
             f"first: {options.runs[0]}, second: {options.runs[1]}",
             console.table(rows, heads),
             "contradictory (the judge preferred a place, not an answer) and identical answers are ties; win rate of "
-            "the first, ties counted half, 95% interval over prompts",
+            "the first over prompts, ties counted half, with its 95% interval; answers to one prompt by several seeds "
+            "count as one",
             *(f"{name}: {found['said']}" for name, found in summary["test_sets"].items()),
             f"used {_cost(summary, prices)}",
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.cli.console import Console
-from switchkd.cli.options import integers, json_object
+from switchkd.cli.options import integers
 from switchkd.commands.train_options import (
     RunArguments,
     TrainParser,
@@ -15,7 +15,7 @@ from switchkd.commands.train_options import (
     check_quantization,
     fields_of,
 )
-from switchkd.errors import UserError, check_choice
+from switchkd.errors import UserError, check_choice, json_object
 
 if TYPE_CHECKING:
     from switchkd.training.advice import Change, Sized
@@ -270,7 +270,7 @@ def _dtype(kwargs: dict[str, Any], config: Any, default: str, *, saved: bool = F
 
 def _json(name: str, options: argparse.Namespace) -> dict[str, Any]:
     value = getattr(options, name)
-    return {} if value is None else value if isinstance(value, dict) else json_object(name, value)
+    return {} if value is None else json_object(name, value)
 
 
 def _sharding(options: argparse.Namespace) -> str:

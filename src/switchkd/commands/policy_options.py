@@ -4,8 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from switchkd import plugins
-from switchkd.cli.options import json_object
-from switchkd.errors import UserError
+from switchkd.errors import UserError, json_object
 from switchkd.policy_options import POLICY_OPTIONS, TRAINING_ONLY
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
-from switchkd.cli.options import integers, json_object
+from switchkd.cli.options import integers
 from switchkd.commands.train_options import LORA_DEFAULTS, RunArguments
 from switchkd.data import load_records
 from switchkd.data.containers import Mixture, first_records
 from switchkd.data_options import parse_mixture
-from switchkd.errors import UserError
+from switchkd.errors import UserError, json_object
 from switchkd.models.untrained import student_from_config, student_from_layers
 from switchkd.training.config import SwitchConfig
 from switchkd.training.resolve import resolve

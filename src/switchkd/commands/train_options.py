@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from switchkd.cli.options import OptionsMixin, json_object, truth
+from switchkd.cli.options import OptionsMixin, truth
 from switchkd.commands.pair import DTYPES
 from switchkd.commands.train_help import arrange
 from switchkd.commands.training_arguments import UNREAD, training_arguments
 from switchkd.data_options import parse_mixture
-from switchkd.errors import UserError, check_choice
+from switchkd.errors import UserError, check_choice, json_object
 from switchkd.methods import get_method
 from switchkd.training.options import DistillationOptions, own_fields
 

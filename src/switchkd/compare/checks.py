@@ -9,7 +9,7 @@ from typing import Any
 from switchkd.cli.options import as_flags, integers
 from switchkd.cli.run_folder import json_line
 from switchkd.compare.tasks import Task
-from switchkd.errors import UserError, UserErrors
+from switchkd.errors import UserError, UserErrors, json_object
 
 #: Options that name a file, a folder or a hub id.
 INPUTS = (
@@ -255,7 +255,6 @@ def _student(text: str, source: str | None, tokenizer: Any) -> None:
     """Make the student without memory for its weights."""
     import torch
 
-    from switchkd.commands.train_options import json_object
     from switchkd.models.untrained import student_from_config
 
     with torch.device("meta"):

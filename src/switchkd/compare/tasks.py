@@ -191,9 +191,13 @@ def _command(name: str, folder: Path, values: Mapping[str, Any]) -> dict[str, An
     module = import_module(f"switchkd.commands.{name}")
     flags = ["--config", str(config)]
     result: dict[str, Any]
-    if name == "train" and same and any(folder.glob("checkpoint-*")):
+    if same and name == "train" and (trained := _trained(folder)) is not None:
+        print(f"trained before: {folder}")
+        return trained
+    if same and _is_cut_off(name, folder):
+        goes_on = ["--resume_from_checkpoint", "auto"] if name == "train" else ["--resume"]
         try:
-            result = module.run(module.parser().resolve([*flags, "--resume_from_checkpoint", "auto"]), Console())
+            result = module.run(module.parser().resolve([*flags, *goes_on]), Console())
             return result
         except UserError as error:
             print(f"cannot go on from what is there, begins again: {error}")
@@ -201,3 +205,20 @@ def _command(name: str, folder: Path, values: Mapping[str, Any]) -> dict[str, An
         shutil.rmtree(folder)  # what a run that did not end left behind: a comparison owns the folders of its runs
     result = module.run(module.parser().resolve(flags), Console())
     return result
+
+
+def _trained(folder: Path) -> dict[str, Any] | None:
+    """What a training that ended returned; None where it did not, or where its model is no longer there."""
+    if not any(folder.glob("*.safetensors")):
+        return None
+    try:
+        return {**json.loads((folder / "summary.json").read_text(encoding="utf-8")), "output_dir": str(folder)}
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _is_cut_off(name: str, folder: Path) -> bool:
+    """Whether a command left something that it can go on from; of what ended, the answers may be damaged."""
+    if name == "train":
+        return any(folder.glob("checkpoint-*"))
+    return (folder / "answers.jsonl").is_file() and not (folder / "summary.json").is_file()

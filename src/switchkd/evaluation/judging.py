@@ -78,9 +78,11 @@ class Tally:
         contradictions: Pairs of which the judge preferred the same place, not the same answer.
         identical: Pairs of equal answers, which are ties without being asked.
         unreadable: Pairs without a verdict; they count nowhere else.
-        win_rate: Share of the first run's wins, ties counted half, in [0, 1], with Wilson's 95% interval over pairs;
-            None without a pair.
-        p_value: Of the sign test: that first and second win equally often, over the pairs that are no ties.
+        ahead: Prompts to which the first run won more pairs than the second; with one seed the pairs that it won.
+        behind: Prompts to which it won fewer.
+        win_rate: Mean over prompts of the first run's share of the wins, ties counted half, in [0, 1], with Wilson's
+            95% interval over prompts, which several seeds make too wide rather than too narrow; None without a pair.
+        p_value: Of the sign test: that a prompt one of them won is as likely to be `ahead` as `behind`.
     """
 
     first: int
@@ -89,25 +91,34 @@ class Tally:
     contradictions: int
     identical: int
     unreadable: int
+    ahead: int
+    behind: int
     win_rate: Share | None
     p_value: float
 
     def said(self, first: str, second: str) -> str:
         """Return in words who is ahead."""
-        decided = f"sign test over {self.first + self.second} decided pairs: p {self.p_value:.2g}"
+        decided = f"sign test over {self.ahead + self.behind} decided prompts: p {self.p_value:.2g}"
         if self.p_value >= 0.05:
             return f"no clear winner ({decided})"
-        return f"{first if self.first > self.second else second} is ahead ({decided})"
+        return f"{first if self.ahead > self.behind else second} is ahead ({decided})"
 
 
 def tally(rows: Sequence[Mapping[str, Any]]) -> Tally:
-    """Return how some pairs were judged.
+    """Return how some pairs were judged; those of one prompt, one for each decoding seed, count as one observation.
 
     Args:
-        rows: `winner`, one of `WINNERS` or None, and `verdicts`, the two letters; empty for equal answers.
+        rows: `index` of the prompt; `winner`, one of `WINNERS` or None; `verdicts`, the two letters, empty for equal
+            answers.
     """
     winners = [row["winner"] for row in rows if row["winner"] is not None]
     first, second, tie = (winners.count(one) for one in WINNERS)
+    points: dict[int, list[float]] = {}
+    for row in rows:
+        if row["winner"] is not None:
+            points.setdefault(row["index"], []).append({"first": 1.0, "second": 0.0, "tie": 0.5}[row["winner"]])
+    rates = [sum(of_prompt) / len(of_prompt) for of_prompt in points.values()]
+    ahead, behind = sum(rate > 0.5 for rate in rates), sum(rate < 0.5 for rate in rates)
     return Tally(
         first,
         second,
@@ -115,6 +126,8 @@ def tally(rows: Sequence[Mapping[str, Any]]) -> Tally:
         contradictions=sum(list(row["verdicts"]) in (["A", "A"], ["B", "B"]) for row in rows),
         identical=sum(not row["verdicts"] for row in rows),
         unreadable=len(rows) - len(winners),
-        win_rate=wilson(first + tie / 2, len(winners)) if winners else None,
-        p_value=float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0,
+        ahead=ahead,
+        behind=behind,
+        win_rate=wilson(sum(rates), len(rates)) if rates else None,
+        p_value=float(stats.binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0,
     )

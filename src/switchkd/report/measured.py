@@ -86,7 +86,7 @@ def judge_section(run: Run) -> Section:
             rows.append(Interval(name, value, low, high, filled=one["p_value"] < 0.05, said=f"{value:.0%}"))
     headers = ["test set", "first wins", "ties", "second wins", *counts[3:], "win rate", "low", "high", "p"]
     title = f"Win rate of {found['first']} over {found['second']}"
-    svg = intervals(rows, title=title, x_label="share of the prompts, ties counted half", limits=(0.0, 1.0))
+    svg = intervals(rows, title=title, x_label="share of the wins, ties counted half", limits=(0.0, 1.0))
     note = (
         f"Judged by {found['judge']['model']}, in both orders. Filled: the sign test's p is below 0.05, not corrected."
     )

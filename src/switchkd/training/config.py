@@ -1,7 +1,6 @@
 """`SwitchConfig`: transformers' TrainingArguments plus what teacher-in-the-loop distillation adds."""
 
 import copy
-import json
 import os
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import TrainingArguments
 
 from switchkd.cli.run_folder import without_secrets
 from switchkd.data_options import SUPERVISE, TEMPLATES, parse_columns
-from switchkd.errors import UserError, check_choice
+from switchkd.errors import UserError, check_choice, json_object
 from switchkd.other_names import refuse_unknown
 from switchkd.training.options import DistillationOptions
 from switchkd.training.ranges import check_training_ranges
@@ -46,8 +45,10 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         for name in JSON_FIELDS:
-            setattr(self, name, _read_json_object(name, getattr(self, name)))
-            if "tp_plan" in (getattr(self, name) or {}):
+            if getattr(self, name) is None:
+                continue
+            setattr(self, name, json_object(name, getattr(self, name)))
+            if "tp_plan" in getattr(self, name):
                 raise UserError(
                     f"{name}: tp_plan splits a model over processes that read the same text, and here each process "
                     "writes its own; load it in 8 or 4 bits, or give one process several GPUs with device_map"
@@ -87,14 +88,3 @@ class SwitchConfig(DistillationOptions, TrainingArguments):
     def options_set(self, *names: str) -> dict[str, Any]:
         """Return the named options that are not None."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def _read_json_object(name: str, value: Any) -> dict[str, Any] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise UserError(f"{name} must be a JSON object, got {value!r}") from None
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{name} must be a JSON object, got {value!r}")
-    return value
