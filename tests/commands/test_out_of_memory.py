@@ -86,6 +86,17 @@ def test_a_plan_that_cannot_be_made_leaves_the_usual_advice(models, tmp_path, ru
     assert code == 71 and "lower it by --rollout_batch_size" in err
 
 
+def test_a_training_is_told_of_options_that_it_has():
+    """Several processes under DDP were told to take `--sharding`, an option of `switchkd plan`."""
+    from switchkd.commands import train
+    from switchkd.training.advice import CHANGES
+    from switchkd.training.out_of_memory import IN_TRAINING
+
+    known = train.parser()._known()
+    named = [word for option, _ in CHANGES for word in IN_TRAINING.get(option, option).split() if word[:2] == "--"]
+    assert len(named) > 10 and [word for word in named if word not in known] == []
+
+
 def test_other_commands_say_it_too(models, run, monkeypatch):
     from switchkd.commands import rollout
 

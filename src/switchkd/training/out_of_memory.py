@@ -24,6 +24,9 @@ NAMES = {
     "optimizer": ("optimizer's update", "--optim adafactor"),
 }
 
+#: Options of a plan that a training does not have -> what does the same there.
+IN_TRAINING = {"--sharding fsdp2": "FSDP2 (docs/scale.md)"}
+
 
 class ExplainingTrainer(Trainer):
     """A Trainer that says in one line where memory ran out; a subclass sets what is annotated here."""
@@ -83,8 +86,8 @@ def _planned(trainer: Any, phase: str) -> str | None:
     parts = run.memory.phases[phase]
     largest = max(parts, key=parts.__getitem__)
     return (
-        f"it takes about {_shown(before)} ({largest} {_shown(parts[largest])}); with {change.option} about "
-        f"{_shown(change.peak)}"
+        f"it takes about {_shown(before)} ({largest} {_shown(parts[largest])}); with "
+        f"{IN_TRAINING.get(change.option, change.option)} about {_shown(change.peak)}"
     )
 
 
