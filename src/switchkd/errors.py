@@ -100,12 +100,13 @@ class Stopped(KeyboardInterrupt):
     """Raised where a command ends because a signal asked for it, after it has saved what it could.
 
     Attributes:
+        number: The signal.
         code: Exit code of the process, 128 + the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.code = 128 + number
+        self.number, self.code = number, 128 + number
 
 
 def check_range(name: str, value: Any, low: float, high: float, high_name: str = "") -> None:

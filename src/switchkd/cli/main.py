@@ -5,6 +5,7 @@ Nothing heavy is imported here: `switchkd --help` must not wait for torch.
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any, Protocol, cast
 
 from switchkd.cli.console import Console, quiet, write
 from switchkd.cli.options import OptionsMixin
-from switchkd.cli.run_folder import release_folders
+from switchkd.cli.run_folder import first_folder, release_folders
+from switchkd.cli.signals import heard
 from switchkd.errors import (
     OutOfMemory,
     Stopped,
@@ -58,6 +60,8 @@ class Command(Protocol):
 
     def run(self, options: argparse.Namespace, console: "Console") -> dict[str, Any]:
         """Do the work and return what `--json` prints."""
+
+    # One that goes on where it was stopped has `RESUME` too: what is to be added to the same call, or "".
 
 
 def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
@@ -125,9 +129,16 @@ def _run(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> int:
     console = Console(json=options.json, verbose=options.verbose)
     for note in parser.notes:
         console.progress(f"switchkd: note: {note}")
-    with quiet(console):
+    with quiet(console), heard():
         try:
             console.result(command.run(options, console))
+        except KeyboardInterrupt as stop:
+            folder, more = first_folder(), getattr(command, "RESUME", None)
+            if folder is None or more is None:
+                raise
+            said = str(stop).partition(";")[0] or "interrupted"
+            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            raise Stopped(f"{said}; the same call with {more}--output_dir {folder} goes on", number) from None
         except UserErrors as error:
             if error.result is not None:
                 console.result(error.result)

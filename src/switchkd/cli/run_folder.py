@@ -79,6 +79,11 @@ def release_folders() -> None:
         _HELD.popitem()[1].release()
 
 
+def first_folder() -> Path | None:
+    """Return the folder that the command of this process was given, or chose, to write into; None before it does."""
+    return next(iter(_HELD), None)
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[TextIO]:
     """Give a text file to write; it takes its name, and the place of an older one, once it is whole."""

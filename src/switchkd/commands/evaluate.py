@@ -18,6 +18,9 @@ from switchkd.errors import UserError, check_choice
 #: Decoding that a published protocol fixes beyond the defaults here: its scripts block repeated 6-grams silently.
 PROTOCOLS = {"ancestors": {"no_repeat_ngram_size": 6}}
 
+#: A stopped evaluation goes on by the same call with this.
+RESUME = "--resume "
+
 
 def parser() -> OptionParser:
     """Return the options of `switchkd evaluate`."""

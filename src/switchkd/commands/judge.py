@@ -21,6 +21,8 @@ from switchkd.errors import UserError, check_count, json_object
 if TYPE_CHECKING:
     from switchkd.evaluation.chat_server import ChatServer
 
+#: A stopped judgement goes on by the same call with this.
+RESUME = "--resume "
 #: A verdict a line, written as it comes in.
 ROWS = "rows.jsonl"
 # What a stopped judgement may change when it goes on: no verdict depends on it.

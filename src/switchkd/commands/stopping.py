@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from switchkd.cli.signals import stop
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 #: Seconds that the step in hand may still take; after that the last checkpoint must do.
 GRACE = 8.0
@@ -37,7 +39,7 @@ class Stopper(TrainerCallback):
         if not alone or threading.current_thread() is not threading.main_thread():
             yield
             return
-        usual = (signal.SIG_DFL, signal.default_int_handler)
+        usual = (signal.SIG_DFL, signal.default_int_handler, stop)
         heard = [number for number in SIGNALS if signal.getsignal(number) in usual]
         before = {number: signal.signal(number, self._hear) for number in heard}
         timer = signal.signal(signal.SIGALRM, self._give_up)

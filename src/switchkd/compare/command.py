@@ -35,6 +35,8 @@ SECTIONS = {
     "warm_start": "options of the training that all runs of a student and seed start from",
     "evaluate": "options of `switchkd evaluate`",
 }
+#: A stopped comparison goes on by the same call.
+RESUME = ""
 
 
 def parser() -> OptionParser:

@@ -19,6 +19,8 @@ from switchkd.recipes.recipe import COMMANDS, Recipe, Stage, read_recipe, shippe
 
 # What a stage may change between two calls: its result does not depend on it.
 _MAY_CHANGE = ("jobs", "threads", "keep_models", "batch_size", "per_device_eval_batch_size")
+#: A stopped recipe goes on by the same call.
+RESUME = ""
 
 
 def parser() -> OptionParser:
