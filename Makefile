@@ -14,7 +14,7 @@ VLLM := .venv-vllm
 LAWS ?=
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
-.PHONY: demo test test-long test-vllm lint install docs docs-serve test-lower-bounds clean
+.PHONY: demo test test-long test-vllm test-vllm-long lint install docs docs-serve test-lower-bounds clean
 
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
@@ -26,7 +26,11 @@ test-long: install  ## What takes minutes: two steps of every stage of every rec
 	$(BIN)/python -m pytest -m long
 
 test-vllm: install $(VLLM)/.installed  ## The laws of rollouts on vLLM, in an environment of their own (2.8 GB).
-	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm -k "$(LAWS)"
+	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm -m "not long" -k "$(LAWS)" \
+	  --numprocesses $(WORKERS) --dist loadfile
+
+test-vllm-long: install $(VLLM)/.installed  ## Those that take minutes: exact distributions, two workers, two processes.
+	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm -m long
 
 lint: install  ## Style, types, and the file tree in README.md.
 	$(BIN)/ruff check src tests benchmarks docs/theme

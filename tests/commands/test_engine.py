@@ -4,8 +4,10 @@ import json
 
 import pytest
 from helpers import vllm_stub
+from helpers.command_line import evaluate_options
 from helpers.vllm_stub import StubChild
 
+from switchkd import UserError
 from switchkd.engine.vllm import engine as engine_module
 
 
@@ -44,12 +46,93 @@ def test_rollout_and_calibrate_write_with_vllm_what_they_write_without(run, mode
     assert found == [0, 2]
 
 
+def test_a_student_alone_rolls_out_with_vllm_what_it_writes_without(run, models, children):
+    written = []
+    options = ("--policy", "student", "--prompt", "O", "--max_completion_length", 10, "--seed", 3, "--json")
+    for engine in ((), ("--rollout_engine", "vllm", "--draft_length", 2)):
+        code, out, err = run("rollout", "--model_name_or_path", models / "student", *options, *engine)
+        assert code == 0, err
+        written.append(json.loads(out)["rollouts"])
+    assert [row["completion_ids"] for row in written[0]] == [row["completion_ids"] for row in written[1]]
+    # vLLM reads the folder that was named: nothing is written for it.
+    assert children[0].options["model"] == str(models / "student") and "speculative_config" not in children[0].options
+
+
+def test_evaluate_scores_the_answers_of_vllm_as_it_scores_those_of_transformers(run, models, children, tmp_path):
+    """One engine writes all test sets, and a stopped evaluation goes on; a finished one starts no engine."""
+    answers = []
+    (tmp_path / "again.jsonl").write_text((models / "train.jsonl").read_text())
+    sets = ("--dataset_name", models / "train.jsonl", tmp_path / "again.jsonl")
+    vllm = ("--rollout_engine", "vllm")
+    for engine, folder in (((), tmp_path / "plain"), (vllm, tmp_path / "vllm")):
+        options = evaluate_options(models, models / "student", folder, *sets, "--max_samples", 3, "--json", *engine)
+        code, out, err = run(*options)
+        assert code == 0, err
+        found = json.loads(out)["datasets"]
+        assert found["train"]["decoding"]["decoder"] == ("vllm" if engine else "roll_out")
+        rows = [(folder / name / "rows.jsonl").read_text() for name in ("train", "again")]
+        answers.append((rows, {name: one["scores"] for name, one in found.items()}))
+    assert answers[0] == answers[1]
+    assert len(children) == 1 and children[0].closed
+    summary = tmp_path / "vllm" / "train" / "summary.json"
+    before = json.loads(summary.read_text())
+    assert run(*options, "--resume")[0] == 0 and len(children) == 1
+    summary.unlink()
+    code, _, err = run(*options, "--resume")
+    assert code == 0 and len(children) == 2 and children[1].closed, err
+    assert json.loads(summary.read_text())["scores"] == before["scores"]
+    code, _, err = run(*options, "--resume", "--rollout_engine", "transformers")
+    assert code == 2 and "written with rollout_engine='vllm', now it is 'transformers'" in err
+
+
+def test_an_evaluation_whose_engine_dies_keeps_its_answers_and_goes_on(run, models, children, tmp_path, monkeypatch):
+    options = evaluate_options(
+        models, models / "student", tmp_path / "run", "--max_samples", 3, "--json", "--rollout_engine", "vllm"
+    )
+    code, out, _ = run(*options, "--output_dir", tmp_path / "whole")
+    assert code == 0
+    calls, roll_out = [], StubChild.roll_out
+
+    def dying(self, job, prompts, eos):
+        calls.append(job["seed"])
+        if len(calls) == 3:  # the self-test, the first seed, and now
+            raise UserError("vllm: the engine's process ended by SIGKILL: it said nothing")
+        return roll_out(self, job, prompts, eos)
+
+    monkeypatch.setattr(StubChild, "roll_out", dying)
+    code, _, err = run(*options)
+    assert code == 2 and "ended by SIGKILL" in err and err.strip().count("\n") <= 2
+    calls.clear()
+    monkeypatch.setattr(StubChild, "roll_out", lambda self, **asked: calls.append(1) or roll_out(self, **asked))
+    code, again, err = run(*options, "--resume")
+    assert code == 0, err
+    assert len(calls) == 2  # the self-test and the second seed
+    assert json.loads(again)["scores"] == json.loads(out)["scores"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--no_repeat_ngram_size", 6), "no_repeat_ngram_size=6: only transformers' own generate blocks n-grams"),
+        (("--protocol", "ancestors"), "no_repeat_ngram_size=6: only transformers' own generate blocks n-grams"),
+        (
+            ("--datasets", '{"a": {"dataset_name": "a.jsonl", "rollout_engine": "vllm"}}'),
+            "datasets: rollout_engine in 'a' does nothing: it is the same for all test sets",
+        ),
+    ],
+)
+def test_evaluations_that_vllm_cannot_write_are_refused_in_one_line(run, models, children, tmp_path, more, message):
+    options = ("evaluate", "--model_name_or_path", models / "student", "--rollout_engine", "vllm")
+    data = () if "--datasets" in more else ("--dataset_name", models / "train.jsonl")
+    code, _, err = run(*options, *data, "--output_dir", tmp_path / "run", *more)
+    assert code == 2 and message in err.splitlines()[-1] and not children
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--vllm_python", "python"), "vllm_python=python does nothing: rollout_engine is transformers; remove it"),
         (("--rollout_engine", "vlm"), "rollout_engine must be one of transformers, vllm, got 'vlm'"),
-        (("--rollout_engine", "vllm", "--policy", "student"), "needs a policy that asks the teacher"),
         (("--rollout_engine", "vllm", "--cuda_graphs"), "cuda_graphs does nothing: rollout_engine is vllm; remove it"),
     ],
 )

@@ -1,29 +1,36 @@
 """Rollouts on vLLM without vLLM: sampler, record and driver on a stub of its scheduler. tests/vllm has the real one."""
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import vllm_stub
 from helpers.pairs import assert_same, make_pair, make_prompts
 from helpers.vllm_policy import EveryNth
-from helpers.vllm_stub import StubChild, StubHost
+from helpers.vllm_stub import RunnerV2, StubChild, StubHost, StubHostV2
 
 import switchkd
 from switchkd import UserError
+from switchkd.engine.capture import HostReadError, NoHostReads
 from switchkd.engine.vllm import engine as engine_module
 from switchkd.engine.vllm.described import described, packed, policy_of, unpacked
 from switchkd.engine.vllm.driver import drive, request
 from switchkd.engine.vllm.private import check_version, runner_of
 from switchkd.engine.vllm.process import Answers
+from switchkd.engine.vllm.sampler_alone import AloneV1
+from switchkd.engine.vllm.sampler_v2 import SamplerV2
 from switchkd.engine.vllm.weights import write_model
 from switchkd.engine.vllm.writing import Writing
 from switchkd.policies import POLICIES, Policy
 from switchkd.vllm import Engine
 
+# Policies that ask the device in their own decisions.
+WAITING = ["trb"]
 SWITCH = switchkd.SwitchPolicy(initial_threshold=0.05, horizon=16)
 
 
@@ -34,13 +41,13 @@ def pair():
 
 @pytest.fixture
 def stub(monkeypatch):
-    """`stub(pair, **options)`: a stub host behind an `Engine`."""
+    """`stub(pair, host, **options)`: a stub host behind an `Engine`."""
     vllm_stub.install(monkeypatch)
     monkeypatch.setattr(engine_module, "Child", StubChild)
 
-    def make(pair, **options):
+    def make(pair, host=StubHost, **options):
         engine = Engine(*pair, self_test=False)
-        engine._child.host = StubHost(*pair, **options)
+        engine._child.host = host(*pair, **options)
         engine._child.host.call("switch_prepare")
         return engine
 
@@ -55,6 +62,10 @@ def both(engine, pair, prompts, **options):
     return found
 
 
+HOSTS = pytest.mark.parametrize("host", [StubHost, StubHostV2], ids=["v1", "v2"])
+
+
+@HOSTS
 @pytest.mark.parametrize(
     "options",
     [
@@ -69,16 +80,90 @@ def both(engine, pair, prompts, **options):
     ],
     ids=lambda options: "-".join(options) or "switch",
 )
-def test_text_authors_and_divergences_are_those_of_roll_out(pair, stub, options):
-    rollout = both(stub(pair, max_num_seqs=3), pair, make_prompts(4, shortest=2), **options)
+def test_text_authors_and_divergences_are_those_of_roll_out(pair, stub, host, options):
+    rollout = both(stub(pair, host, max_num_seqs=3), pair, make_prompts(4, shortest=2), **options)
     assert rollout.stats["undrafted"] == 0
+    assert 0 < rollout.stats["kept"] <= rollout.stats["drafted"]
+
+
+@HOSTS
+def test_requests_of_one_step_may_have_drafts_of_different_lengths(pair, stub, host):
+    engine = stub(pair, host, shorten={2: 0, 3: 2, 4: 1, 6: 0, 7: 3})
+    for policy in (SWITCH, EveryNth(4), switchkd.BlendPolicy(0.2)):
+        both(engine, pair, make_prompts(4, shortest=2), policy=policy)
+
+
+def refuse_host_reads(monkeypatch):
+    """Let a question of the V2 sampler to the device be an error, between a draft and what is written."""
+
+    def watched(function):
+        def call(self, *given):
+            with contextlib.nullcontext() if self.writing is None else NoHostReads():
+                return function(self, *given)
+
+        return call
+
+    for name in ("draft", "decide", "add"):
+        monkeypatch.setattr(SamplerV2, name, watched(getattr(SamplerV2, name)))
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_the_v2_sampler_asks_the_device_nothing_between_draft_and_emission(pair, stub, monkeypatch, name):
+    """A question would wait for the GPU in every round, and vLLM could not prepare the next step meanwhile."""
+    prompts, options = make_prompts(4, shortest=2), {"policy": POLICIES[name](), "max_new_tokens": 12, "seed": 1}
+    options["eos_token_id"] = [20, 21]
+    # The text is right for all of them, those included that ask; what is made for all later calls is made here.
+    both(stub(pair, StubHostV2), pair, prompts, **options)
+    refuse_host_reads(monkeypatch)
+    engine = stub(pair, StubHostV2, preempt={3: 0})
+    with pytest.raises(HostReadError) if name in WAITING else contextlib.nullcontext():
+        assert engine.roll_out(*prompts, **options).stats["undrafted"] > 0
+
+
+def test_the_v2_sampler_sends_the_device_nothing_between_draft_and_emission():
+    """Device "meta" stands for a GPU: it has shapes and no numbers, and nothing of the CPU may come in."""
+
+    class NothingOfTheHost(NoHostReads):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                    raise HostReadError(f"{func} reads a tensor of the host")
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    requests, length, size = 3, 2, 8
+
+    def column(*shape, dtype=torch.int64):
+        return torch.zeros(*shape, dtype=dtype, device="meta")
+
+    sampler = SamplerV2(RunnerV2(4, length, device="meta"))
+    extra = {"row": 0, "offset": 0, "first": 3, "stop": 5, "end": -2}
+    edges = np.array([0, 3, 4, 6])  # two drafted tokens, none, one
+    batch = SimpleNamespace(
+        idx_mapping=column(requests, dtype=torch.int32),
+        cu_num_logits=column(requests + 1, dtype=torch.int32),
+        cu_num_logits_np=edges,
+        logits_indices=column(6),
+        input_ids=column(6, dtype=torch.int32),
+        positions=column(6),
+    )
+    for policy in (switchkd.SwitchPolicy.of(minimum_leg=2), switchkd.SkdPolicy(), switchkd.BlendPolicy(0.2)):
+        job = {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "vocabulary_size": size, "excluded_ids": []}
+        job |= {"policy": described(policy), "seed": 0, "row_ids": [0, 1, 2], "max_new_tokens": 9}
+        sampler.begin(Writing(job, torch.device("meta")))
+        with torch.no_grad(), NothingOfTheHost():
+            sampler.add(1, extra)
+            for _ in range(length):
+                sampler.draft(column(requests, size, dtype=torch.float32), column(requests), batch.idx_mapping)
+            sampled, emitted = sampler.decide(column(6, size, dtype=torch.float32), batch)
+        assert sampled.shape == (requests, length + 1) and emitted.shape == (requests,)
 
 
 # ---- the traps of vLLM, each by its name
 
 
-def test_trap_1_no_bonus_token_is_written(pair, stub):
-    engine = stub(pair, draft_length=3)
+@HOSTS
+def test_trap_1_no_bonus_token_is_written(pair, stub, host):
+    engine = stub(pair, host, draft_length=3)
     both(engine, pair, make_prompts(4, shortest=2), policy=switchkd.StudentPolicy())
     assert engine._child.host.longest_step == 3  # vLLM itself writes a fourth where all three are kept
 
@@ -90,9 +175,10 @@ def test_trap_2_the_first_token_after_the_prefill_is_the_last_of_the_prompt(pair
         stub(pair).roll_out([[3, 4], [5]], policy=SWITCH)
 
 
-def test_trap_3_a_step_without_drafts_ends_the_request_and_the_text_is_asked_on(pair, stub):
+@HOSTS
+def test_trap_3_a_step_without_drafts_ends_the_request_and_the_text_is_asked_on(pair, stub, host):
     prompts, policy = make_prompts(6, shortest=2), switchkd.SwitchPolicy.of(initial_threshold=0.05, minimum_leg=3)
-    engine = stub(pair, preempt={3: 0, 4: 2, 5: 2, 9: 1, 14: 0})
+    engine = stub(pair, host, preempt={3: 0, 4: 2, 5: 2, 9: 1, 14: 0})
     found = both(engine, pair, prompts, policy=policy, eos_token_id=[20, 21])
     assert found.stats["undrafted"] >= 3 and found.stats["requests"] >= 9
 
@@ -115,10 +201,11 @@ def test_trap_5_near_max_model_len_nothing_is_drafted(pair, stub):
         engine.roll_out([list(range(30))], policy=SWITCH, max_new_tokens=20)
 
 
-def test_trap_6_a_prompt_that_ends_with_an_end_of_sequence_is_continued(pair, stub):
+@HOSTS
+def test_trap_6_a_prompt_that_ends_with_an_end_of_sequence_is_continued(pair, stub, host):
     # vLLM looks at stop ids before it looks at anything else, the written last token of the prompt included.
     eos = list(range(20, 45))
-    found = both(stub(pair), pair, ([[5, 6, eos[0]], [7, eos[1]], [8, 9, 10]],), eos_token_id=eos)
+    found = both(stub(pair, host), pair, ([[5, 6, eos[0]], [7, eos[1]], [8, 9, 10]],), eos_token_id=eos)
     assert int(found.completion_mask.sum(-1).min()) >= 1
     assert request(0, [5, eos[0]], [], 9, eos, 98)["stop_token_ids"][0] == eos[1]
 
@@ -140,7 +227,8 @@ def test_trap_9_a_step_in_flight_after_the_end_of_its_request_changes_nothing():
     writing = Writing(job, torch.device("cpu"))
     rows, position = torch.tensor([0, 1]), torch.arange(2).expand(2, 2)
     flat = torch.zeros(4, 8).log_softmax(-1)
-    writing.check(torch.ones(2, 2, dtype=torch.int64), flat, flat, rows, position, torch.tensor([True, False]))
+    drafted, lengths = torch.ones(2, 2, dtype=torch.int64), torch.tensor([2, 2])
+    writing.check(drafted, flat, flat, rows, position, lengths, torch.tensor([True, False]))
     columns, _ = writing.take()
     assert writing.state.tolist() == [2, 0] and set(columns["row"].tolist()) == {0}
 
@@ -189,6 +277,34 @@ def test_a_vllm_that_writes_otherwise_is_refused(pair, stub, monkeypatch):
     monkeypatch.setattr(engine._child.host, "_draft", lambda active: None)  # never drafts again
     with pytest.raises(UserError, match="texts do not go on, the first at token 0"):
         engine.roll_out([[3, 4, 5]], policy=SWITCH, max_new_tokens=9)
+
+
+# ---- a student alone
+
+
+@HOSTS
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7, "top_k": 9, "excluded_ids": [3]}, {"temperature": 0.0}, {"eos_token_id": [20, 21, 22]}],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_a_student_alone_writes_what_roll_out_writes(pair, stub, host, options):
+    engine = stub((pair[0], None), host, max_num_seqs=3, preempt={4: 1})
+    both(engine, (pair[0], None), ([[3], *make_prompts(4)[0].tolist()],), policy=switchkd.StudentPolicy(), **options)
+
+
+def test_a_student_alone_is_tested_at_its_start_and_takes_new_weights(pair, monkeypatch):
+    vllm_stub.install(monkeypatch)
+    monkeypatch.setattr(engine_module, "Child", StubChild)
+    with Engine(pair[0], None) as engine:
+        assert engine.facts["draft_length"] == 0 and "speculative_config" not in engine._child.options
+        engine.load_student(pair[1])
+        both(engine, (pair[1], None), make_prompts(3), policy=switchkd.StudentPolicy())
+        with pytest.raises(UserError, match="this engine has no teacher, so that the student writes alone, not Switch"):
+            engine.roll_out([[3, 4]], policy=SWITCH)
+    monkeypatch.setattr(AloneV1, "draw", lambda self, logits, rows, positions: logits.argmax(-1))
+    with pytest.raises(UserError, match=r"the self-test failed: vLLM stub .* parts from the reference's text at token"):
+        Engine(pair[0], None)
 
 
 # ---- the engine

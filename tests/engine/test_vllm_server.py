@@ -6,11 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import vllm_stub
+from helpers import vllm_ranks, vllm_stub
 from helpers.pairs import assert_same, make_pair, make_prompts
 from helpers.tiny import RAGGED_ROWS
 from helpers.vllm_stub import StubHost
 from safetensors.torch import load_file
+from training.test_distributed import both_end, started
 
 import switchkd
 from switchkd import UserError
@@ -23,7 +24,7 @@ class StubServer:
     """vLLM's API over a `StubHost`; requests run one after the other."""
 
     def __init__(self, student, teacher, version="0.32.1"):
-        self.host, self.version, self.paths = StubHost(student, teacher), version, []
+        self.host, self.version, self.paths, self.loads = StubHost(student, teacher), version, [], 0
         self.host.switch_load_student = self._load
         self.lock = threading.Lock()
         outer = self
@@ -51,6 +52,7 @@ class StubServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def _load(self, file):
+        self.loads += 1
         self.host.student.load_state_dict(load_file(file), strict=False)
         return 1
 
@@ -60,8 +62,8 @@ class StubServer:
         if path == "/collective_rpc":
             return {"results": [self.host.call(body["method"], *body["args"])]}
         if path == "/inference/v1/generate":
-            self.host.generate([{"prompt_token_ids": body["token_ids"], **body["sampling_params"]}])
-            return {"choices": []}
+            texts = self.host.generate([{"prompt_token_ids": body["token_ids"], **body["sampling_params"]}])
+            return {"choices": [{"token_ids": texts[0]}]}
         return {} if path == "/reset_prefix_cache" else None
 
     def stop(self):
@@ -132,3 +134,32 @@ def test_training_on_a_server_has_the_losses_of_the_transformers_engine(served, 
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow  # two processes
+def test_two_processes_on_one_server_train_as_one_does_on_transformers(served, tmp_path):
+    """Row ids are global: the split changes no text, and weights go out once for each step."""
+    server, _, options = served()
+    port = int(options["url"].rpartition(":")[2])
+    of_server = {"rollout_engine": "vllm", "vllm_mode": "server", "vllm_server_port": port}
+    running = started(vllm_ranks.__file__, tmp_path, json.dumps(of_server))
+    wanted = vllm_ranks.main(tmp_path / "one", 1, reuse_teacher_hidden=False)
+    both_end(running)
+    found = torch.load(tmp_path / "result.pt")
+    assert (found["processes"], wanted["processes"], len(found["losses"])) == (2, 1, 2)
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    for name, value in wanted["weights"].items():
+        assert torch.allclose(found["weights"][name], value, atol=1e-5), name
+    assert server.loads == 1 + 2  # at the start, and before each step
+
+
+@pytest.mark.long  # two processes once more
+def test_a_server_that_is_not_there_ends_both_processes_in_one_line(served, tmp_path):
+    server, _, options = served()
+    server.stop()
+    port = int(options["url"].rpartition(":")[2])
+    of_server = {"rollout_engine": "vllm", "vllm_mode": "server", "vllm_server_port": port}
+    running = started(vllm_ranks.__file__, tmp_path, json.dumps(of_server))
+    for process in running:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode != 0 and "does not answer" in output

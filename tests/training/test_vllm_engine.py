@@ -1,9 +1,11 @@
 """Training with rollouts from vLLM, on a stub of it; tests/vllm has the real one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import vllm_stub
 from helpers.pairs import make_pair
 from helpers.tiny import RAGGED_ROWS
@@ -11,6 +13,7 @@ from helpers.vllm_stub import StubChild
 
 from switchkd import UserError
 from switchkd.engine.vllm import engine as engine_module
+from switchkd.training.vllm_engine import make_engine
 
 ROWS = RAGGED_ROWS[1:]  # the first prompt has one token
 SETTINGS = {"train_dataset": ROWS, "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 0.5}
@@ -68,6 +71,18 @@ def test_the_next_rollout_uses_the_weights_of_the_last_step(make_trainer, childr
     assert not torch.equal(seen[0][0], seen[1][0])
 
 
+def test_the_text_of_seqkd_is_that_of_the_transformers_engine_and_its_engine_ends(make_trainer, children, tmp_path):
+    options = {**SETTINGS, "method": "seqkd", "max_steps": 1}
+    texts = []
+    for engine in ("transformers", "vllm"):
+        path = tmp_path / f"{engine}.jsonl"
+        make_trainer(
+            *make_pair("llama", noise=0.4), **options, teacher_text_file=str(path), rollout_engine=engine
+        ).train()
+        texts.append(path.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1] and len(children) == 1 and children[0].closed
+
+
 def test_options_reach_vllm(make_trainer, children):
     options = {"vllm_python": "/env/python", "vllm_tensor_parallel_size": 2, "rollout_batch_size": 3}
     trainer = make_trainer(
@@ -105,6 +120,14 @@ def test_options_reach_vllm(make_trainer, children):
 def test_what_would_do_nothing_or_cannot_be_done_is_refused_at_the_door(make_trainer, children, options, message):
     with pytest.raises(UserError, match=message):
         make_trainer(*make_pair("llama"), **{**SETTINGS, "rollout_engine": "vllm", **options})
+
+
+def test_seqkd_on_a_server_takes_one_process(children):
+    args = SimpleNamespace(rollout_engine="vllm", vllm_mode="server", world_size=2, method="seqkd", output_dir="run")
+    args.vllm_server_host, args.vllm_server_port = "localhost", 9
+    data = Dataset.from_list([{"prompt_ids": [3, 4]}])
+    with pytest.raises(UserError, match="method 'seqkd' with vllm_mode=server takes one process"):
+        make_engine(*make_pair("llama"), data, args, given=None)
 
 
 def test_a_method_without_a_teacher_is_refused(make_trainer, children):

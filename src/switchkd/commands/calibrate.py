@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     eos = require_eos(tokenizer, student, teacher)
     pad = readable_pad_id(tokenizer.pad_token_id, eos, student, teacher)
     prompts = list(data["prompt_ids"])
-    with writer(options, student, teacher, prompts) as write:
+    with writer(options, student, teacher, max(map(len, prompts)) + options.max_completion_length) as write:
         found = calibrate(
             student,
             teacher,

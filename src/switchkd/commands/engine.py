@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import UserError, check_choice, check_count, check_range
@@ -36,8 +36,6 @@ def check_engine_options(options: argparse.Namespace) -> None:
     if options.vllm_gpu_memory_utilization is not None:
         check_range("vllm_gpu_memory_utilization", options.vllm_gpu_memory_utilization, 0.0, 1.0)
     if options.rollout_engine == "vllm":
-        if options.teacher_model_name_or_path is None:
-            raise UserError("rollout_engine=vllm needs --teacher_model_name_or_path, its target model")
         if getattr(options, "cuda_graphs", False):
             raise UserError("cuda_graphs does nothing: rollout_engine is vllm; remove it")
         return
@@ -48,20 +46,15 @@ def check_engine_options(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def writer(
-    options: argparse.Namespace,
-    student: Any,
-    teacher: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    draft_length: str = "auto",
+    options: argparse.Namespace, student: Any, teacher: Any, text: int, *, draft_length: str = "auto"
 ) -> Iterator[Callable[..., "Rollout"]]:
     """Give what writes, called as `roll_out` is; a vLLM engine ends afterwards.
 
     Args:
         options: Of a command with `add_engine_options`, pair and sampling options.
         student: Its student.
-        teacher: Its teacher.
-        prompts: All that will be continued: ids.
+        teacher: Its teacher; None where the student writes alone.
+        text: Most tokens of a prompt and its completion.
         draft_length: "auto" or a number.
     """
     from switchkd.engine import roll_out
@@ -69,23 +62,21 @@ def writer(
     if options.rollout_engine == "transformers":
         yield roll_out
         return
-    from switchkd.engine.vllm.engine import Engine
-    from switchkd.models.forward import context_length
+    from switchkd.engine.vllm.engine import Engine, lengths_for
+    from switchkd.engine.vllm.weights import plain_name
 
-    if teacher is None:
-        raise UserError("rollout_engine=vllm needs a policy that asks the teacher, its target model")
-    length = 4 if draft_length == "auto" else int(draft_length)
-    longest = max(map(len, prompts)) + options.max_completion_length + 2 * (length + 1)
-    limits = [limit for model in (student, teacher) if (limit := context_length(model)) is not None]
     with Engine(
         student,
         teacher,
         python=options.vllm_python,
-        draft_length=length,
-        max_model_len=min([longest, *limits]),
+        **lengths_for(student, teacher, text, draft_length),
         max_num_seqs=options.batch_size,
         gpu_memory_utilization=options.vllm_gpu_memory_utilization,
         tensor_parallel_size=options.vllm_tensor_parallel_size,
         trust_remote_code=options.trust_remote_code,
+        student_name=plain_name(options.model_name_or_path, options.model_revision),
+        teacher_name=None
+        if teacher is None
+        else plain_name(options.teacher_model_name_or_path, options.teacher_model_revision),
     ) as engine:
         yield engine.write

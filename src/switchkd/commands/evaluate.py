@@ -1,6 +1,7 @@
 """`switchkd evaluate`: score a model's own answers."""
 
 import argparse
+import contextlib
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from switchkd.cli.console import Console, quiet_libraries
 from switchkd.cli.options import OptionParser, as_flags, flag, integers
 from switchkd.cli.run_folder import RunFolder, folder_name
 from switchkd.commands.data import add_data_options, check_data_options
+from switchkd.commands.engine import add_engine_options, check_engine_options
 from switchkd.commands.pair import add_pair_options, check_pair_options
 from switchkd.commands.score_tables import overview
 from switchkd.commands.several_sets import named_test_sets
@@ -76,6 +78,7 @@ def parser() -> OptionParser:
         help="decoding of a published protocol: ancestors (MiniLLM and DistiLLM: no_repeat_ngram_size 6)",
     )
     decoding.add_argument("--batch_size", type=int, default=8, metavar="N", help="answers written at once")
+    add_engine_options(result.add_argument_group("engine"))
     decoding.add_argument("--resume", **flag("go on with a stopped evaluation; its answers are not written again"))
     result.add_shared_options("where to write (default: the first free one of runs/evaluate, runs/evaluate-2, ...)")
     return result
@@ -93,32 +96,32 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from switchkd.commands.scoring import Scoring
 
     quiet_libraries(options.verbose)
-    scoring = Scoring(options, seeds, console)
-    if sets is None:
-        summary = scoring.score(options, folder)
-        console.say(f"\nsummary.json, rows.jsonl, config.yaml in {folder.path}")
+    with contextlib.closing(Scoring(options, seeds, console)) as scoring:
+        if sets is None:
+            summary = scoring.score(options, folder)
+            console.say(f"\nsummary.json, rows.jsonl, config.yaml in {folder.path}")
+            return {**summary, "output_dir": str(folder.path)}
+        started = time.perf_counter()
+        for name, of_set in sets.items():
+            of_set.output_dir = str(folder.path / folder_name(name))
+        scoring.read(list(sets.values()))  # what is wrong with any set is said before the first one is scored
+        folder.claim({**vars(options), "decoding_seeds": seeds}, keep=resumes)
+        summaries = {}
+        for name, of_set in sets.items():
+            console.say(f"\n{name}")
+            one = RunFolder(of_set.output_dir, "evaluate")
+            one.check(overwrite=options.overwrite_output_dir or resumes)
+            summaries[name] = scoring.score(of_set, one)
+        summary = {
+            "model_name_or_path": options.model_name_or_path,
+            "rouge_l": sum(one["rouge_l"] for one in summaries.values()) / len(summaries),
+            "datasets": summaries,
+            "seconds": time.perf_counter() - started,
+        }
+        folder.write_json("summary.json", summary)
+        console.say(f"\n{overview(summaries, console)}")
+        console.say(f"\nsummary.json, a folder for each test set in {folder.path}")
         return {**summary, "output_dir": str(folder.path)}
-    started = time.perf_counter()
-    for name, of_set in sets.items():
-        of_set.output_dir = str(folder.path / folder_name(name))
-    scoring.read(list(sets.values()))  # what is wrong with any set is said before the first one is scored
-    folder.claim({**vars(options), "decoding_seeds": seeds}, keep=resumes)
-    summaries = {}
-    for name, of_set in sets.items():
-        console.say(f"\n{name}")
-        one = RunFolder(of_set.output_dir, "evaluate")
-        one.check(overwrite=options.overwrite_output_dir or resumes)
-        summaries[name] = scoring.score(of_set, one)
-    summary = {
-        "model_name_or_path": options.model_name_or_path,
-        "rouge_l": sum(one["rouge_l"] for one in summaries.values()) / len(summaries),
-        "datasets": summaries,
-        "seconds": time.perf_counter() - started,
-    }
-    folder.write_json("summary.json", summary)
-    console.say(f"\n{overview(summaries, console)}")
-    console.say(f"\nsummary.json, a folder for each test set in {folder.path}")
-    return {**summary, "output_dir": str(folder.path)}
 
 
 def chosen_sets(options: argparse.Namespace) -> dict[str, argparse.Namespace] | None:
@@ -135,8 +138,9 @@ def chosen_sets(options: argparse.Namespace) -> dict[str, argparse.Namespace] | 
     if not isinstance(given, list | dict):
         return None
     known, sets = parser(), {}
+    engine = [name for name in vars(options) if name == "rollout_engine" or name.startswith("vllm_")]
     for name, values in named_test_sets(given, "datasets").items():
-        for own in ("model_name_or_path", "output_dir", "datasets", "config"):
+        for own in ("model_name_or_path", "output_dir", "datasets", "config", *engine):
             if own in values:
                 raise UserError(
                     f"datasets: {own} in {name!r} does nothing: it is the same for all test sets; remove it"
@@ -160,6 +164,12 @@ def check(options: argparse.Namespace) -> list[int]:
         options.dataset_name = options.dataset_name[0]
     _fill_in_protocol(options)
     check_data_options(options)
+    check_engine_options(options)
+    if options.rollout_engine == "vllm" and options.no_repeat_ngram_size:
+        raise UserError(
+            f"no_repeat_ngram_size={options.no_repeat_ngram_size}: only transformers' own generate blocks n-grams; "
+            "remove rollout_engine=vllm"
+        )
     if options.seeds is not None:
         raise UserError(f"seeds={' '.join(options.seeds)}: seeds are those of training; here it is decoding_seeds")
     seeds = integers(options.decoding_seeds, "decoding_seeds") or []

@@ -97,7 +97,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     screen = terminal(console.stream, "never" if console.json else options.color)
     rollouts: list[Rollout] = []
     rows: list[dict[str, Any]] = []
-    with writer(options, student, teacher, prompts, draft_length=options.draft_length) as write:
+    text = max(map(len, prompts)) + options.max_completion_length
+    with writer(options, student, teacher, text, draft_length=options.draft_length) as write:
         for start in range(0, len(prompts), options.batch_size):
             batch = prompts[start : start + options.batch_size]
             rollout = _roll_out(options, write, policy, student, teacher, batch, start, eos, excluded_ids)

@@ -1,10 +1,11 @@
 """Scoring one model on one test set after another, and going on where that was stopped."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from switchkd.cli.console import Console
@@ -12,6 +13,7 @@ from switchkd.cli.options import is_terminal
 from switchkd.cli.run_folder import NOT_KEPT, RunFolder, plain, read_config
 from switchkd.cli.sealed import append_sealed, read_sealed
 from switchkd.commands.data import prepare_data
+from switchkd.commands.engine import writer
 from switchkd.commands.pair import read_excluded_ids, read_model, read_tokenizer
 from switchkd.commands.score_tables import score_tables
 from switchkd.data.prepared import prepared_facts
@@ -26,7 +28,9 @@ from switchkd.training.inputs import of_weights
 #: The answers so far, a line each; the last thing an evaluation does is to replace it by rows.jsonl.
 ANSWERS = "answers.jsonl"
 # What a resumed evaluation may change: its answers do not depend on it.
-_MAY_CHANGE = ("output_dir", "batch_size", "resume", *NOT_KEPT)
+_MAY_CHANGE = ("output_dir", "batch_size", "resume", "vllm_python", "vllm_gpu_memory_utilization", *NOT_KEPT)
+# Batches that vLLM is handed in one call: it gives the places of ended answers to waiting prompts.
+BATCHES_PER_CALL = 16
 
 
 class Scoring:
@@ -43,6 +47,13 @@ class Scoring:
         self.tokenizer = read_tokenizer(options, options.tokenizer_name_or_path)
         self._models: tuple[Any, Any, list[int]] | None = None
         self._data: dict[int, Any] = {}
+        self._longest = 0  # tokens of a prompt and its answer
+        self._write: Callable[..., Any] | None = None
+        self._ends = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """End the engine that writes the answers, if one was started."""
+        self._ends.close()
 
     def read(self, sets: Sequence[argparse.Namespace]) -> None:
         """Read and prepare the data of several test sets.
@@ -87,6 +98,11 @@ class Scoring:
             )
         lengths = (options.max_completion_length, options.batch_size, options.no_repeat_ngram_size)
         check_answerable(model, data, self.seeds, *lengths)  # before anything is computed or written
+        by_engine: dict[str, Any] = {}
+        if options.rollout_engine == "vllm":
+            by_engine = {"writer": self._answer, "rows_per_call": BATCHES_PER_CALL * options.batch_size}
+            if len(written) < len(data) * len(self.seeds):
+                self._started(model)  # what is wrong with it is said before anything is computed
         claimed = resumes
 
         def write(rows: list[dict[str, Any]]) -> None:
@@ -126,6 +142,7 @@ class Scoring:
             scorer=scorer,
             written=written,
             keep=keep,
+            **by_engine,
             **shared,
         )
         summary = {
@@ -175,7 +192,18 @@ class Scoring:
                 max_prompt_length=options.max_prompt_length,
                 max_completion_length=options.max_completion_length,
             )
+            longest = max(map(len, self._data[id(options)][0]["prompt_ids"]))
+            self._longest = max(self._longest, longest + options.max_completion_length)
         return self._data[id(options)]
+
+    def _answer(self, model: Any, *given: Any, **options: Any) -> Any:
+        return self._started(model)(model, *given, **options)
+
+    def _started(self, model: Any) -> Callable[..., Any]:
+        """The engine that writes the answers to all test sets; it starts with the first answers that are missing."""
+        if self._write is None:
+            self._write = self._ends.enter_context(writer(self.options, model, None, self._longest))
+        return self._write
 
     def _read_models(self) -> tuple[Any, Any, list[int]]:
         if self._models is None:

@@ -37,7 +37,7 @@ from switchkd.evaluation.scorers import Scorer
 from switchkd.models.forward import context_length, device_of, eval_mode
 from switchkd.models.vocabulary import readable_pad_id, require_eos
 from switchkd.policies import StudentPolicy
-from switchkd.rollout import Prompts
+from switchkd.rollout import Prompts, Rollout
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def evaluate(
     progress: bool = True,
     written: Mapping[tuple[int, int], list[int]] | None = None,
     keep: Callable[[int, Mapping[int, list[int]]], None] | None = None,
+    writer: Callable[..., Rollout] = roll_out,
+    rows_per_call: int | None = None,
 ) -> EvaluationResult:
     """Return the scores of the model's own answers to every prompt, once per decoding seed.
 
@@ -141,6 +143,9 @@ def evaluate(
         written: (seed, index) -> tokens of answers that an earlier call wrote with the same settings: they are not
             written again. With `no_repeat_ngram_size` only seeds that are complete count.
         keep: Called with the seed and index -> tokens as soon as a batch of answers is there.
+        writer: Called in place of `roll_out`, with the same arguments; `write` of a `switchkd.vllm.Engine` without a
+            teacher. Not with `no_repeat_ngram_size`.
+        rows_per_call: Prompts that a writer is handed at once, where it batches by itself; `batch_size` if None.
 
     Raises:
         UserError: A row has no reference, the longest prompt and `max_completion_length` exceed the model's context,
@@ -148,6 +153,8 @@ def evaluate(
     """
     check_answerable(model, dataset, decoding_seeds, max_completion_length, batch_size, no_repeat_ngram_size)
     check_warping(temperature, top_k, top_p)
+    if no_repeat_ngram_size and writer is not roll_out:
+        raise UserError(f"no_repeat_ngram_size={no_repeat_ngram_size}: only transformers' own generate blocks n-grams")
     unseen = unseen_by_rouge(dataset["references"])
     if unseen > len(dataset) / 10:
         warnings.warn(
@@ -168,7 +175,8 @@ def evaluate(
     prompts = list(dataset["prompt_ids"])
     # Longest first: a batch holds prompts of one length or nearly so, and too little memory shows at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    at_once = rows_per_call or batch_size
+    batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     answers = {place: list(ids) for place, ids in (written or {}).items()}
     started = time.perf_counter()
     with tqdm(
@@ -185,14 +193,15 @@ def evaluate(
                     if blocked is not None:
                         texts = _generate(model, Prompts.of(read, pad), blocked, eos)
                     else:
-                        texts = _sample(model, read, batch, seed, settings, eos, pad)
+                        texts = _sample(writer, model, read, batch, seed, settings, eos, pad)
                     of_batch = dict(zip(batch, texts, strict=True))
                     answers.update({(seed, index): ids for index, ids in of_batch.items()})
                     if keep is not None:
                         keep(seed, of_batch)
                     bar.update(len(batch))
     seconds = time.perf_counter() - started
-    decoder = "roll_out" if blocked is None else "transformers.generate"
+    own = "roll_out" if writer is roll_out else "vllm"
+    decoder = own if blocked is None else "transformers.generate"
     settings["max_completion_length"] = settings.pop("max_new_tokens")
     decoding = {"decoder": decoder, **settings, "decoding_seeds": list(decoding_seeds), "batch_size": batch_size}
     return _score(answers, tokenizer, dataset, list(decoding_seeds), set(eos), seconds, decoding, scorer)
@@ -208,6 +217,7 @@ def write_rows(result: EvaluationResult, path: str | Path) -> None:
 
 
 def _sample(
+    writer: Callable[..., Rollout],
     model: nn.Module,
     prompts: list[list[int]],
     row_ids: list[int],
@@ -216,7 +226,7 @@ def _sample(
     eos: list[int],
     pad: int,
 ) -> list[list[int]]:
-    rollout = roll_out(
+    rollout = writer(
         model,
         None,
         prompts,

@@ -324,7 +324,7 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "draft_length": (_any_rollout, _teacher_in_rollouts, _colocated),
     "rollout_batch_size": (_any_rollout, _colocated),
     "cuda_graphs": (_any_rollout, _transformers),
-    "rollout_engine": (_steps_that_roll_out,),
+    "rollout_engine": (_any_rollout,),
     "vllm_mode": (_vllm,),
     "vllm_server_host": (_vllm, _server),
     "vllm_server_port": (_vllm, _server),

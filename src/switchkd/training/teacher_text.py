@@ -16,6 +16,7 @@ from switchkd.cli.sealed import append_sealed, read_sealed
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
 from switchkd.policies import Policy
+from switchkd.rollout import Rollout
 
 #: Rows that are decoded at once, and rows that are written down together.
 ACTIVE_ROWS = 32
@@ -35,6 +36,7 @@ def with_teacher_text(
     say: Callable[[str], None] = lambda text: None,
     part: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
+    writer: Callable[..., Rollout] | None = None,
     **rollout_options: Any,
 ) -> Dataset:
     """Return prepared data whose answers the policy wrote, one for each prompt.
@@ -56,6 +58,7 @@ def with_teacher_text(
         say: Prints a line for people.
         part: This process's number and how many there are; all must call.
         wait: Returns when all of them have called it.
+        writer: Called in place of `roll_out`, with the same arguments; `write` of a `switchkd.vllm.Engine`.
         rollout_options: Passed on to `roll_out`; part of the description.
 
     Raises:
@@ -71,11 +74,12 @@ def with_teacher_text(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {**rollout_options, "policy": policy}
+    write = writer or roll_out
     number, parts = part
     if parts > 1 and len(_taken_up(path, description, data, range(len(data)))) < len(data):
         own, rows = _part_of(path, number, parts), range(number, len(data), parts)
         with FileLock(f"{own}.lock"):
-            _write(data, student, teacher, own, description, rows, tokenizer, say, options)
+            _write(write, data, student, teacher, own, description, rows, tokenizer, say, options)
         wait()  # every process has an equal share
         if number == 0:
             with FileLock(f"{path}.lock"):
@@ -83,11 +87,13 @@ def with_teacher_text(
     wait()
     # Several runs may share a file: one writes, the others wait and take it up.
     with FileLock(f"{path}.lock"):
-        completions = _write(data, student, teacher, path, description, range(len(data)), tokenizer, say, options)
+        rows = range(len(data))
+        completions = _write(write, data, student, teacher, path, description, rows, tokenizer, say, options)
     return data.remove_columns("completion_ids").add_column("completion_ids", completions)
 
 
 def _write(
+    write: Callable[..., Rollout],
     data: Dataset,
     student: nn.Module,
     teacher: nn.Module,
@@ -106,7 +112,7 @@ def _write(
     while len(completions) < len(rows):
         some = rows[len(completions) : len(completions) + ROWS_PER_PART]
         asked = data.select(some)
-        rollout = roll_out(
+        rollout = write(
             student,
             teacher,
             list(asked["prompt_ids"]),

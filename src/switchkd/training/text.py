@@ -11,6 +11,7 @@ from switchkd import sampling
 from switchkd.data.batches import Rows
 from switchkd.engine import roll_out
 from switchkd.engine.vllm.engine import Engine
+from switchkd.engine.vllm.shared import SharedEngine
 from switchkd.errors import UserError
 from switchkd.policies import Policy, ThresholdPolicy
 from switchkd.rollout import Author, Rollout
@@ -61,7 +62,7 @@ class TextSource:
         engine: Writes the text instead of `roll_out`; None for `roll_out`.
     """
 
-    engine: Engine | None = None
+    engine: Engine | SharedEngine | None = None
 
     def __init__(
         self,

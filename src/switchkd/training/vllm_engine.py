@@ -1,27 +1,28 @@
 """The vLLM engine of a training: what it starts with, and what is refused before the first step."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from switchkd.engine.vllm.engine import Engine
+from switchkd.engine.vllm.engine import Engine, lengths_for
 from switchkd.engine.vllm.server import ServedEngine
+from switchkd.engine.vllm.shared import SharedEngine
+from switchkd.engine.vllm.weights import plain_name
 from switchkd.errors import UserError
-from switchkd.models.forward import context_length
+from switchkd.methods import get_method
 from switchkd.training.config import SwitchConfig
-
-#: Drafted tokens where `draft_length` is "auto": vLLM's number is fixed at its start.
-DRAFT_LENGTH = 4
 
 
 def make_engine(
     student: nn.Module, teacher: nn.Module | None, data: Any, args: SwitchConfig, *, given: Any
-) -> Engine | None:
-    """Return the engine of a training, started and tested, each rank its own on its own GPU; None for transformers'.
+) -> Engine | SharedEngine | None:
+    """Return the engine of a training, started and tested; None for transformers'.
+
+    Each process has its own, on its own GPU; a server serves all of them.
 
     Args:
         student: The model that trains.
@@ -41,30 +42,34 @@ def make_engine(
             "use the transformers engine"
         )
     if args.vllm_mode == "server":
-        if args.world_size > 1:
-            raise UserError("vllm_mode=server serves one training process; let each have its own vLLM (colocate)")
         _check_prompts(data)
         url = f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        return ServedEngine(student, teacher, url=url, sync_folder=Path(str(args.output_dir)) / "vllm_student")
+        folder = Path(str(args.output_dir)) / "vllm_student"
+        start = functools.partial(ServedEngine, student, teacher, url=url, sync_folder=folder)
+        if args.world_size == 1:
+            return start()
+        if get_method(args.method).teacher_text:
+            raise UserError(
+                f"method {args.method!r} with vllm_mode=server takes one process: its text is written before training, "
+                "at each process's own pace; write it in a run of one process, and train on that teacher_text_file"
+            )
+        return SharedEngine(start)
     if args.world_size > 1 and args.vllm_tensor_parallel_size > 1:
         raise UserError("vllm_tensor_parallel_size must be 1 where several processes train: each has a vLLM of its own")
     _check_prompts(data)
-    length = DRAFT_LENGTH if args.draft_length == "auto" else int(args.draft_length)
-    longest = args.max_prompt_length + args.max_completion_length + 2 * (length + 1)
-    limits = [limit for model in (student, teacher) if (limit := context_length(model)) is not None]
+    text = args.max_prompt_length + args.max_completion_length
     on_gpu = args.device.type == "cuda"
     return Engine(
         student,
         teacher,
         python=args.vllm_python,
-        draft_length=length,
-        max_model_len=min([longest, *limits]),
+        **lengths_for(student, teacher, text, args.draft_length),
         max_num_seqs=args.rollout_batch_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization if on_gpu else None,
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         enable_sleep_mode=args.vllm_enable_sleep_mode,
         trust_remote_code=args.trust_remote_code,
-        teacher_name=_plain_name(given, args),
+        teacher_name=None if args.teacher_model_init_kwargs else plain_name(given, args.teacher_model_revision),
         environment=_own_gpu(args) if on_gpu and args.vllm_tensor_parallel_size == 1 else None,
     )
 
@@ -81,13 +86,6 @@ def _check_prompts(data: Any) -> None:
             f"rollout_engine=vllm: prompt {short} of the training data has one token, and vLLM needs two: remove it, "
             "or use the transformers engine"
         )
-
-
-def _plain_name(name: Any, args: SwitchConfig) -> str | None:
-    """The teacher's name where vLLM reads the same weights under it."""
-    if not isinstance(name, str) or args.teacher_model_init_kwargs or args.teacher_model_revision is not None:
-        return None
-    return None if find_adapter_config_file(name) is not None else name
 
 
 def _own_gpu(args: SwitchConfig) -> dict[str, str]:

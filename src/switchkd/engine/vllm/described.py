@@ -2,15 +2,19 @@
 
 import base64
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from switchkd.errors import UserError
 from switchkd.plugins import load_object
 from switchkd.policies import Policy
+from switchkd.rollout import Author, Prompts, Rollout
 
 #: Columns of the record of a rollout, one entry a token: how each is stored on the way.
 COLUMNS = {
@@ -98,6 +102,38 @@ def unpacked(texts: dict[str, str]) -> Columns:
     if len({len(column) for column in found.values()}) != 1:
         raise ValueError("the columns of a rollout's record differ in length")
     return found
+
+
+def rollout_of(columns: Columns, prompts: Prompts, pad: int, *, keeps_drafted: bool) -> Rollout:
+    """Return the rollout of a record.
+
+    Args:
+        columns: Ordered by row and position.
+        prompts: Of all its rows.
+        pad: Fills completions after their end.
+        keeps_drafted: Whether `drafted_ids` is wanted.
+    """
+    device = prompts.ids.device
+    lengths = np.bincount(columns["row"], minlength=len(prompts))
+    shape = (len(prompts), int(lengths.max()))
+
+    def spread(name: str, fill: float, dtype: torch.dtype) -> Tensor:
+        whole = torch.full(shape, fill, dtype=dtype)
+        whole[torch.from_numpy(columns["row"]), torch.from_numpy(columns["position"])] = torch.from_numpy(
+            columns[name]
+        ).to(dtype)
+        return whole.to(device)
+
+    return Rollout(
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        completion_ids=spread("token", pad, torch.int64),
+        completion_mask=(torch.arange(shape[1]) < torch.from_numpy(lengths).unsqueeze(1)).to(device),
+        author=spread("author", int(Author.NONE), torch.uint8),
+        divergence=spread("divergence", math.nan, torch.float32),
+        threshold=spread("threshold", math.nan, torch.float32),
+        drafted_ids=spread("drafted", pad, torch.int64) if keeps_drafted else None,
+    )
 
 
 def _little(column: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:

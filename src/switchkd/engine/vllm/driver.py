@@ -7,6 +7,7 @@ import numpy as np
 
 from switchkd.engine.vllm.described import COLUMNS, Columns, unpacked
 from switchkd.errors import UserError
+from switchkd.rollout import Author
 
 # So many rounds in which no text grows mean that something else is wrong than one preempted step.
 MOST_IDLE_ROUNDS = 8
@@ -18,12 +19,13 @@ class Host(Protocol):
     def call(self, method: str, *arguments: str) -> Any:
         """Return what a method of `SwitchWorker` returns in the first worker, after it ran in all of them."""
 
-    def generate(self, requests: list[dict[str, Any]]) -> None:
-        """Run requests to their ends.
+    def generate(self, requests: list[dict[str, Any]]) -> list[list[int]]:
+        """Run requests to their ends; return what vLLM says that each has written.
 
         Args:
             requests: `prompt_token_ids`, `max_tokens`, `stop_token_ids` and `extra_args` of each.
         """
+        ...
 
 
 def drive(host: Host, job: dict[str, Any], prompts: list[list[int]], eos: list[int]) -> tuple[Columns, dict[str, int]]:
@@ -64,6 +66,47 @@ def drive(host: Host, job: dict[str, Any], prompts: list[list[int]], eos: list[i
         return columns, {**counts, "requests": asked}
     finally:
         host.call("switch_end")
+
+
+def drive_alone(
+    host: Host, job: dict[str, Any], prompts: list[list[int]], eos: list[int]
+) -> tuple[Columns, dict[str, int]]:
+    """Return what `drive` does where a student writes alone.
+
+    Args:
+        host: An engine without a draft model.
+        job: As `Writing` takes it.
+        prompts: Ids of every prompt.
+        eos: End-of-sequence ids, possibly none.
+    """
+    host.call("switch_begin", json.dumps(job))
+    try:
+        texts = host.generate(
+            [
+                {
+                    "prompt_token_ids": prompt,
+                    "max_tokens": job["max_new_tokens"],
+                    "stop_token_ids": eos,
+                    "extra_args": {"row": row},
+                }
+                for row, prompt in enumerate(prompts)
+            ]
+        )
+        counts = host.call("switch_take")["counts"]
+    finally:
+        host.call("switch_end")
+    written = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
+    lengths = [len(text) for text in texts]
+    columns = {
+        "row": np.repeat(np.arange(len(texts)), lengths),
+        "position": np.concatenate([np.arange(length) for length in lengths]),
+        "token": written,
+        "drafted": written,
+        "author": np.full(len(written), Author.STUDENT),
+        "divergence": np.full(len(written), np.nan),
+        "threshold": np.full(len(written), np.nan),
+    }
+    return columns, {**counts, "drafted": len(written), "kept": len(written), "requests": len(prompts)}
 
 
 def request(

@@ -1,14 +1,12 @@
 """`Engine`: rollouts written by vLLM, with the contract of `roll_out`."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -27,32 +25,58 @@ from switchkd.engine.arguments import (
     checked_sampling,
 )
 from switchkd.engine.vllm.child import Child, default_python
-from switchkd.engine.vllm.described import Columns, described, unpacked
+from switchkd.engine.vllm.described import described, rollout_of, unpacked
 from switchkd.engine.vllm.self_test import TEST_PROMPT, TEST_TOKENS, require_reference_text
-from switchkd.engine.vllm.weights import write_model, write_tensors
+from switchkd.engine.vllm.weights import named, write_model, write_tensors
 from switchkd.engine.vllm.worker import EXTENSION
 from switchkd.errors import UserError, check_count, check_range
-from switchkd.models.forward import device_of
+from switchkd.models.forward import context_length, device_of
 from switchkd.models.vocabulary import model_vocabulary_size
-from switchkd.policies import Policy
-from switchkd.rollout import Author, Prompts, Rollout
+from switchkd.policies import Policy, StudentPolicy
+from switchkd.rollout import Prompts, Rollout
 
 #: Where the student's weights pass, if there is such a place: files in main memory.
 MEMORY = Path("/dev/shm")
+#: Drafted tokens where `draft_length` is "auto": vLLM's number is fixed at its start.
+DRAFT_LENGTH = 4
+
+
+def lengths_for(
+    student: nn.Module, teacher: nn.Module | None, text: int, draft_length: str | int = "auto"
+) -> dict[str, Any]:
+    """Return the `draft_length` and the `max_model_len` of an engine.
+
+    Args:
+        student: Its student.
+        teacher: Its teacher, None for a student alone.
+        text: Most tokens of a prompt and its completion.
+        draft_length: "auto" or a number, >= 1.
+    """
+    length = DRAFT_LENGTH if draft_length == "auto" else int(draft_length)
+    contexts = [context_length(model) for model in (student, teacher) if model is not None]
+    limits = [limit for limit in contexts if limit is not None]
+    return {"draft_length": length, "max_model_len": min([text + slack(length), *limits])}
+
+
+def slack(draft_length: int) -> int:
+    """Return how many tokens must be left of `max_model_len`: near it vLLM gives a whole batch no drafts."""
+    return 2 * (draft_length + 1)
 
 
 class Engine:
     """A vLLM engine in a process of its own: the student is its draft model, the teacher its target model.
+
+    Without a teacher the student is its only model and writes alone.
 
     It starts with a self-test: two rows must be what `roll_out` writes with the same models. Use it as a context
     manager, or call `close`; it ends with this process at the latest.
 
     Args:
         student: A model of transformers or peft, a folder or a hub id. A model is written to a temporary folder.
-        teacher: Likewise.
+        teacher: Likewise; None for a student alone.
         python: The Python of an environment with vLLM; this one if None.
         draft_length: Tokens that the student drafts before the teacher checks them, >= 1. It changes no text.
-        dtype: In which both models compute: float32, bfloat16 or float16; the teacher's if None.
+        dtype: In which all models compute: float32, bfloat16 or float16; the teacher's, else the student's, if None.
         max_model_len: Most tokens of a prompt, its completion and 2 (draft_length + 1) more; vLLM decides if None.
         max_num_seqs: Most rows written at once; vLLM decides if None.
         gpu_memory_utilization: Share of a GPU's memory that vLLM takes, in (0, 1]; vLLM decides if None.
@@ -60,7 +84,8 @@ class Engine:
         enable_sleep_mode: Let `sleep` give the memory back between rollouts. GPU only.
         trust_remote_code: Run code that comes with a model.
         self_test: Compare two rows with `roll_out` at the start; models given by name are loaded for it.
-        teacher_name: Where the weights of a `teacher` that is an object are, so that they are not written again.
+        student_name: Where the weights of a `student` that is an object are, so that they are not written again.
+        teacher_name: Likewise.
         environment: Variables to set for vLLM's process.
         engine_options: Passed on to `vllm.LLM`; numbers, text, lists and dicts.
 
@@ -72,7 +97,7 @@ class Engine:
     def __init__(
         self,
         student: nn.Module | str,
-        teacher: nn.Module | str,
+        teacher: nn.Module | str | None,
         *,
         python: str | None = None,
         draft_length: int = 4,
@@ -84,6 +109,7 @@ class Engine:
         enable_sleep_mode: bool = False,
         trust_remote_code: bool = False,
         self_test: bool = True,
+        student_name: str | None = None,
         teacher_name: str | None = None,
         environment: dict[str, str] | None = None,
         **engine_options: Any,
@@ -93,33 +119,32 @@ class Engine:
         if gpu_memory_utilization is not None:
             check_range("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0)
         place = {"trust_remote_code": trust_remote_code}
-        configs = [_config(model, place) for model in (student, teacher)]
-        widths = [_width(model, config) for model, config in zip((student, teacher), configs, strict=True)]
-        if widths[0] != widths[1]:
+        models = [student] if teacher is None else [student, teacher]
+        configs = [_config(model, place) for model in models]
+        widths = [_width(model, config) for model, config in zip(models, configs, strict=True)]
+        if widths[0] != widths[-1]:
             raise UserError(
                 f"vllm: the student scores {widths[0]} ids and the teacher {widths[1]}; vLLM needs models of one size "
                 "of vocabulary, use the transformers engine"
             )
         if max_model_len is not None and self_test:
-            max_model_len = max(max_model_len, TEST_PROMPT + TEST_TOKENS + 2 * (draft_length + 1))
-        self.vocabulary_size, self.draft_length = widths[0], draft_length
-        self.dtype = dtype or _dtype(teacher, configs[1])
+            max_model_len = max(max_model_len, TEST_PROMPT + TEST_TOKENS + slack(draft_length))
+        self.alone = teacher is None
+        self.vocabulary_size, self.draft_length = widths[0], 0 if self.alone else draft_length
+        self.dtype = dtype or _dtype(models[-1], configs[-1])
         self.device = device_of(student) if isinstance(student, nn.Module) else torch.device("cpu")
         self._sleeps, self._weights_folder = enable_sleep_mode, MEMORY if MEMORY.is_dir() else None
         self._child: Any = Child(python or default_python(), environment)
         try:
             with tempfile.TemporaryDirectory(prefix="switchkd-models-") as folder:
                 names = [
-                    _named(model, Path(folder) / role, name)
-                    for role, model, name in (("student", student, None), ("teacher", teacher, teacher_name))
+                    named(model, Path(folder) / str(number), name)
+                    for number, (model, name) in enumerate(zip(models, (student_name, teacher_name), strict=False))
                 ]
+                drafting = {"method": "draft_model", "model": names[0], "num_speculative_tokens": draft_length}
                 options = {
-                    "model": names[1],
-                    "speculative_config": {
-                        "method": "draft_model",
-                        "model": names[0],
-                        "num_speculative_tokens": draft_length,
-                    },
+                    "model": names[-1],
+                    "speculative_config": None if self.alone else drafting,
                     "worker_extension_cls": EXTENSION,
                     "dtype": self.dtype,
                     "max_model_len": max_model_len,
@@ -174,7 +199,7 @@ class Engine:
         """Return completions written by student and teacher under `policy`; in float32 those of `switchkd.roll_out`.
 
         Args:
-            prompt_ids: As `switchkd.roll_out` takes them, of two tokens at least.
+            prompt_ids: As `switchkd.roll_out` takes them; of two tokens at least where there is a teacher.
             prompt_mask: Likewise, as all that follow.
             policy: Who writes; one of the user's own comes from a file and has numbers or text as options.
             max_new_tokens: Length limit C of a completion, in tokens, >= 1.
@@ -182,7 +207,7 @@ class Engine:
             temperature: Of both models; 0 is greedy.
             top_k: 0 keeps every id.
             top_p: In (0, 1].
-            draft_length: "auto" or the engine's own, which cannot change.
+            draft_length: "auto" or the engine's own, which cannot change; not read where the student writes alone.
             eos_token_id: An id, several, or None to run to the length limit.
             pad_token_id: Fills completions after their end; the first EOS id, else 0, if None.
             row_ids: Identity of each row for the randomness; 0 .. B-1 if None.
@@ -200,6 +225,11 @@ class Engine:
             UserError: An argument outside its range, one that vLLM cannot honour, or an engine that has ended.
         """
         checked_policy(policy)
+        if self.alone and type(policy) is not StudentPolicy:
+            raise UserError(
+                f"vllm: this engine has no teacher, so that the student writes alone, not {type(policy).__name__}; "
+                "start it with a teacher"
+            )
         if teacher_prompt_ids is not None:
             raise UserError(
                 "vllm: the teacher cannot read prompts of its own (teacher_prompt): vLLM's two models read one text; "
@@ -209,7 +239,7 @@ class Engine:
             raise UserError("vllm: return_teacher_hidden is not possible: the teacher's states stay in vLLM's process")
         if checked_flag("cuda_graphs", cuda_graphs):
             raise UserError("vllm: cuda_graphs are those of the transformers engine; vLLM has its own (enforce_eager)")
-        if checked_draft_length(draft_length) not in ("auto", self.draft_length):
+        if checked_draft_length(draft_length) not in ("auto", self.draft_length) and not self.alone:
             raise UserError(f"vllm: draft_length is {self.draft_length} since the engine started, not {draft_length}")
         size = self.vocabulary_size
         eos = checked_eos(eos_token_id, size)
@@ -235,12 +265,12 @@ class Engine:
         answer = self._child.ask("roll_out", job=job, prompts=prompts.rows(), eos=eos)
         self.sleep()
         keeps = checked_flag("return_drafted_ids", return_drafted_ids)
-        result = _rollout(prompts.to(self.device), unpacked(answer["columns"]), pad, keeps_drafted=keeps)
+        result = rollout_of(unpacked(answer["columns"]), prompts.to(self.device), pad, keeps_drafted=keeps)
         result.measured = policy.measured
         counts, seconds = answer["counts"], time.perf_counter() - started
         result.stats = {
-            "student_passes": counts["rounds"] * self.draft_length,
-            "teacher_passes": counts["rounds"],
+            "student_passes": counts["rounds"] * (self.draft_length or 1),
+            "teacher_passes": 0 if self.alone else counts["rounds"],
             **{name: counts[name] for name in ("drafted", "kept", "requests", "undrafted")},
             "seconds": seconds,
             "tokens_per_s": int(result.completion_mask.sum()) / max(seconds, 1e-9),
@@ -303,45 +333,19 @@ class Engine:
 
     def _check_lengths(self, prompts: Prompts, max_new_tokens: int) -> None:
         lengths = prompts.mask.sum(-1)
-        if int(lengths.min()) < 2:
+        if int(lengths.min()) < 2 and not self.alone:
             raise UserError(
                 f"vllm: the prompt of row {int(lengths.argmin())} has one token; vLLM samples a token after the "
                 "prefill, so prompts need two: put a beginning-of-sequence token before it, or use the transformers "
                 "engine"
             )
-        # Near max_model_len vLLM gives a whole batch no drafts.
-        slack = 2 * (self.draft_length + 1)
-        needed, has = int(lengths.max()) + max_new_tokens + slack, self.facts["max_model_len"]
+        left = 0 if self.alone else slack(self.draft_length)
+        needed, has = int(lengths.max()) + max_new_tokens + left, self.facts["max_model_len"]
         if needed > has:
             raise UserError(
-                f"vllm: a prompt of {int(lengths.max())} tokens, {max_new_tokens} new ones and {slack} of slack exceed "
+                f"vllm: a prompt of {int(lengths.max())} tokens, {max_new_tokens} new ones and {left} of slack exceed "
                 f"max_model_len {has}; shorten the prompts or the completions, or give a larger max_model_len"
             )
-
-
-def _rollout(prompts: Prompts, columns: Columns, pad: int, *, keeps_drafted: bool) -> Rollout:
-    """The rollout of a record that is ordered by row and position."""
-    device = prompts.ids.device
-    lengths = np.bincount(columns["row"], minlength=len(prompts))
-    shape = (len(prompts), int(lengths.max()))
-
-    def spread(name: str, fill: float, dtype: torch.dtype) -> Tensor:
-        whole = torch.full(shape, fill, dtype=dtype)
-        whole[torch.from_numpy(columns["row"]), torch.from_numpy(columns["position"])] = torch.from_numpy(
-            columns[name]
-        ).to(dtype)
-        return whole.to(device)
-
-    return Rollout(
-        prompt_ids=prompts.ids,
-        prompt_mask=prompts.mask,
-        completion_ids=spread("token", pad, torch.int64),
-        completion_mask=(torch.arange(shape[1]) < torch.from_numpy(lengths).unsqueeze(1)).to(device),
-        author=spread("author", int(Author.NONE), torch.uint8),
-        divergence=spread("divergence", math.nan, torch.float32),
-        threshold=spread("threshold", math.nan, torch.float32),
-        drafted_ids=spread("drafted", pad, torch.int64) if keeps_drafted else None,
-    )
 
 
 def _config(model: nn.Module | str, place: dict[str, Any]) -> Any:
@@ -364,15 +368,6 @@ def _dtype(model: nn.Module | str, config: Any) -> str:
     """In which a model computes; vLLM's own choice for float32 weights would be half of it."""
     found = next(model.parameters()).dtype if isinstance(model, nn.Module) else config.dtype
     return str(found or torch.float32).removeprefix("torch.")
-
-
-def _named(model: nn.Module | str, folder: Path, name: str | None) -> str:
-    if isinstance(model, str):
-        return model
-    if name is not None:
-        return name
-    write_model(model, folder)
-    return str(folder)
 
 
 def _as_json(options: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,20 @@ ATTRIBUTES = {
         "speculator.num_speculative_steps",
     ),
 }
-#: Attributes of the worker, for loading the student's weights.
+#: The same where a student writes alone.
+ATTRIBUTES_ALONE = {
+    "v1": ("device", "requests", "input_batch.req_ids", "sampler"),
+    "v2": (
+        "device",
+        "req_states.max_num_reqs",
+        "req_states.prompt_len.np",
+        "req_states.prefill_len.gpu",
+        "sampler.add_request",
+    ),
+}
+#: Attributes of the worker, for loading the student's weights; alone, the student is vLLM's only model.
 WORKER_ATTRIBUTES = ("model_runner", "get_draft_model", "vllm_config.speculative_config.draft_model_config")
+WORKER_ATTRIBUTES_ALONE = ("model_runner", "get_model", "vllm_config.model_config")
 
 
 def found_version() -> str | None:
@@ -77,17 +89,24 @@ def runner_of(worker: Any) -> str:
     Raises:
         UserError: The runner is unknown, or lacks something.
     """
-    missing = [name for name in WORKER_ATTRIBUTES if not _has(worker, name)]
+    alone = writes_alone(worker)
+    missing = [name for name in (WORKER_ATTRIBUTES_ALONE if alone else WORKER_ATTRIBUTES) if not _has(worker, name)]
     kinds = [kind.__module__.rpartition(".")[0] for kind in type(getattr(worker, "model_runner", None)).__mro__]
     runner = next((RUNNERS[kind] for kind in kinds if kind in RUNNERS), None)
     if not missing and runner is not None:
-        missing = [f"model_runner.{name}" for name in ATTRIBUTES[runner] if not _has(worker.model_runner, name)]
+        needed = (ATTRIBUTES_ALONE if alone else ATTRIBUTES)[runner]
+        missing = [f"model_runner.{name}" for name in needed if not _has(worker.model_runner, name)]
     if missing or runner is None:
         what = f"has no {', '.join(missing)}" if missing else f"is {type(worker.model_runner).__name__}"
         raise UserError(
             f"vllm: the model runner {what}, which vLLM {WANTED} (V1 and V2) has; found is vLLM {found_version()}"
         )
     return runner
+
+
+def writes_alone(worker: Any) -> bool:
+    """Return whether a worker has no draft model: its only model is a student that writes alone."""
+    return worker.vllm_config.speculative_config is None
 
 
 def _has(owner: Any, name: str) -> bool:

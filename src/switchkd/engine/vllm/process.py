@@ -41,7 +41,7 @@ class LocalHost:
     def call(self, method: str, *arguments: str) -> Any:
         return self.llm.collective_rpc(method, args=arguments)[0]
 
-    def generate(self, requests: list[dict[str, Any]]) -> None:
+    def generate(self, requests: list[dict[str, Any]]) -> list[list[int]]:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
@@ -55,13 +55,15 @@ class LocalHost:
             )
             for request in requests
         ]
-        self.llm.generate(prompts, params, use_tqdm=False)
+        found = self.llm.generate(prompts, params, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in found]
 
 
 class Answers:
     """What can be asked, one method each."""
 
     host: LocalHost
+    alone = False
 
     def start(self, options: dict[str, Any]) -> dict[str, Any]:
         """Start vLLM; return what its configuration came to."""
@@ -70,7 +72,7 @@ class Answers:
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
         self._choose_runner()
-        self.host = LocalHost(options)
+        self.host, self.alone = LocalHost(options), "speculative_config" not in options
         return {"version": found_version(), **self.host.call("switch_facts")}
 
     def _choose_runner(self) -> None:
@@ -83,9 +85,9 @@ class Answers:
     def roll_out(self, job: dict[str, Any], prompts: list[list[int]], eos: list[int]) -> dict[str, Any]:
         """Return the packed record of a rollout and its counts."""
         from switchkd.engine.vllm.described import packed
-        from switchkd.engine.vllm.driver import drive
+        from switchkd.engine.vllm.driver import drive, drive_alone
 
-        columns, counts = drive(self.host, job, prompts, eos)
+        columns, counts = (drive_alone if self.alone else drive)(self.host, job, prompts, eos)
         return {"columns": packed(columns), "counts": counts}
 
     def load_student(self, file: str) -> int:

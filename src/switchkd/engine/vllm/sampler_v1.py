@@ -95,6 +95,7 @@ class SamplerV1(nn.Module):
                 teacher[flat],
                 rows[places].to(device),
                 (done[places].unsqueeze(1) + steps).to(device),
+                torch.full((len(group),), length, device=device),
                 torch.tensor([names[place] not in self.ended for place in group], device=device),
             )
             stands = steps.to(device) < checked.count.unsqueeze(1)

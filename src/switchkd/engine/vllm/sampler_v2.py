@@ -7,6 +7,7 @@ read back between a draft and what is written: V2 prepares the next step meanwhi
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,8 +73,10 @@ class SamplerV2:
             return
         shift = extra["offset"] - int(self.runner.req_states.prompt_len.np[slot])
         values = [extra["row"], shift, *(extra[name] for name in ("offset", "first", "stop", "end"))]
-        self.facts[:, slot] = torch.tensor(values, device=self.facts.device)
-        self.starts[slot], self.ended[slot] = -1, False
+        for fact, value in zip(self.facts, values, strict=True):
+            fact[slot].fill_(value)  # a tensor made from them would wait for the device on its way there
+        self.starts[slot].fill_(-1)
+        self.ended[slot].fill_(False)
 
     def draft(self, hidden_states: Tensor, positions: Tensor, idx_mapping: Tensor, *rest: Any, **named: Any) -> Tensor:
         """Return the student's next tokens `[B]`; called once for each drafted position."""
@@ -96,47 +99,7 @@ class SamplerV2:
         from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-        assert self.writing is not None
-        device, slots = logits.device, batch.idx_mapping.long()
-        edges = torch.from_numpy(batch.cu_num_logits_np).long()
-        counts = (edges.diff() - 1).tolist()  # drafted tokens of each request, known to the host
-        done = batch.positions[batch.logits_indices].long()[edges[:-1].to(device)] + self.shift[slots]
-        forced = done < self.offset[slots]
-        real = torch.tensor([count > 0 for count in counts], device=device) & (self.starts[slots] == done) & ~forced
-        undrafted = ~real & ~forced
-        self.ended[slots] |= undrafted
-        width = max(self.length if any(counts) else 0, 0) + 1
-        sampled = torch.zeros(len(slots), width, dtype=torch.int64, device=device)
-        sampled[:, 0] = torch.where(forced, self.first[slots], self.stop[slots])
-        emitted = torch.ones(len(slots), dtype=torch.int64, device=device)
-        tokens = batch.input_ids[batch.logits_indices].long()
-        for length in sorted(set(counts) - {0}):
-            places = torch.tensor([place for place, count in enumerate(counts) if count == length])
-            flat = (edges[places].unsqueeze(1) + torch.arange(length)).to(device)  # rows of logits
-            places = places.to(device)
-            mine, good, steps = slots[places], real[places], torch.arange(length, device=device)
-            checked = self.writing.check(
-                tokens[flat + 1],
-                self.log_probs[mine, :length].flatten(0, 1),
-                logits[flat.flatten()],
-                self.row[mine],
-                done[places].unsqueeze(1) + steps,
-                good & ~self.ended[mine],  # a step can be in flight when its request has ended
-            )
-            stands = steps < checked.count.unsqueeze(1)
-            # Where a text ends by an id that vLLM does not stop at, the id after it stops it.
-            ends = ((checked.tokens == self.end[mine].unsqueeze(1)) & stands).int()
-            at, any_end = ends.argmax(-1) + 1, ends.any(-1)
-            whole = torch.cat([checked.tokens, self.stop[mine].unsqueeze(1)], dim=1)
-            after = torch.where(any_end, self.stop[mine], whole.gather(1, at.unsqueeze(1)).squeeze(1))
-            whole.scatter_(1, at.unsqueeze(1), after.unsqueeze(1))
-            before = sampled[places, : length + 1]
-            sampled[places, : length + 1] = torch.where(good.unsqueeze(1), whole, before)
-            emitted[places] = torch.where(good, torch.where(any_end, at + 1, checked.count), 1)
-        self.writing.counts["rounds"] += 1
-        self.writing.count("forced", forced)
-        self.writing.count("undrafted", undrafted)
-        self.step = 0
+        sampled, emitted = self.decide(logits, batch)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             emitted.int(),
             batch.seq_lens,
@@ -151,3 +114,72 @@ class SamplerV2:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def decide(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the ids that each request writes in this step, int64 `[B, k + 1]`, and how many, int64 `[B]`.
+
+        The device is asked for nothing and sent nothing: every request is treated as one with the longest draft of the
+        step, of which its own is the beginning. A policy that asks the device by itself is waited for.
+
+        Args:
+            logits: The teacher's, for each request those after its last token and after each drafted one.
+            batch: vLLM's `InputBatch`.
+        """
+        assert self.writing is not None
+        slots, edges = batch.idx_mapping.long(), batch.cu_num_logits.long()
+        begin, lengths = edges[:-1], edges.diff() - 1  # drafted tokens of each request
+        longest = int(np.diff(batch.cu_num_logits_np).max()) - 1  # the same that the host knows
+        done = batch.positions[batch.logits_indices].long()[begin] + self.shift[slots]
+        forced = done < self.offset[slots]
+        real = (lengths > 0) & (self.starts[slots] == done) & ~forced
+        undrafted = ~real & ~forced
+        self.ended[slots] |= undrafted
+        width = 1 + (self.length if longest else 0)
+        sampled = torch.zeros(len(slots), width, dtype=torch.int64, device=logits.device)
+        sampled[:, 0] = torch.where(forced, self.first[slots], self.stop[slots])
+        emitted = torch.ones_like(lengths)
+        if longest:
+            whole, count = self._checked(logits, batch, slots, begin, lengths, done, real, longest)
+            written = sampled[:, : longest + 1]
+            written.copy_(torch.where(real.unsqueeze(1), whole, written))
+            emitted = torch.where(real, count, 1)
+        self.writing.counts["rounds"] += 1
+        self.writing.count("forced", forced)
+        self.writing.count("undrafted", undrafted)
+        self.step = 0
+        return sampled, emitted
+
+    def _checked(
+        self,
+        logits: Tensor,
+        batch: Any,
+        slots: Tensor,
+        begin: Tensor,
+        lengths: Tensor,
+        done: Tensor,
+        real: Tensor,
+        longest: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What becomes of the drafts `[B, longest + 1]`, and how many ids of each row are written."""
+        assert self.writing is not None
+        steps = torch.arange(longest, device=logits.device)
+        own = torch.minimum(steps, (lengths - 1).clamp(min=0).unsqueeze(1))  # beyond a draft its last token again
+        at = begin.unsqueeze(1) + own
+        tokens = batch.input_ids[batch.logits_indices].long()
+        checked = self.writing.check(
+            tokens[(at + 1).clamp(max=len(tokens) - 1)].clamp(min=0),
+            self.log_probs[slots, :longest].flatten(0, 1),
+            logits[at.flatten()],
+            self.row[slots],
+            done.unsqueeze(1) + steps,
+            lengths,
+            real & ~self.ended[slots],  # a step can be in flight when its request has ended
+        )
+        # Where a text ends by an id that vLLM does not stop at, the id after it stops it.
+        stop, stands = self.stop[slots].unsqueeze(1), steps < checked.count.unsqueeze(1)
+        ends = ((checked.tokens == self.end[slots].unsqueeze(1)) & stands).int()
+        at_end, any_end = ends.argmax(-1) + 1, ends.any(-1)
+        whole = torch.cat([checked.tokens, stop], dim=1)
+        after = torch.where(any_end, stop.squeeze(1), whole.gather(1, at_end.unsqueeze(1)).squeeze(1))
+        whole.scatter_(1, at_end.unsqueeze(1), after.unsqueeze(1))
+        return whole, torch.where(any_end, at_end + 1, checked.count)

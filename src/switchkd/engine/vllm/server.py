@@ -68,19 +68,20 @@ class Server:
         answer = self._post("/collective_rpc", {"method": method, "args": list(arguments)})
         return answer["results"][0] if answer else None
 
-    def generate(self, requests: list[dict[str, Any]]) -> None:
+    def generate(self, requests: list[dict[str, Any]]) -> list[list[int]]:
         """Run requests to their ends, each a call of its own: vLLM batches them."""
         with ThreadPoolExecutor(min(len(requests), MOST_AT_ONCE)) as pool:
-            list(pool.map(self._generate, requests))
+            return list(pool.map(self._generate, requests))
 
     def close(self) -> None:
         """Leave the server as it is."""
 
-    def _generate(self, request: dict[str, Any]) -> None:
+    def _generate(self, request: dict[str, Any]) -> list[int]:
         params = {name: request[name] for name in ("max_tokens", "stop_token_ids", "extra_args")}
         body = {"token_ids": request["prompt_token_ids"]}
         body["sampling_params"] = {**params, "ignore_eos": True, "detokenize": False}
-        self._post("/inference/v1/generate", body, seconds=None)
+        ids: list[int] = self._post("/inference/v1/generate", body, seconds=None)["choices"][0]["token_ids"]
+        return ids
 
     def _get(self, path: str) -> Any:
         return self._answer(urllib.request.Request(self.url + path), SECONDS)
@@ -141,7 +142,7 @@ class ServedEngine(Engine):
             )
         self.vocabulary_size, self.draft_length, self.dtype = served, self.facts["draft_length"], self.facts["dtype"]
         self.device: torch.device = device_of(student)
-        self._sleeps, self._weights_folder = False, sync_folder
+        self.alone, self._sleeps, self._weights_folder = False, False, sync_folder
         sync_folder.mkdir(parents=True, exist_ok=True)
         self.load_student(student)
         if self_test:

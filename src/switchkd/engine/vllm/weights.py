@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import is_peft_available, logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from switchkd.errors import UserError
 from switchkd.models.loading import is_quantized
@@ -35,6 +36,34 @@ def write_model(model: Any, folder: Path) -> Path:
         if shows:
             logging.enable_progress_bar()
     return folder / WEIGHTS
+
+
+def named(model: Any, folder: Path, name: str | None) -> str:
+    """Return the name under which vLLM finds a model.
+
+    Args:
+        model: Of transformers or peft, or a name.
+        folder: Where it is written to, if it has to be.
+        name: Of the same weights as `model` has, if there are.
+    """
+    if isinstance(model, str):
+        return model
+    if name is not None:
+        return name
+    write_model(model, folder)
+    return str(folder)
+
+
+def plain_name(name: Any, revision: str | None) -> str | None:
+    """Return a model's name where vLLM reads the same weights under it, None where they have to be written.
+
+    Args:
+        name: As the model was given: a folder, a hub id, or something else.
+        revision: Of the hub; vLLM would take the newest one.
+    """
+    if not isinstance(name, str) or revision is not None or find_adapter_config_file(name) is not None:
+        return None
+    return name
 
 
 def write_tensors(state: dict[str, Tensor], folder: Path) -> Path:

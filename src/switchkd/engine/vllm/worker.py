@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.engine.vllm.described import packed
-from switchkd.engine.vllm.private import runner_of
+from switchkd.engine.vllm.private import runner_of, writes_alone
+from switchkd.engine.vllm.sampler_alone import AloneV1, AloneV2
 from switchkd.engine.vllm.sampler_v1 import SamplerV1
 from switchkd.engine.vllm.sampler_v2 import SamplerV2
 from switchkd.engine.vllm.writing import Writing
@@ -26,7 +27,8 @@ class SwitchWorker:
         worker: Any = self
         if not hasattr(worker, "switch_sampler"):
             worker.switch_runner = runner_of(worker)
-            samplers: dict[str, type[SamplerV1] | type[SamplerV2]] = {"v1": SamplerV1, "v2": SamplerV2}
+            of_pairs: dict[str, Any] = {"v1": SamplerV1, "v2": SamplerV2}
+            samplers = {"v1": AloneV1, "v2": AloneV2} if writes_alone(worker) else of_pairs
             worker.switch_sampler = samplers[worker.switch_runner](worker.model_runner)
             worker.switch_sampler.begin(None)
         return worker.switch_runner
@@ -34,13 +36,13 @@ class SwitchWorker:
     def switch_facts(self) -> dict[str, Any]:
         """Return what vLLM's configuration came to."""
         worker: Any = self
-        config = worker.vllm_config
+        config, speculative = worker.vllm_config, worker.vllm_config.speculative_config
         return {
             "runner": self.switch_prepare(),
             "max_model_len": config.model_config.max_model_len,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "vocabulary_size": config.model_config.get_vocab_size(),
-            "draft_length": config.speculative_config.num_speculative_tokens,
+            "draft_length": 0 if speculative is None else speculative.num_speculative_tokens,
         }
 
     def switch_begin(self, job: str) -> None:
@@ -61,7 +63,7 @@ class SwitchWorker:
         worker.switch_sampler.begin(None)
 
     def switch_load_student(self, file: str) -> int:
-        """Load weights into the draft model, in place; return how many tensors it took.
+        """Load weights into the student, in place; return how many tensors it took.
 
         By the steps of vLLM's own weight updates: plain `load_weights` fails on a CPU, whose build packs weights after
         they were loaded.
@@ -77,10 +79,14 @@ class SwitchWorker:
         )
 
         worker: Any = self
-        draft, config = worker.get_draft_model(), worker.vllm_config
+        config = worker.vllm_config
+        if writes_alone(worker):
+            student, of_student = worker.get_model(), config.model_config
+        else:
+            student, of_student = worker.get_draft_model(), config.speculative_config.draft_model_config
         weights = load_file(Path(file))
         with set_current_vllm_config(config):
-            initialize_layerwise_reload(draft)
-            loaded = draft.load_weights(iter(weights.items()))
-            finalize_layerwise_reload(draft, config.speculative_config.draft_model_config)
+            initialize_layerwise_reload(student)
+            loaded = student.load_weights(iter(weights.items()))
+            finalize_layerwise_reload(student, of_student)
         return len(loaded)

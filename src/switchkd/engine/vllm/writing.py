@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.engine.verification import Verified, verify
+from switchkd.engine.verification import Verified, verify_once
 from switchkd.engine.vllm.described import COLUMNS, Columns, policy_of
 from switchkd.sampling import NoiseTable, Stream, Warping, exponential_race
 
@@ -60,21 +60,29 @@ class Writing:
         return exponential_race(log_probs, self.noise.keys(Stream.DRAFT, cells))
 
     def check(
-        self, drafted: Tensor, student_rows: Tensor, logits: Tensor, rows: Tensor, position: Tensor, live: Tensor
+        self,
+        drafted: Tensor,
+        student_rows: Tensor,
+        logits: Tensor,
+        rows: Tensor,
+        position: Tensor,
+        lengths: Tensor,
+        live: Tensor,
     ) -> Checked:
-        """Return what becomes of drafts, and note it.
+        """Return what becomes of drafts, and note it; the device is asked for nothing.
 
         Args:
             drafted: int64 `[A, G]`.
             student_rows: The student's log-probabilities, warped, `[A * G, V]`.
             logits: The teacher's on the same prefixes, `[A * G, >= V]`.
-            rows: int64 `[A]`, all different where `live`.
+            rows: int64 `[A]`, all different.
             position: Completion position of each drafted token, int64 `[A, G]`.
+            lengths: How many tokens of each row were drafted, int64 `[A]`, at most G; what stands after them is not
+                looked at.
             live: Where False the row has ended: nothing is noted and the policy's state stays, bool `[A]`.
         """
-        length = drafted.shape[1]
-        steps = torch.arange(length, device=drafted.device)
-        verified = verify(
+        steps = torch.arange(drafted.shape[1], device=drafted.device)
+        verified, count = verify_once(
             self.policy,
             drafted,
             student_rows,
@@ -85,7 +93,7 @@ class Writing:
             self.noise.index(rows.unsqueeze(1), position.clamp(min=0)),
         )
         # No bonus token: its distribution is the teacher's alone, not the policy's.
-        count = (verified.kept + 1).clamp(max=length)
+        count = torch.minimum(count, lengths)
         if self.state is not None:
             self._advance(verified, count, rows, live)
         stands = (steps < count.unsqueeze(1)) & live.unsqueeze(1)
@@ -93,8 +101,8 @@ class Writing:
         seen = (verified.tokens, drafted, verified.author, verified.divergence, verified.threshold)
         # Whole tensors: picking the entries that stand would wait for the device in every round.
         self._record.append((everywhere, position, *seen, stands))
-        self.count("kept", torch.where(live, verified.kept, 0))
-        self.count("drafted", live * length)
+        self.count("kept", torch.where(live, torch.minimum(verified.kept, lengths), 0))
+        self.count("drafted", torch.where(live, lengths, 0))
         return Checked(verified.tokens, count)
 
     def count(self, name: str, amounts: Tensor) -> None:
@@ -110,11 +118,13 @@ class Writing:
 
     def take(self) -> tuple[Columns, dict[str, int]]:
         """Return the record since it was last taken, in the order of writing, and the counts of the whole rollout."""
-        for name, amount in self._counted:
-            self.counts[name] += int(amount)
+        if self._counted:
+            amounts = torch.stack([amount for _, amount in self._counted]).tolist()
+            for (name, _), amount in zip(self._counted, amounts, strict=True):
+                self.counts[name] += amount
         if self._record:
-            pieces = [[column[note[-1]] for column in note[:-1]] for note in self._record]
-            columns = [torch.cat(column).cpu().numpy() for column in zip(*pieces, strict=True)]
+            whole = [torch.cat([part.flatten() for part in parts]).cpu() for parts in zip(*self._record, strict=True)]
+            columns = [column[whole[-1]].numpy() for column in whole[:-1]]
         else:
             columns = [torch.empty(0).numpy()] * len(COLUMNS)
         self._record, self._counted = [], []
