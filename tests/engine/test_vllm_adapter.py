@@ -13,11 +13,13 @@ from helpers import vllm_stub
 from helpers.pairs import assert_same, make_pair, make_prompts
 from helpers.vllm_policy import EveryNth
 from helpers.vllm_stub import RunnerV2, StubChild, StubHost, StubHostV2
+from safetensors.torch import load_file
 
 import switchkd
 from switchkd import UserError
 from switchkd.engine.capture import HostReadError, NoHostReads
 from switchkd.engine.vllm import engine as engine_module
+from switchkd.engine.vllm.child import OF_A_LAUNCH, Child
 from switchkd.engine.vllm.described import described, packed, policy_of, unpacked
 from switchkd.engine.vllm.driver import drive, request
 from switchkd.engine.vllm.private import check_version, runner_of
@@ -381,6 +383,27 @@ def test_an_adapter_is_merged_into_what_vllm_reads(pair, tmp_path):
     for name, tensor in adapted.get_base_model().state_dict().items():  # and the student is as it was
         if "q_proj.base_layer" in name:
             assert torch.equal(tensor, plain[name.replace(".base_layer", "")])
+
+
+def test_weights_are_written_in_every_process_and_not_in_the_first_alone(pair, tmp_path, monkeypatch):
+    """Each training process has a vLLM of its own, and transformers saves in the first process only."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *group: 1)
+    file = write_model(pair[0], tmp_path)
+    assert torch.equal(load_file(file)["model.norm.weight"], pair[0].model.norm.weight)
+    assert (tmp_path / "config.json").is_file() and "should_save_on_this_rank" not in vars(pair[0])
+
+
+def test_the_process_of_vllm_is_none_of_those_that_train(monkeypatch, tmp_path):
+    for name in OF_A_LAUNCH:
+        monkeypatch.setenv(name, "1")
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "rank=$RANK port=$MASTER_PORT its own=$OWN"\nexit 3\n')
+    script.chmod(0o755)
+    child = Child(str(script), {"OWN": "here"})
+    with pytest.raises(UserError, match="rank= port= its own=here"):
+        child.ask("start", options={})
+    child.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,6 +16,7 @@ from training.test_distributed import both_end, started
 
 import switchkd
 from switchkd import UserError
+from switchkd.engine.vllm import shared
 from switchkd.engine.vllm.server import ServedEngine
 
 SWITCH = switchkd.SwitchPolicy(initial_threshold=0.05, horizon=16)
@@ -136,7 +138,79 @@ def test_training_on_a_server_has_the_losses_of_the_transformers_engine(served, 
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.slow  # two processes
+class Threads:
+    """The collectives of torch.distributed for threads in place of processes."""
+
+    def __init__(self, ranks):
+        self.ranks, self.barrier, self.own, self.box = ranks, threading.Barrier(ranks), threading.local(), {}
+
+    def run(self, function):
+        """What a function of the rank gives in every thread, or the refusal that it ended with."""
+
+        def one(rank):
+            self.own.rank = rank
+            try:
+                return function(rank)
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(self.ranks) as pool:
+            return list(pool.map(one, range(self.ranks)))
+
+    def exchange(self, value):
+        self.box[self.own.rank] = value
+        self.barrier.wait(30)
+        everybody = [self.box[rank] for rank in range(self.ranks)]
+        self.barrier.wait(30)
+        return everybody
+
+    def get_rank(self):
+        return self.own.rank
+
+    def get_world_size(self):
+        return self.ranks
+
+    def gather_object(self, own, found):
+        everybody = self.exchange(own)
+        if found is not None:
+            found[:] = everybody
+
+    def broadcast_object_list(self, values):
+        values[:] = self.exchange(list(values))[0]
+
+    def scatter_object_list(self, own, parts):
+        own[:] = [self.exchange(parts)[0][self.own.rank]]
+
+
+def test_rows_of_several_processes_get_the_text_of_one_and_weights_go_out_once(served, monkeypatch):
+    server, pair, options = served()
+    threads, split = Threads(3), [0, 1, 4, 7]
+    monkeypatch.setattr(shared, "dist", threads)
+    prompts, ids = make_prompts(7, shortest=2)[0].tolist(), torch.arange(20, 27)
+    settings = {"policy": SWITCH, "max_new_tokens": 10, "seed": 7, "eos_token_id": [20, 21], "pad_token_id": 1}
+
+    def trained(rank):
+        engine = shared.SharedEngine(lambda: ServedEngine(*pair, **options))
+        engine.load_student(pair[0])
+        mine = slice(split[rank], split[rank + 1])
+        found = engine.write(*pair, prompts[mine], row_ids=ids[mine], max_active_rows=2, **settings)
+        threads.barrier.wait(30)
+        if rank == 0:
+            server.stop()
+        with pytest.raises(UserError, match="does not answer") as lost:
+            engine.write(*pair, prompts[mine], **settings)
+        engine.close()
+        return found, str(lost.value)
+
+    results = threads.run(trained)
+    assert server.loads == 2  # at the start, and once for all
+    for rank, (found, lost) in enumerate(results):
+        mine = slice(split[rank], split[rank + 1])
+        assert_same(found, switchkd.roll_out(*pair, prompts[mine], row_ids=ids[mine], **settings))
+        assert lost == results[0][1] and "\n" not in lost
+
+
+@pytest.mark.long  # two processes
 def test_two_processes_on_one_server_train_as_one_does_on_transformers(served, tmp_path):
     """Row ids are global: the split changes no text, and weights go out once for each step."""
     server, _, options = served()

@@ -13,6 +13,7 @@ from helpers.vllm_stub import StubChild
 
 from switchkd import UserError
 from switchkd.engine.vllm import engine as engine_module
+from switchkd.engine.vllm import shared
 from switchkd.training.vllm_engine import make_engine
 
 ROWS = RAGGED_ROWS[1:]  # the first prompt has one token
@@ -120,6 +121,26 @@ def test_options_reach_vllm(make_trainer, children):
 def test_what_would_do_nothing_or_cannot_be_done_is_refused_at_the_door(make_trainer, children, options, message):
     with pytest.raises(UserError, match=message):
         make_trainer(*make_pair("llama"), **{**SETTINGS, "rollout_engine": "vllm", **options})
+
+
+def test_an_engine_that_does_not_start_in_one_process_ends_all_of_them_in_its_line(monkeypatch):
+    said = [None, "vllm: no memory left"]
+    monkeypatch.setattr(shared.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        shared.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(2), [own, said[1]])
+    )
+    engine = StubChild("python")
+    with pytest.raises(UserError, match="vllm: no memory left"):
+        shared.started_everywhere(lambda: engine)
+    assert engine.closed
+    said[1], other = None, StubChild("python")
+    assert shared.started_everywhere(lambda: other) is other and not other.closed
+
+    def refused():
+        raise UserError("vllm: no vLLM here")
+
+    with pytest.raises(UserError, match="no vLLM here"):
+        shared.started_everywhere(refused)
 
 
 def test_seqkd_on_a_server_takes_one_process(children):

@@ -17,6 +17,7 @@ from helpers.tiny import RAGGED_ROWS, build_tokenizer
 from helpers.vllm_real import MARKS, OPTIONS, PYTHON, SETTINGS, SWITCH, TIGHT, both, learn, pair
 
 from switchkd import SwitchPolicy, UserError
+from switchkd.engine.vllm import engine as engine_module
 from switchkd.engine.vllm.child import alone
 from switchkd.engine.vllm.private import WANTED
 from switchkd.engine.vllm.process import ENVIRONMENT
@@ -87,7 +88,13 @@ def test_evaluate_scores_the_answers_of_the_transformers_engine(run, folders, tm
     """A student alone, and on the V2 runner."""
     for name, value in interpreted.items():
         monkeypatch.setenv(name, value)
-    answers = []
+    answers, runners = [], []
+    test = engine_module.require_reference_text
+    monkeypatch.setattr(
+        engine_module,
+        "require_reference_text",
+        lambda engine, *given: runners.append(engine.facts["runner"]) or test(engine, *given),
+    )
     for number, engine in enumerate(((), ("--rollout_engine", "vllm", "--vllm_python", PYTHON))):
         code, _, err = run(
             *("evaluate", "--model_name_or_path", folders / "student", "--dataset_name", folders / "rows.jsonl"),
@@ -96,7 +103,7 @@ def test_evaluate_scores_the_answers_of_the_transformers_engine(run, folders, tm
         )
         assert code == 0, err
         answers.append((tmp_path / str(number) / "rows.jsonl").read_text())
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] and runners == ["v2"]
 
 
 def test_a_server_writes_the_same_text_and_is_missed_in_one_line(tmp_path):

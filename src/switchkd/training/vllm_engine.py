@@ -10,7 +10,7 @@ from torch import nn
 
 from switchkd.engine.vllm.engine import Engine, lengths_for
 from switchkd.engine.vllm.server import ServedEngine
-from switchkd.engine.vllm.shared import SharedEngine
+from switchkd.engine.vllm.shared import SharedEngine, started_everywhere
 from switchkd.engine.vllm.weights import plain_name
 from switchkd.errors import UserError
 from switchkd.methods import get_method
@@ -45,21 +45,22 @@ def make_engine(
         _check_prompts(data)
         url = f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         folder = Path(str(args.output_dir)) / "vllm_student"
-        start = functools.partial(ServedEngine, student, teacher, url=url, sync_folder=folder)
+        of_server = functools.partial(ServedEngine, student, teacher, url=url, sync_folder=folder)
         if args.world_size == 1:
-            return start()
+            return of_server()
         if get_method(args.method).teacher_text:
             raise UserError(
                 f"method {args.method!r} with vllm_mode=server takes one process: its text is written before training, "
                 "at each process's own pace; write it in a run of one process, and train on that teacher_text_file"
             )
-        return SharedEngine(start)
+        return SharedEngine(of_server)
     if args.world_size > 1 and args.vllm_tensor_parallel_size > 1:
         raise UserError("vllm_tensor_parallel_size must be 1 where several processes train: each has a vLLM of its own")
     _check_prompts(data)
     text = args.max_prompt_length + args.max_completion_length
     on_gpu = args.device.type == "cuda"
-    return Engine(
+    start = functools.partial(
+        Engine,
         student,
         teacher,
         python=args.vllm_python,
@@ -72,6 +73,7 @@ def make_engine(
         teacher_name=None if args.teacher_model_init_kwargs else plain_name(given, args.teacher_model_revision),
         environment=_own_gpu(args) if on_gpu and args.vllm_tensor_parallel_size == 1 else None,
     )
+    return start() if args.world_size == 1 else started_everywhere(start)
 
 
 def _check_prompts(data: Any) -> None:

@@ -18,6 +18,8 @@ from switchkd.errors import UserError
 
 # Long enough to let go of a GPU's memory in order.
 SECONDS_TO_END = 20
+#: What tells a process that it is one of several in training; vLLM's is none of them.
+OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Child:
@@ -40,6 +42,7 @@ class Child:
         self.log = self.folder / "vllm.log"
         site = alone(self.folder / "site")
         path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+        inherited = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCH}
         ours, its = socket.socketpair()
         try:
             with its, self.log.open("wb") as log:
@@ -49,7 +52,7 @@ class Child:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=[its.fileno()],
-                    env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+                    env={**inherited, **(environment or {}), "PYTHONPATH": path},
                     start_new_session=True,  # an interrupt on the terminal is for the trainer, which saves first
                 )
         except OSError as error:

@@ -23,6 +23,8 @@ ENVIRONMENT = {
     # On a CPU: GiB for keys and values, and no pinning, which would fight with the trainer for cores.
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Workers of tensor parallelism meet on this machine; vLLM would ask the network for its address.
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 
 

@@ -1,4 +1,4 @@
-"""One engine for several training processes: the first of them asks it, with the rows of all."""
+"""vLLM under several training processes: an engine in each, or one that the first of them asks, with all rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +16,30 @@ from switchkd.rollout import Prompts, Rollout
 
 # What a rollout has for each token; the teacher's states stay in vLLM.
 _COLUMNS = ("completion_ids", "completion_mask", "author", "divergence", "threshold", "drafted_ids")
+
+
+def started_everywhere(start: Callable[[], Engine]) -> Engine:
+    """Return this process's own engine, after those of all processes have started.
+
+    Args:
+        start: Makes it; called in every process.
+
+    Raises:
+        UserError: That of the first process in which it does not start; in every process, so that none waits.
+    """
+    engine, refused = None, None
+    try:
+        engine = start()
+    except UserError as error:
+        refused = str(error)
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, refused)
+    reason = next((one for one in everybody if one is not None), None)
+    if engine is not None and reason is None:
+        return engine
+    if engine is not None:
+        engine.close()
+    raise UserError(reason)
 
 
 class SharedEngine:

@@ -30,9 +30,13 @@ def write_model(model: Any, folder: Path) -> Path:
         raise UserError("vllm: a model in 4 or 8 bits cannot be handed to vLLM; use the transformers engine")
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    plain = _merged(model)
+    # Of several training processes transformers lets the first one save; here each has a vLLM of its own.
+    plain.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
-        _merged(model).save_pretrained(folder, max_shard_size="1TB")
+        plain.save_pretrained(folder, max_shard_size="1TB")
     finally:
+        del plain.should_save_on_this_rank
         if shows:
             logging.enable_progress_bar()
     return folder / WEIGHTS
