@@ -1,7 +1,16 @@
 """What the laws on the real vLLM share; `make test-vllm` builds its environment and sets SWITCHKD_VLLM_PYTHON."""
 
+import contextlib
+import json
 import math
 import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +18,13 @@ import torch
 
 import switchkd
 from helpers.pairs import assert_same, make_pair
+from helpers.tiny import build_tokenizer
 from helpers.vllm_policy import EveryNth
 from switchkd import SwitchPolicy
+from switchkd.engine.vllm.child import alone
+from switchkd.engine.vllm.private import WANTED
+from switchkd.engine.vllm.process import ENVIRONMENT
+from switchkd.engine.vllm.worker import EXTENSION
 
 PYTHON = os.environ.get("SWITCHKD_VLLM_PYTHON", "")
 MARKS = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="needs SWITCHKD_VLLM_PYTHON; make test-vllm")]
@@ -61,3 +75,46 @@ def learn(student: Any, teacher: Any) -> None:
     with torch.no_grad():
         for mine, its in zip(student.parameters(), teacher.parameters(), strict=True):
             mine.lerp_(its, 0.3)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, student: Any, teacher: Any) -> Iterator[int]:
+    """Run vLLM's own server of a pair, and give its port."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(folder / name)
+        build_tokenizer().save_pretrained(folder / name)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    # The CPU build is distributed under another name than the one that vLLM's command asks for.
+    facts = alone(folder / "site") / f"vllm-{WANTED}.0+cpu.dist-info"
+    facts.mkdir()
+    facts.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {WANTED}.0+cpu\n")
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    speculative = {"method": "draft_model", "model": str(folder / "student"), "num_speculative_tokens": 3}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                *(PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", folder / "teacher", "--port", str(port)),
+                *("--enable-scale-out", "--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32"),
+                *("--worker-extension-cls", EXTENSION, "--speculative-config", json.dumps(speculative)),
+            ],
+            env={**environment, "PYTHONPATH": str(folder / "site")},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        until = time.monotonic() + 150
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()[-3000:]
+                time.sleep(1)
+        yield port
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

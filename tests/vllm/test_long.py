@@ -1,12 +1,13 @@
 """Laws on the real vLLM that take minutes: `make test-vllm-long`."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 from helpers import vllm_ranks
 from helpers.pairs import make_prompts
-from helpers.vllm_real import MARKS, OPTIONS, PYTHON, SETTINGS, SHAPE, both, learn, pair
+from helpers.vllm_real import MARKS, OPTIONS, PYTHON, SETTINGS, SHAPE, both, learn, pair, serving
 from scipy.stats import chisquare
 from training.test_distributed import both_end, started
 
@@ -65,11 +66,20 @@ def test_two_workers_of_tensor_parallelism_write_the_same_text():
         both(engine, (student, teacher), prompts)
 
 
-def test_two_processes_with_an_engine_each_train_as_one_does_on_transformers(tmp_path):
-    colocated = {"rollout_engine": "vllm", "vllm_python": PYTHON, "shape": SHAPE}
-    running = started(vllm_ranks.__file__, tmp_path, json.dumps(colocated))
-    wanted = vllm_ranks.main(tmp_path / "one", 1, shape=SHAPE, reuse_teacher_hidden=False)
-    both_end(running)
+@pytest.mark.parametrize("place", ["an engine each", "one server"])
+def test_two_processes_train_as_one_does_on_transformers(tmp_path, place):
+    options = {"rollout_engine": "vllm", "shape": SHAPE}
+    with contextlib.ExitStack() as stack:
+        if place == "one server":
+            student, teacher = pair()
+            learn(student, teacher)  # the server's student is another one until the training sends its own
+            port = stack.enter_context(serving(tmp_path, student, pair()[1]))
+            options |= {"vllm_mode": "server", "vllm_server_port": port}
+        else:
+            options |= {"vllm_python": PYTHON}
+        running = started(vllm_ranks.__file__, tmp_path, json.dumps(options))
+        wanted = vllm_ranks.main(tmp_path / "one", 1, shape=SHAPE, reuse_teacher_hidden=False)
+        both_end(running)
     found = torch.load(tmp_path / "result.pt")
     assert (found["processes"], wanted["processes"], len(found["losses"])) == (2, 1, 2)
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-3)

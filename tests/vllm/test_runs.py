@@ -1,28 +1,17 @@
 """The real vLLM as commands, the V2 runner and a server use it: what they write is what transformers writes."""
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from helpers.command_line import write_rows
 from helpers.pairs import make_prompts
 from helpers.tiny import RAGGED_ROWS, build_tokenizer
-from helpers.vllm_real import MARKS, OPTIONS, PYTHON, SETTINGS, SWITCH, TIGHT, both, learn, pair
+from helpers.vllm_real import MARKS, OPTIONS, PYTHON, SETTINGS, SWITCH, TIGHT, both, learn, pair, serving
 
 from switchkd import SwitchPolicy, UserError
 from switchkd.engine.vllm import engine as engine_module
-from switchkd.engine.vllm.child import alone
-from switchkd.engine.vllm.private import WANTED
-from switchkd.engine.vllm.process import ENVIRONMENT
 from switchkd.engine.vllm.server import ServedEngine
-from switchkd.engine.vllm.worker import EXTENSION
 from switchkd.policies import POLICIES
 from switchkd.vllm import Engine
 
@@ -109,48 +98,12 @@ def test_evaluate_scores_the_answers_of_the_transformers_engine(run, folders, tm
 def test_a_server_writes_the_same_text_and_is_missed_in_one_line(tmp_path):
     """vLLM's own server, its engine in another process of its own."""
     student, teacher = pair()
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.save_pretrained(tmp_path / name)
-        build_tokenizer().save_pretrained(tmp_path / name)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    # The CPU build is distributed under another name than the one that vLLM's command asks for.
-    facts = alone(tmp_path / "site") / f"vllm-{WANTED}.0+cpu.dist-info"
-    facts.mkdir()
-    facts.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {WANTED}.0+cpu\n")
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    speculative = {"method": "draft_model", "model": str(tmp_path / "student"), "num_speculative_tokens": 3}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [
-                *(PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", tmp_path / "teacher", "--port", str(port)),
-                *("--enable-scale-out", "--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32"),
-                *("--worker-extension-cls", EXTENSION, "--speculative-config", json.dumps(speculative)),
-            ],
-            env={**environment, "PYTHONPATH": str(tmp_path / "site")},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 150
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(1)
-        engine = ServedEngine(student, teacher, url=url, sync_folder=tmp_path / "sync")
+    with serving(tmp_path, student, teacher) as port:
+        engine = ServedEngine(student, teacher, url=f"http://127.0.0.1:{port}", sync_folder=tmp_path / "sync")
         assert engine.draft_length == 3
         both(engine, (student, teacher), make_prompts(12, longest=30, shortest=2), eos_token_id=[7, 40])
         learn(student, teacher)
         engine.load_student(student)
         both(engine, (student, teacher), make_prompts(12, longest=30, shortest=2))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
     with pytest.raises(UserError, match="does not answer"):
         engine.roll_out([[3, 4]], policy=SWITCH, max_new_tokens=4)
