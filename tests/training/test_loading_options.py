@@ -150,6 +150,62 @@ def test_an_adapter_of_a_model_in_few_bits_learns_and_its_base_does_not(tmp_path
     assert not torch.equal(layer.lora_B["default"].weight, adapter)
 
 
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bits") / "teacher"
+    build_llama(seed=2, hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def taught_by(folder, make_trainer, kwargs):
+    """A trainer after two steps and a checkpoint under the teacher of a folder, and the log of its steps."""
+    options = {"initial_threshold": 0.42, "schedule": "constant", "learning_rate": 0.1}
+    options |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "teacher_model_init_kwargs": kwargs}
+    trainer = make_trainer(build_llama(), str(folder), **options)
+    trainer.train()
+    return trainer, [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.uint8), (8, torch.int8)])
+def test_a_teacher_in_few_bits_writes_and_is_learned_from(teacher_folder, make_trainer, bits, dtype):
+    """As `switchkd plan` advises it, on the command line too."""
+    pytest.importorskip("bitsandbytes")
+    trainer, logs = taught_by(teacher_folder, make_trainer, f'{{"quantization_config": {{"load_in_{bits}bit": true}}}}')
+    assert trainer.teacher_model.model.layers[0].self_attn.q_proj.weight.dtype == dtype
+    assert not any(parameter.requires_grad for parameter in trainer.teacher_model.parameters())
+    _, plain = taught_by(teacher_folder, make_trainer, None)
+    for log, other in zip(logs, plain, strict=True):
+        assert 0.0 < log["rollout/teacher_share"] < 1.0
+        assert log["loss"] == pytest.approx(other["loss"], rel=0.2) and log["loss"] != other["loss"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_leaves_a_model_in_few_bits_as_it_was(teacher_folder, bits):
+    """On some CPUs its logits were others after a state_dict: the scales of 4 bits came back in another order."""
+    pytest.importorskip("bitsandbytes")
+    config = quantization(in_4bit=bits == 4, in_8bit=bits == 8)
+    model, tokens = load_model(str(teacher_folder), {"quantization_config": config}), torch.arange(1, 9).unsqueeze(0)
+    with torch.no_grad():
+        before = model(tokens).logits
+        model.state_dict()
+        assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("last_layer", ["cpu", "disk"])
+def test_a_teacher_that_is_spread_by_a_device_map_teaches_the_same(teacher_folder, make_trainer, tmp_path, last_layer):
+    """Weights that lie elsewhere until their pass have no numbers: a checkpoint could not compare them."""
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    places["model.layers.1"] = last_layer
+    spread = {"device_map": places, "offload_folder": str(tmp_path / "offloaded")}
+    trainer, logs = taught_by(teacher_folder, make_trainer, spread if last_layer == "disk" else {"device_map": "auto"})
+    assert next(trainer.teacher_model.model.layers[1].parameters()).is_meta == (last_layer == "disk")
+    plain, others = taught_by(teacher_folder, make_trainer, None)
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in others], rel=1e-5)
+    pairs = zip(trainer.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in pairs)
+
+
 # ---- tokenizers and chat templates
 
 

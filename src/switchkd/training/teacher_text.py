@@ -15,6 +15,7 @@ from switchkd.cli.run_folder import whole
 from switchkd.cli.sealed import append_sealed, read_sealed
 from switchkd.engine import roll_out
 from switchkd.errors import UserError
+from switchkd.models.copy import whole as gathered
 from switchkd.policies import Policy
 from switchkd.rollout import Rollout
 
@@ -188,6 +189,9 @@ def _fingerprint(model: nn.Module) -> str:
     """A digest of shapes and of some values of every parameter: the same for the same weights, wherever they lie."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        sample = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
+        sample: list[float] = []  # of weights that a device map keeps elsewhere
+        if not parameter.is_meta:
+            with gathered(parameter) as value:
+                sample = value.detach().flatten()[:: max(value.numel() // 16, 1)].float().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {sample}".encode())
     return digest.hexdigest()
