@@ -1,9 +1,10 @@
 """Trains a few tiny runs under whatever launch it was started with; rank 0 writes what came out to a file.
 
-Not a test: `test_distributed.py` starts it once alone, once as two processes, and once as two with FSDP2.
+Not a test: `test_distributed.py` starts it alone, as two processes, and as two with each kind of sharding.
 """
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -15,7 +16,8 @@ from datasets import Dataset
 
 from helpers.tiny import BUILDERS, EOS_ID, RAGGED_ROWS, build_trainer
 from switchkd.models.copy import whole
-from switchkd.training import text
+from switchkd.policies import TeacherPolicy
+from switchkd.training import launching, text
 from switchkd.training.skipping import SKIPPED_FILE
 
 MIDDLE = {"initial_threshold": 0.42, "schedule": "constant", "draft_length": "3"}
@@ -39,6 +41,32 @@ SHARDED: dict[str, dict[str, Any]] = {
     "uneven": UNEVEN,
     "kd": {"method": "kd", "max_steps": 4, "family": "llama"},
     "minillm": {"method": "minillm", "max_steps": 2, "family": "llama"},
+}
+#: The kinds of sharding that are compared on fewer runs: FSDP1, and DeepSpeed where it is installed.
+BRIEFLY: dict[str, dict[str, Any]] = {name: SHARDED[name] for name in ("gpt2", "lora", "accumulated")}
+#: The teacher spread over the processes, under DDP: kept states, states asked for again, tokens logged by one process.
+TEACHER_RUNS: dict[str, dict[str, Any]] = {
+    "teacher kept": SHARDED["gpt2"],
+    "teacher asked again": {**SHARDED["llama"], "reuse_teacher_hidden": False},
+    "teacher of minillm": SHARDED["minillm"],
+}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """A configuration of DeepSpeed that spreads small weights too."""
+    of_weights = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    left = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": {"stage": stage, **of_weights}, **dict.fromkeys(left, "auto")}
+
+
+#: Kind of launch -> the runs that are made under it, and options of the trainer.
+KINDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "ddp": (RUNS, {"ddp_find_unused_parameters": False}),
+    "fsdp2": (SHARDED, {"fsdp": True}),
+    "fsdp1": (BRIEFLY, {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": "false"}}),
+    "zero2": (BRIEFLY, {"deepspeed": zero(2)}),
+    "zero3": (BRIEFLY, {"deepspeed": zero(3)}),
+    "teacher": (TEACHER_RUNS, {"teacher_sharding": "fsdp2", "ddp_find_unused_parameters": False}),
 }
 
 
@@ -88,7 +116,7 @@ def trained(
     folder: Path,
     processes: int,
     *,
-    sharded: bool,
+    kind: str = "alone",
     family: str = "gpt2",
     rows: int = 8,
     lora: bool = False,
@@ -114,10 +142,8 @@ def trained(
         "learning_rate": 0.1,
         "ddp_backend": "gloo" if processes > 1 else None,
     }
-    if sharded:
-        arguments["fsdp"] = True
-    elif processes > 1:
-        arguments["ddp_find_unused_parameters"] = False
+    if kind != "alone":
+        arguments |= copy.deepcopy(KINDS[kind][1])  # transformers changes them
     return build_trainer(folder, BUILDERS[family](), teacher, **(arguments | options))
 
 
@@ -137,17 +163,14 @@ def spoil(trainer: Any) -> None:
 
 def outcome(trainer: Any, witness: Witness) -> dict[str, Any]:
     """What a finished run is compared by; all processes must ask."""
-    weights = {}
-    for name, parameter in trainer.model.named_parameters():
-        with whole(parameter) as value:
-            weights[name] = value.detach().clone()
     rows = [witness.rows]
     if trainer.args.world_size > 1:
         rows = [{} for _ in range(trainer.args.world_size)]
         torch.distributed.all_gather_object(rows, witness.rows)
     return {
-        "parameters": weights,
-        "sharded": [name for name, value in trainer.model.named_parameters() if hasattr(value, "full_tensor")],
+        "parameters": weights_of(trainer.model),
+        "sharded": [name for name, value in trainer.model.named_parameters() if is_part(value)],
+        "teacher": [is_part(value) for value in trainer.teacher_model.parameters()],
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "rows": {key: row for part in rows for key, row in part.items()},
         "passes": witness.passes,
@@ -159,12 +182,34 @@ def outcome(trainer: Any, witness: Witness) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, processes: int, *, sharded: bool = False, runs: dict[str, dict[str, Any]] = RUNS) -> None:
+def is_part(parameter: Any) -> bool:
+    """Whether a process has only a part of a parameter: of FSDP2, ZeRO-3 or FSDP1."""
+    if hasattr(parameter, "ds_tensor"):
+        return bool(parameter.ds_tensor.numel() < parameter.ds_numel)
+    return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of a model, however it is sharded."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    weights = {}
+    of_fsdp1 = isinstance(model, FullyShardedDataParallel)
+    with model.summon_full_params(model, writeback=False) if of_fsdp1 else contextlib.nullcontext():
+        for name, parameter in model.named_parameters():
+            with whole(parameter) as value:
+                weights[name.replace("_fsdp_wrapped_module.", "")] = value.detach().clone()
+    return weights
+
+
+def main(folder: Path, processes: int, *, kind: str = "alone", runs: dict[str, dict[str, Any]] | None = None) -> None:
     """Run everything and write it down."""
+    if kind == "fsdp1":  # trained but never saved
+        launching.refuse_unsaved = lambda plugin: None
     results = {}
-    for name, options in runs.items():
-        place = folder / f"{name}-{processes}-{sharded}"
-        trainer = trained(place, processes, sharded=sharded, **options)
+    for name, options in (KINDS[kind][0] if runs is None else runs).items():
+        place = folder / f"{name}-{kind}"
+        trainer = trained(place, processes, kind=kind, **options)
         assert trainer.args.world_size == processes
         if name == "skipped":
             spoil(trainer)
@@ -174,34 +219,50 @@ def main(folder: Path, processes: int, *, sharded: bool = False, runs: dict[str,
             lines = [json.loads(line) for line in skipped.read_text().splitlines()]
             results["rows"] = sorted((row["step"], row["prompt"]) for row in lines)
         metrics = trainer.evaluate()
-        trainer.save_model()
+        if kind != "fsdp1":
+            trainer.save_model()
         results[name] = {**outcome(trainer, witness), "eval": metrics, "folder": str(place)}
-    if sharded:
-        results["resumed"] = resumed(folder, processes)
-        results["copied"] = copied(folder, processes)
+    if kind in ("fsdp2", "zero2", "zero3"):
+        results["resumed"] = resumed(folder, processes, kind)
+    if kind in ("fsdp1", "fsdp2", "zero3"):
+        results["copied"] = copied(folder, processes, kind)
+    if "teacher kept" in results:
+        results["at once"] = ends_at_once(trainer)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if processes == 1 or trainer.is_world_process_zero():
-        torch.save(results, folder / f"result-{processes}-{sharded}.pt")
-    if processes > 1:
-        torch.distributed.destroy_process_group()
+        torch.save(results, folder / f"result-{kind}.pt")
 
 
-def resumed(folder: Path, processes: int) -> dict[str, dict[str, torch.Tensor]]:
+def ends_at_once(trainer: Any) -> list[list[list[int]]]:
+    """What each process writes under one teacher, of which all but the first one end with their first token."""
+    ends = None if trainer.is_world_process_zero() else list(range(98))
+    student = BUILDERS["llama"](seed=2)
+    with trainer._teacher_at_hand() as teacher:
+        rollout = text.roll_out(
+            student, teacher, [[5, 6, 7], [8]], policy=TeacherPolicy(), max_new_tokens=20, eos_token_id=ends
+        )
+    found: list[Any] = [rollout.completions()] * trainer.args.world_size
+    if trainer.args.world_size > 1:
+        torch.distributed.all_gather_object(found, rollout.completions())
+    return found
+
+
+def resumed(folder: Path, processes: int, kind: str) -> dict[str, dict[str, torch.Tensor]]:
     """The weights after 4 steps, and after 2 and a resume for 2 more, with an optimizer that remembers."""
     found = {}
     for name, resume in (("straight", None), ("resumed", str(folder / "straight" / "checkpoint-2"))):
         options = {**MIDDLE, "family": "llama", "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4}
         options |= {"save_strategy": "steps", "save_steps": 2}
-        trainer = trained(folder / name, processes, sharded=True, **options)
+        trainer = trained(folder / name, processes, kind=kind, **options)
         trainer.train(resume_from_checkpoint=resume)
         found[name] = outcome(trainer, Witness())["parameters"]
     return found
 
 
-def copied(folder: Path, processes: int) -> dict[str, Any]:
+def copied(folder: Path, processes: int, kind: str) -> dict[str, Any]:
     """What the copy holds after training: all weights of now, and again after they moved."""
-    trainer = trained(folder / "copied", processes, sharded=True, **MIDDLE, family="llama")
+    trainer = trained(folder / "copied", processes, kind=kind, **MIDDLE, family="llama")
     failed = []
     write = trainer.text.write
 
@@ -211,16 +272,17 @@ def copied(folder: Path, processes: int) -> dict[str, Any]:
             raise RuntimeError("out of luck")
         return write(*args, **kwargs)
 
-    trainer.text.write = fails_once
-    with contextlib.suppress(RuntimeError):
-        trainer.train()
+    if not kind.startswith("zero"):  # transformers trains once with an engine of DeepSpeed
+        trainer.text.write = fails_once
+        with contextlib.suppress(RuntimeError):
+            trainer.train()
     trainer.train()  # training goes on after an error in a rollout
     found: dict[str, Any] = {"steps": trainer.state.global_step}
     for moment in ("now", "moved"):
         if moment == "moved":
             with torch.no_grad():
                 for parameter in trainer.model.parameters():
-                    parameter.mul_(1.5)
+                    getattr(parameter, "ds_tensor", parameter).mul_(1.5)
         with trainer.writer.of(trainer.model) as writer:
             held = {name: value.clone() for name, value in writer.named_parameters()}
         found[moment] = held, outcome(trainer, Witness())["parameters"]
@@ -229,7 +291,8 @@ def copied(folder: Path, processes: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    is_sharded = len(sys.argv) > 3
-    main(Path(sys.argv[1]), int(sys.argv[2]), sharded=is_sharded, runs=SHARDED if is_sharded else RUNS)
+    for each in sys.argv[3:]:
+        main(Path(sys.argv[1]), int(sys.argv[2]), kind=each)
+    torch.distributed.destroy_process_group()
     # Threads of gloo that still run when the interpreter ends abort the process now and then.
     os._exit(0)

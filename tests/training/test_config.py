@@ -256,6 +256,7 @@ EFFECTS = {
 ELSEWHERE = {"lm_weight", "offload_teacher", "offload_teacher_hidden", "offload_rollout_copy"}
 ELSEWHERE |= {"teacher_model_revision", "trust_remote_code", "allow_pickled_weights", "tokenizer_kwargs"}
 ELSEWHERE |= {"chat_template_path", "chat_template_kwargs"}
+ELSEWHERE |= {"teacher_sharding"}  # test_distributed.py
 ELSEWHERE |= {"allow_other_inputs", "max_skipped_steps"}  # test_checkpoints.py, test_skipping.py
 ELSEWHERE |= {"rollout_engine", "vllm_python", "vllm_tensor_parallel_size"}  # test_vllm_engine.py, as the next
 ELSEWHERE |= {"vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"}
@@ -570,22 +571,38 @@ def test_prepared_and_raw_data_train_alike(make_trainer):
 
 
 def launch(trainer):
-    refuse_launch(gpus=trainer.args.n_gpu, writes_text=trainer.plan.writes_text, sharding=trainer.sharding)
+    refuse_launch(gpus=trainer.args.n_gpu, writes_text=trainer.plan.writes_text, flat=trainer.has_flat_parameters)
 
 
-def test_fsdp1_and_zero3_are_refused_where_rollouts_are_written(make_trainer, monkeypatch):
-    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1))
+@pytest.mark.parametrize(("method", "flat"), [("switch", True), ("switch", False), ("kd", True)])
+def test_flat_parameters_of_fsdp1_are_refused_where_rollouts_are_written(make_trainer, monkeypatch, method, flat):
+    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method=method)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    assert "rollouts under FSDP1 are not supported; use FSDP2" in refusal(lambda: launch(trainer))
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", False)
-    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
-    for stage, refused in ((3, True), (2, False)):
-        plugin = type("Plugin", (), {"zero_stage": stage})()
-        monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
-        if refused:
-            assert "rollouts under DeepSpeed ZeRO-3 are not supported" in refusal(lambda: launch(trainer))
-        else:
-            launch(trainer)
+    plugin = type("Plugin", (), {"use_orig_params": not flat})()
+    monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", plugin, raising=False)
+    if method == "switch" and flat:
+        assert "rollouts under FSDP1 need fsdp_use_orig_params true" in refusal(lambda: launch(trainer))
+    else:
+        launch(trainer)
+
+
+def test_a_model_that_was_sharded_while_it_was_loaded_is_refused(make_trainer):
+    """The engine would read empty tensors: ZeRO-3 leaves them in the place of weights."""
+    teacher = build_gpt2(seed=1)
+    teacher.lm_head.weight.ds_id = 1
+    assert "teacher_model was loaded under ZeRO-3" in refusal(lambda: make_trainer(build_gpt2(), teacher))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_sharding": "fsdp2"}, "teacher_sharding=fsdp2 does nothing: there is one process"),
+        ({"teacher_sharding": "fsdp2", "method": "sft"}, "teacher_sharding=fsdp2 does nothing: no teacher is used"),
+        ({"teacher_sharding": "zero3"}, "teacher_sharding must be one of none, fsdp2, got 'zero3'"),
+    ],
+)
+def test_sharding_of_the_teacher_is_refused_where_it_would_do_nothing(make_trainer, options, message):
+    assert message in refusal(lambda: make_trainer(build_gpt2(), build_gpt2(seed=1), **options))
 
 
 def test_a_tensor_parallel_teacher_is_refused_because_its_processes_would_wait_for_each_other_for_ever():
@@ -604,12 +621,6 @@ def test_the_gpus_over_which_a_teacher_is_spread_do_not_split_the_batch(tmp_path
     teacher = build_gpt2(seed=1)
     teacher.hf_device_map = {"transformer.wte": 0, "transformer.h": 1}
     assert trainer(teacher).args.n_gpu == 1
-
-
-def test_sharded_launches_without_rollouts_are_allowed(make_trainer, monkeypatch):
-    trainer = make_trainer(build_gpt2(), build_gpt2(seed=1), method="kd")
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    launch(trainer)
 
 
 def test_weights_on_the_first_process_only_are_refused_because_the_teacher_would_have_none(make_trainer, monkeypatch):

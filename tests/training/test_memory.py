@@ -80,6 +80,20 @@ def test_what_is_sharded_is_there_once_over_all_gpus(launch):
             assert shared["gradients"] == pytest.approx(alone["gradients"] / 4)
 
 
+def test_a_sharded_teacher_is_there_once_and_its_passes_wait_for_its_layers(launch):
+    whole = sized(dataclasses.replace(launch, gpus=4, sharding="ddp"))
+    shared = sized(dataclasses.replace(whole.launch, shards_teacher=True))
+    for phase, parts in whole.memory.phases.items():
+        assert shared.memory.phases[phase]["teacher weights"] == pytest.approx(parts["teacher weights"] / 4)
+    gathered = {phase: parts.get("gathered teacher weights", 0.0) for phase, parts in shared.memory.phases.items()}
+    # In a rollout two layers are whole beside embeddings and head, in the loss the latter alone.
+    assert gathered["rollout"] > gathered["loss"] == 4 * shared.teacher.outside > gathered["backward"] == 0.0
+    before, after = (
+        step_seconds(run.launch, run.student, run.teacher, CARDS["h100"], rollout_rows=4) for run in (whole, shared)
+    )
+    assert after["rollout"] > before["rollout"] and after["update"] == before["update"]
+
+
 def test_states_of_the_optimizer_follow_its_name(launch):
     trained = sized(launch).student.trained
     for name, states in {"adamw_torch": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}.items():

@@ -34,7 +34,7 @@ SHOWN = (
     *("model_name_or_path", "teacher_model_name_or_path", "student_config", "dtype", "teacher_model_init_kwargs"),
     *("method", "max_prompt_length", "max_completion_length", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "rollout_batch_size", "bf16", "gradient_checkpointing", "optim", "use_peft"),
-    *("lora_r", "load_in_4bit", "teacher_hidden_dtype", "offload_teacher"),
+    *("lora_r", "load_in_4bit", "teacher_hidden_dtype", "offload_teacher", "teacher_sharding"),
 )
 
 
@@ -188,6 +188,7 @@ def launch_of(options: argparse.Namespace) -> "Launch":
         states_dtype=options.teacher_hidden_dtype,
         offloads_states=options.offload_teacher_hidden,
         offloads_teacher=options.offload_teacher,
+        shards_teacher=options.teacher_sharding != "none" and options.gpus > 1,
         rollout_rows=options.rollout_batch_size,
         draft=None if options.draft_length == "auto" else int(options.draft_length),
         copy_dtype=writes if plan.rolls_out else None,
@@ -206,6 +207,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"{name} must be > 0, got {value}")
+    check_choice("teacher_sharding", options.teacher_sharding, ("none", "fsdp2"))
+    if options.teacher_sharding != "none" and options.gpus == 1:
+        raise UserError("teacher_sharding does not go with gpus=1: there is nobody to share it with")
     if options.sharding is not None:
         check_choice("sharding", options.sharding, ("none", "ddp", "fsdp2", "zero2", "zero3"))
         if (options.sharding == "none") != (options.gpus == 1):
@@ -220,6 +224,7 @@ def _plan(options: argparse.Namespace) -> Any:
     from switchkd.training.resolve import resolve
 
     of_device = {"offload_teacher", "offload_teacher_hidden", "offload_rollout_copy", "rollout_copy", "rollout_dtype"}
+    of_device.add("teacher_sharding")
     values = fields_of(DistillationOptions, options)
     values = {name: value for name, value in values.items() if name not in of_device}
     return resolve(SwitchConfig(output_dir="runs", use_cpu=True, report_to="none", **values))

@@ -49,7 +49,7 @@ TASKS: dict[str, tuple[str, ...]] = {
         *("bf16", "fp16", "gradient_checkpointing", "use_cpu", "dataloader_num_workers", "deepspeed"),
         *("rollout_copy", "rollout_dtype", "offload_rollout_copy"),
         *("reuse_teacher_hidden", "teacher_hidden_dtype", "offload_teacher_hidden", "offload_teacher"),
-        "cuda_graphs",
+        *("teacher_sharding", "cuda_graphs"),
     ),
     "evaluation while training": (
         *("eval_strategy", "eval_steps", "eval_dataset_name", "dataset_test_split", "max_eval_samples"),
@@ -82,7 +82,7 @@ HELP = {
     "gradient_checkpointing": "Compute activations again in the backward pass: less memory, slower.",
     "use_cpu": "Train on the CPU even where there is a GPU.",
     "dataloader_num_workers": "Processes that load data.",
-    "deepspeed": "Config file of DeepSpeed (ZeRO-1 and ZeRO-2).",
+    "deepspeed": "Config file of DeepSpeed (ZeRO-1, 2 and 3).",
     "eval_strategy": "When to evaluate: {choices}.",
     "eval_steps": "Steps between evaluations. Default: logging_steps.",
     "load_best_model_at_end": "Load and save the best checkpoint instead of the last.",

@@ -206,8 +206,9 @@ def lean_decoder(model: Any, positions: int, *, live: bool = False) -> LeanDecod
     It holds the weights as they are now, some as copies: make a new one after a training step. With `live` it holds no
     copies: it follows weights that are changed in place, at the price of more calls.
     """
-    if torch.is_autocast_enabled(next(model.parameters()).device.type) or hasattr(model, "hf_device_map"):
-        return None
+    first = next(model.parameters())
+    if torch.is_autocast_enabled(first.device.type) or hasattr(model, "hf_device_map") or hasattr(first, "full_tensor"):
+        return None  # weights that are cast, elsewhere, or sharded, whenever the model's own forward runs
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = getattr(base.config, "model_type", None)
     try:

@@ -25,11 +25,12 @@ _WRAPPED = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor of the student: the module that owns it, its name there, and the LoRA layer around it."""
+    """A tensor of the student: the module that owns it, its name there, the LoRA layer and FSDP1's unit around it."""
 
     module: nn.Module
     name: str
     adapter: Any = None
+    unit: Any = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -50,7 +51,8 @@ class InferenceCopy:
     precision. The weights are those of the last `refresh`, before the first one anything.
 
     Args:
-        student: A causal language model, possibly with LoRA, inside DDP, or sharded by FSDP2 or ZeRO-3.
+        student: A causal language model, possibly with LoRA, inside DDP, or sharded by FSDP1, FSDP2 or ZeRO-3; by FSDP1
+            with `use_orig_params`, and with the unit that surrounds it.
         dtype: Precision of its weights; each tensor's own if None. Buffers stay as the student has them.
         device: Where it lies; the student's device if None.
 
@@ -68,8 +70,7 @@ class InferenceCopy:
         reason = uncopied_reason(student)
         if reason is not None:
             raise UserError(f"the student cannot be copied for rollouts: {reason}")
-        base = _base(student)
-        sources = _sources(base)
+        base, sources = _base(student), _sources(student)
         self.device = device or next(iter(sources.values())).parameter.device
         self.model: Any = _skeleton(base)
         self._fill(sources, dtype)
@@ -89,8 +90,7 @@ class InferenceCopy:
             if parameter is not None
         }
         shapes = {name: tuple(module._parameters[leaf].shape) for name, (module, leaf) in places.items()}
-        # ZeRO-3 leaves an empty tensor in the place of a parameter, with the shape beside it.
-        wanted = {name: tuple(getattr(one.parameter, "ds_shape", one.parameter.shape)) for name, one in sources.items()}
+        wanted = _shapes(sources)
         for name in sorted(shapes.keys() | wanted.keys()):
             if shapes.get(name) != wanted.get(name):
                 raise UserError(
@@ -119,9 +119,9 @@ class InferenceCopy:
     def refresh(self, student: nn.Module) -> nn.Module:
         """Take over the student's weights of this moment and return the copy.
 
-        Under FSDP2 and ZeRO-3 every process must call it at the same time: one loop over the tensors in one order,
-        each gathered, copied and let go before the next. A merged weight is made from its base every time, so that
-        nothing accumulates. Tensors that do not train are copied once.
+        Sharded, every process must call it at the same time: one loop over the tensors in one order, each gathered,
+        copied and let go before the next; under FSDP1 unit by unit. A merged weight is made from its base every time,
+        so that nothing accumulates. Tensors that do not train are copied once.
 
         Args:
             student: The one that the copy was made from, however it is wrapped by now.
@@ -132,29 +132,31 @@ class InferenceCopy:
             reshard: Any = getattr(module, "reshard", None)
             if reshard is not None:
                 reshard()
-        sources = _sources(base)
+        sources = _sources(student)
         self._come_back()
-        for name, target in self._targets.items():
-            source = sources[name]
-            if source.changes:
-                self._settled.discard(name)
-            elif name in self._settled:
-                continue
-            else:
-                self._settled.add(name)
-            with whole(source.parameter) as value:
-                if source.adapter is None:
-                    target.copy_(value)
-                else:
-                    target.copy_(value.to(self.device, torch.float32) + self._merged(source.adapter))
+        wanted = {name: sources[name] for name in self._targets}
+        wanted = {name: one for name, one in wanted.items() if one.changes or name not in self._settled}
+        for unit, names in _by_unit(wanted):
+            with summoned(unit):
+                for name in names:
+                    self._take(self._targets[name], wanted[name])
+        self._settled = {name for name in self._targets if not sources[name].changes}
         _copy_buffers(base, self.model, self.device)
         return self.model
+
+    def _take(self, target: Tensor, source: _Source) -> None:
+        """Copy one tensor of the student, adapters merged."""
+        with whole(source.parameter) as value:
+            if source.adapter is None:
+                target.copy_(value)
+            else:
+                target.copy_(value.to(self.device, torch.float32) + self._merged(source.adapter))
 
     def _merged(self, layer: Any) -> Tensor:
         """What the active adapters of a LoRA layer add to its weight, float32, on the copy's device."""
         total = torch.zeros((), device=self.device)
-        for adapter, (first, second) in zip(_adapters(layer), _factors(layer), strict=True):
-            with whole(first) as down, whole(second) as up:
+        for adapter in _adapters(layer):
+            with _factors(layer, adapter) as (down, up):
                 product = up.to(self.device, torch.float32) @ down.to(self.device, torch.float32)
             total = total + layer.scaling[adapter] * (product.t() if _is_transposed(layer) else product)
         return total
@@ -222,6 +224,20 @@ def whole(parameter: Any) -> Iterator[Tensor]:
         yield parameter.data
 
 
+@contextlib.contextmanager
+def summoned(unit: Any) -> Iterator[None]:
+    """Make the parameters of one unit of FSDP1 whole inside, not those of units below it; all processes must ask.
+
+    Args:
+        unit: Any module; those that FSDP1 does not manage are left as they are.
+    """
+    if unit is not None and "_fsdp_wrapped_module" in unit._modules:
+        with unit.summon_full_params(unit, recurse=False, writeback=False):
+            yield
+    else:
+        yield
+
+
 # ---- what a student consists of
 
 
@@ -237,34 +253,59 @@ def _inside(module: nn.Module) -> nn.Module | None:
     return next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
 
 
-def _sources(base: nn.Module) -> dict[str, _Source]:
+def _sources(student: nn.Module) -> dict[str, _Source]:
     """Name in a model without adapters -> where the student has that tensor."""
-    return {name: source for name, source in _walk(base, "", None) if isinstance(source, _Source)}
+    unit: Any = student
+    while unit is not None and "_fsdp_wrapped_module" not in unit._modules:
+        unit = _inside(unit)
+    return {name: source for name, source in _walk(_base(student), "", None, unit) if isinstance(source, _Source)}
 
 
-def _walk(module: Any, path: str, adapter: Any) -> Iterator[tuple[str, Any]]:
+def _by_unit(sources: dict[str, _Source]) -> list[tuple[Any, list[str]]]:
+    """Each unit of FSDP1 with the names of what it holds, the outermost first, which sets up all others at first."""
+    units: dict[int, tuple[Any, list[str]]] = {}
+    for name, source in sources.items():
+        units.setdefault(id(source.unit), (source.unit, []))[1].append(name)
+    return sorted(units.values(), key=lambda held: -sum(1 for _ in held[0].modules()) if held[0] is not None else 0)
+
+
+def _shapes(sources: dict[str, _Source]) -> dict[str, tuple[int, ...]]:
+    """The full shape of each tensor."""
+    found: dict[str, tuple[int, ...]] = {}
+    for unit, names in _by_unit(sources):
+        with summoned(unit):
+            found |= {name: shape_of(sources[name].parameter) for name in names}
+    return found
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """Return a parameter's full shape: ZeRO-3 leaves an empty tensor in its place, with the shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _walk(module: Any, path: str, adapter: Any, unit: Any = None) -> Iterator[tuple[str, Any]]:
     """Every parameter and buffer under its name in a model without adapters and wrappers."""
+    if path and not module._parameters and len(module._modules) == 1 and (inner := _inside(module)) is not None:
+        yield from _walk(inner, path, adapter, module if "_fsdp_wrapped_module" in module._modules else unit)
+        return
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         active = [name for name in module.active_adapters if name in module.modules_to_save]
         used = module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
-        yield from _walk(used, path, None)
+        yield from _walk(used, path, None, unit)
         return
     if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-        yield from _walk(module.base_layer, path, module)
-        return
-    if path and not module._parameters and len(module._modules) == 1 and (inner := _inside(module)) is not None:
-        yield from _walk(inner, path, adapter)
+        yield from _walk(module.base_layer, path, module, unit)
         return
     prefix = f"{path}." if path else ""
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield prefix + name, _Source(module, name, adapter if name == "weight" else None)
+            yield prefix + name, _Source(module, name, adapter if name == "weight" else None, unit)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             yield prefix + name, buffer
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, prefix + name, None)
+            yield from _walk(child, prefix + name, None, unit)
 
 
 def _skeleton(base: Any) -> Any:
@@ -308,14 +349,17 @@ def _adapters(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in held]
 
 
-def _factors(layer: Any) -> list[tuple[Any, Any]]:
-    """The two factors `[r, in]` and `[out, r]` of each acting adapter."""
-    return [
-        (layer.lora_A[name].weight, layer.lora_B[name].weight)
-        if name in layer.lora_A
-        else (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
-        for name in _adapters(layer)
-    ]
+@contextlib.contextmanager
+def _factors(layer: Any, adapter: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The two factors `[r, in]` and `[out, r]` of an adapter, whole."""
+    if adapter not in layer.lora_A:
+        first, second = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        with whole(first) as down, whole(second) as up:
+            yield down, up
+        return
+    first, second = layer.lora_A[adapter], layer.lora_B[adapter]
+    with summoned(first), summoned(second), whole(first.weight) as down, whole(second.weight) as up:
+        yield down, up
 
 
 def _is_transposed(layer: Any) -> bool:
@@ -331,7 +375,13 @@ def _unmerged_reason(layer: Any, names: set[str]) -> str | None:
     if any(layer.lora_bias.get(name) for name in active):
         return "its LoRA has biases of its own (lora_bias), which are not merged here"
     weight = getattr(layer.base_layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not {"Linear", "Embedding"} & names:
+    # FSDP1 shows a flat part of it; what that was made from is looked at before.
+    flat = hasattr(weight, "_fsdp_flattened")
+    if (
+        not isinstance(weight, Tensor)
+        or not (flat or len(shape_of(weight)) == 2)
+        or not {"Linear", "Embedding"} & names
+    ):
         return f"its LoRA sits on a {type(layer.base_layer).__name__}, which is not merged here"
     if not weight.is_floating_point():
         return f"its LoRA sits on quantised weights ({type(layer.base_layer).__name__})"

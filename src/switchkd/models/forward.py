@@ -95,7 +95,7 @@ def check_finite(model: nn.Module | None, role: str, advice: str) -> None:
     """
     parameters = () if model is None else model.named_parameters()
     # Of a sharded tensor every process looks at its part.
-    parts = {name: getattr(value, "to_local", lambda value=value: value)() for name, value in parameters}
+    parts = {name: _part(value) for name, value in parameters}
     tensors = {name: value for name, value in parts.items() if value.numel() and not value.is_meta}
     floating = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
     # A bias of -inf is how some models exclude an id; nan and inf are never meant.
@@ -103,3 +103,9 @@ def check_finite(model: nn.Module | None, role: str, advice: str) -> None:
     if wrong:
         count = f"{len(wrong)} of {len(floating)} tensors of the {role}"
         raise UserError(f"{count} hold nan or inf, first {wrong[0]}; {advice}")
+
+
+def _part(parameter: Any) -> Tensor:
+    """What this process has of a parameter that may be sharded, by FSDP or by ZeRO-3."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return parameter.to_local() if hasattr(parameter, "to_local") else part

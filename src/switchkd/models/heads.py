@@ -106,12 +106,18 @@ def hidden_states_of(model: nn.Module, **forward: Any) -> Tensor:
         model(**forward)
     if len(collected) != 1:
         raise RuntimeError(f"the output layer of {type(model).__name__} was called {len(collected)} times in one pass")
-    _gather(_bare(model), head)
+    gather_head(model)
     return collected[0]
 
 
-def _gather(model: nn.Module, head: nn.Module) -> None:
-    """Make an output layer that FSDP2 sharded whole: the unit that owns it gathers its weights, until it trains."""
+def gather_head(model: Any) -> None:
+    """Make an output layer that FSDP2 sharded whole: the unit that owns it gathers its weights, until it trains.
+
+    Args:
+        model: A causal language model; sharded, all processes must ask.
+    """
+    model = _bare(model)
+    head = model.get_output_embeddings()
     if not any(hasattr(parameter, "full_tensor") for parameter in head.parameters()):
         return
     path = next(name for name, module in model.named_modules() if module is head)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchkd.errors import during
 from switchkd.models.forward import prompt_positions
-from switchkd.models.heads import output_head
+from switchkd.models.heads import gather_head, output_head
 from switchkd.objective.chunked import ChunkedLoss
 from switchkd.objective.loss import CROSS_ENTROPY, Objective
 from switchkd.objective.predictions import Predictions, minillm_loss, predict, supervised_loss, weights_by_author
@@ -57,6 +57,7 @@ class StepLoss:
             return predicted, None
         assert teacher is not None
         if "teacher_hidden" in inputs:
+            gather_head(teacher)
             return predicted, Predictions(inputs["teacher_hidden"], output_head(teacher))
         prefix = "teacher_" if "teacher_input_ids" in inputs else ""
         with torch.no_grad(), during("teacher pass"):

@@ -237,6 +237,13 @@ def _teacher_away(launch: Launch) -> Launch | None:
     return replace(launch, offloads_teacher=True)
 
 
+def _shared_teacher(launch: Launch) -> Launch | None:
+    # The slowest way: its layers travel for every pass.
+    if launch.teacher is None or launch.gpus == 1 or launch.shards_teacher or launch.teacher_dtype in ("int8", "nf4"):
+        return None
+    return replace(launch, shards_teacher=True, offloads_teacher=False)
+
+
 def _small_teacher(launch: Launch) -> Launch | None:
     if launch.teacher is None or launch.teacher_dtype in ("int8", "nf4") or not launch.cuda:
         return None
@@ -260,4 +267,5 @@ CHANGES: tuple[Named, ...] = (
     ("--dtype bfloat16", _half_base),
     ("--offload_teacher", _teacher_away),
     ('--teacher_model_init_kwargs \'{{"quantization_config": {{"load_in_4bit": true}}}}\'', _small_teacher),
+    ("--teacher_sharding fsdp2", _shared_teacher),
 )

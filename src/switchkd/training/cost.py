@@ -114,11 +114,14 @@ def step_seconds(
     reading = launch.copy_dtype or launch.compute_dtype
     rows = launch.rows * launch.accumulation
     of_student = _pass(student, BYTES[reading], reading, card, launch)
+    link = card.link if launch.gpus <= GPUS_OF_A_NODE else min(card.link, NODE_LINK)
     of_teacher = None
     if teacher is not None:
         plain = "bfloat16" if launch.teacher_dtype in ("int8", "nf4") else launch.teacher_dtype
         number = weight_bytes(teacher, launch.teacher_dtype) / teacher.parameters
         of_teacher = _pass(teacher, number, plain, card, launch)
+        if launch.shards_teacher:  # its layers are gathered for every pass
+            of_teacher = _after(of_teacher, (launch.gpus - 1) / launch.gpus * teacher.parameters * number / link)
     seconds = {}
     tokens = rows * launch.length
     if launch.rolls_out:
@@ -134,14 +137,12 @@ def step_seconds(
     per_number = 4.0 * 3 + 2 * optimizer_bytes(launch.optimizer)  # weight read and written, gradient, states likewise
     parts = launch.gpus if launch.splits_states else 1
     seconds["update"] = student.trained * per_number / parts / (card.bandwidth * card.reached[0])
-    seconds["communication"] = communicated_bytes(launch, student) / (
-        card.link if launch.gpus <= GPUS_OF_A_NODE else min(card.link, NODE_LINK)
-    )
+    seconds["communication"] = communicated_bytes(launch, student) / link
     return seconds
 
 
 def communicated_bytes(launch: Launch, student: Footprint) -> float:
-    """Return the bytes that one process sends in an optimizer step."""
+    """Return the bytes of the student that one process sends in an optimizer step."""
     if launch.gpus == 1:
         return 0.0
     share = (launch.gpus - 1) / launch.gpus
@@ -172,6 +173,11 @@ def _pass(model: Footprint, number: float, dtype: str, card: Card, launch: Launc
         return max(busy, model.layers * KERNELS * card.call)
 
     return seconds
+
+
+def _after(one: Pass, before: float) -> Pass:
+    """The same pass with seconds before it."""
+    return lambda rows, tokens: one(rows, tokens) + before
 
 
 def _rollout(launch: Launch, student: Pass, teacher: Pass | None, rows: int, at_once: int, share: float) -> float:

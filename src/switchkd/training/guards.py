@@ -55,13 +55,13 @@ def warn_of_precision(args: Any) -> None:
         warnings.warn("fp16 on a CPU is slow, and gradients are not scaled against underflow: use bf16 or float32")
 
 
-def refuse_launch(*, gpus: int, writes_text: bool, sharding: str | None) -> None:
-    """Refuse launches in which rollouts would be split or hang.
+def refuse_launch(*, gpus: int, writes_text: bool, flat: bool) -> None:
+    """Refuse launches in which rollouts would be split, or the student cannot be copied for them.
 
     Args:
         gpus: GPUs that this process uses.
         writes_text: Whether rollouts are made, before or during training.
-        sharding: What spreads the student's weights over the ranks: fsdp1, fsdp2, zero3, or None.
+        flat: Whether the student has flat parameters in the place of its own: FSDP1 without `use_orig_params`.
 
     Raises:
         UserError: Names the launch to use instead.
@@ -71,9 +71,8 @@ def refuse_launch(*, gpus: int, writes_text: bool, sharding: str | None) -> None
             f"{gpus} GPUs in one process would split every rollout; start with `accelerate launch` or set "
             "CUDA_VISIBLE_DEVICES to one"
         )
-    if writes_text and sharding in ("fsdp1", "zero3"):
-        name = {"fsdp1": "FSDP1", "zero3": "DeepSpeed ZeRO-3"}[sharding]
-        raise UserError(f"rollouts under {name} are not supported; use FSDP2 (fsdp_version: 2), DDP or ZeRO-1/2")
+    if writes_text and flat:
+        raise UserError("rollouts under FSDP1 need fsdp_use_orig_params true; or use FSDP2 (fsdp_version: 2)")
 
 
 def require_evaluation(method: str, data: Any, strategy: str) -> None:

@@ -23,21 +23,30 @@ class LaunchedTrainer(Trainer):
     args: SwitchConfig
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator; on CPUs too FSDP shards, where accelerate alone would do DDP and not say so."""
+        """Make the accelerator; on CPUs too FSDP and ZeRO shard, where accelerate alone would do DDP and not say so."""
         super().create_accelerator_and_postprocess()
         state: Any = self.accelerator.state
+        if self.args.deepspeed_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            if torch.accelerator.is_available():
+                raise UserError(
+                    "DeepSpeed with use_cpu beside a GPU is not supported: hide it (CUDA_VISIBLE_DEVICES='')"
+                )
+            plugin: Any = self.args.deepspeed_plugin
+            plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            state.deepspeed_plugins, self.is_deepspeed_enabled = plugin, True
+            _spread_as(state, DistributedType.DEEPSPEED)
+            plugin.select(_from_accelerator_state=True)
         # accelerate itself sets this in processes that it launches, and where a plugin is given.
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if asked and state.distributed_type == DistributedType.MULTI_CPU:
             if torch.accelerator.is_available():
                 raise UserError("FSDP with use_cpu beside a GPU is not supported: hide it (CUDA_VISIBLE_DEVICES='')")
             plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            refuse_unsaved(plugin)
             if self.accelerator.mixed_precision != "no":
                 plugin.set_mixed_precision(self.accelerator.mixed_precision)
             state.fsdp_plugin, self.is_fsdp_enabled = plugin, True
-            # Where accelerate writes it down itself: every new state begins with what the partial one says.
-            for shared in (state, PartialState()):
-                shared.distributed_type = DistributedType.FSDP
+            _spread_as(state, DistributedType.FSDP)
         if self.is_fsdp_enabled and state.fsdp_plugin.cpu_ram_efficient_loading:
             raise UserError(
                 "fsdp_cpu_ram_efficient_loading leaves the teacher of every process but the first without weights: set "
@@ -52,12 +61,18 @@ class LaunchedTrainer(Trainer):
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         return "zero3" if zero3 else None
 
+    @property
+    def has_flat_parameters(self) -> bool:
+        """Whether FSDP1 puts flat parameters in the place of the student's own."""
+        return self.sharding == "fsdp1" and not self.accelerator.state.fsdp_plugin.use_orig_params
+
     def launched_as(self) -> str:
         """Return what holds the processes together, in words."""
         state: Any = self.accelerator.state
         if self.args.world_size == 1:
             return "one process"
-        names = {"fsdp1": "FSDP1", "fsdp2": "FSDP2: the student is sharded", "zero3": "DeepSpeed ZeRO-3"}
+        names = {"fsdp1": "FSDP1", "fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}
+        names = {kind: f"{name}: the student is sharded" for kind, name in names.items()}
         name = names.get(self.sharding or "", "DDP: every process has the whole student")
         if self.is_deepspeed_enabled and self.sharding is None:
             name = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
@@ -68,3 +83,20 @@ class LaunchedTrainer(Trainer):
         padded = self.accelerator.pad_across_processes(values.to(self.args.device), pad_index=math.nan)
         values = self.accelerator.gather(padded)
         return values[~values.isnan()]
+
+
+def refuse_unsaved(plugin: Any) -> None:
+    """Refuse FSDP1 on CPUs, which trains there; what accelerate does to save it makes PyTorch crash.
+
+    Raises:
+        UserError: It is FSDP1.
+    """
+    if plugin.fsdp_version == 1:
+        raise UserError("FSDP1 on CPUs is not supported, because PyTorch cannot save it there: use FSDP2")
+
+
+def _spread_as(state: Any, kind: DistributedType) -> None:
+    """Say it where accelerate itself does: every new state begins with what the partial one says."""
+    for shared in (state, PartialState()):
+        shared.distributed_type = kind
+        shared.device = torch.device("cpu")  # FSDP1 takes no other name of it, such as cpu:0

@@ -57,6 +57,7 @@ class Launch:
         states_dtype: `teacher_hidden_dtype`; None is the teacher's.
         offloads_states: `offload_teacher_hidden`.
         offloads_teacher: `offload_teacher`.
+        shards_teacher: Whether `teacher_sharding` spreads the teacher's weights over the processes.
         rollout_rows: `rollout_batch_size`; None as many as fit into the memory of a micro-batch.
         draft: Tokens of a draft; None where the run chooses.
         copy_dtype: Precision of the inference copy that rollouts are written by; None without a copy.
@@ -86,6 +87,7 @@ class Launch:
     states_dtype: str | None = None
     offloads_states: bool = False
     offloads_teacher: bool = False
+    shards_teacher: bool = False
     rollout_rows: int | None = None
     draft: int | None = None
     copy_dtype: str | None = None
@@ -177,8 +179,11 @@ def step_memory(launch: Launch, student: Footprint, teacher: Footprint | None) -
     if launch.reads_teacher and not states and teacher is not None:
         phases["teacher pass"] = standing | carried | kept_by_student
         phases["teacher pass"]["activations"] += teacher.forward
+        phases["teacher pass"] |= _gathered_teacher(launch, teacher)
         carried["kept teacher states"] = launch.rows * launch.completion * teacher.hidden * own
     phases["loss"] = away | carried | kept_by_student | _loss(launch, student, teacher)
+    if launch.reads_teacher:
+        phases["loss"] |= _gathered_teacher(launch, teacher, layers=0)
     phases["backward"] = away | carried | kept_by_student
     if carried["gradients"]:
         phases["backward"]["activations"] = float(student.next_pass)
@@ -287,7 +292,9 @@ def _standing(launch: Launch, student: Footprint, teacher: Footprint | None) -> 
         "student weights": weights / parts if launch.sharded else weights,
         "optimizer states": states / parts if launch.splits_states else states,
         "inference copy": 0.0 if launch.copy_dtype is None else student.parameters * BYTES[launch.copy_dtype],
-        "teacher weights": 0.0 if teacher is None else weight_bytes(teacher, launch.teacher_dtype),
+        "teacher weights": 0.0
+        if teacher is None
+        else weight_bytes(teacher, launch.teacher_dtype) / (parts if launch.shards_teacher else 1),
     }
 
 
@@ -310,6 +317,13 @@ def _gathered(launch: Launch, student: Footprint) -> float:
     return (2 * student.layer + student.outside) * BYTES[launch.compute_dtype]
 
 
+def _gathered_teacher(launch: Launch, teacher: Footprint | None, *, layers: int = 2) -> dict[str, float]:
+    """The same of a sharded teacher: beside layers what lies outside of them, with its output layer."""
+    if teacher is None or not launch.shards_teacher:
+        return {}
+    return {"gathered teacher weights": (layers * teacher.layer + teacher.outside) * BYTES[launch.teacher_dtype]}
+
+
 def _rollout(launch: Launch, student: Footprint, teacher: Footprint | None, rows: int) -> dict[str, float]:
     """Caches and drafts while text is written."""
     reading = launch.copy_dtype or launch.compute_dtype
@@ -329,6 +343,7 @@ def _rollout(launch: Launch, student: Footprint, teacher: Footprint | None, rows
         parts["teacher key/values"] = rows * wide * teacher.key_values * numbers["teacher"]
         vocabulary += size * (4.0 + BYTES[_plain(launch.teacher_dtype)])
         prefill = max(prefill, teacher.forward / (launch.rows * launch.length))
+        parts |= _gathered_teacher(launch, teacher)
     if launch.cuda:
         vocabulary += size * 12.0
     parts["drafts"] = max(vocabulary, prefill * rows * launch.prompt)
@@ -336,7 +351,7 @@ def _rollout(launch: Launch, student: Footprint, teacher: Footprint | None, rows
         parts["temporaries"] = float(student.copied)
         if launch.bf16:
             parts["temporaries"] += 2.0 * student.parameters  # autocast keeps what it has cast
-    if teacher is not None:
+    if teacher is not None and not launch.shards_teacher:
         parts["temporaries"] = parts.get("temporaries", 0.0) + teacher.copied
     return parts
 

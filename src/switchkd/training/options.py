@@ -223,6 +223,13 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
     offload_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in main memory between uses. GPU only."}
     )
+    teacher_sharding: str = field(
+        default="none",
+        metadata={
+            "help": "Spread the teacher's weights over the processes: none, fsdp2. Then all processes make its passes "
+            "together."
+        },
+    )
     eval_rouge_l_samples: int = field(
         default=0,
         metadata={"help": "Prompts answered at each evaluation to log eval_rouge_l; 0: off."},
@@ -283,6 +290,7 @@ class DistillationOptions(PolicyFields):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be a finite number >= 0, got {value}")
+        check_choice("teacher_sharding", self.teacher_sharding, ("none", "fsdp2"))
         check_choice("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
         check_choice("vllm_mode", self.vllm_mode, ("colocate", "server"))
         if not 0.0 < self.vllm_gpu_memory_utilization <= 1.0:

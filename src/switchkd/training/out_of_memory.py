@@ -106,7 +106,9 @@ def launch_of(trainer: Any) -> Launch:
             modules_to_save=tuple(found.modules_to_save or ()),
         )
     keeps = bool(plan.teacher_writes and args.reuse_teacher_hidden and teacher is not None and output_head(teacher))
-    processes = args.world_size
+    processes, shards = args.world_size, trainer.sharding
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 2:
+        shards = "zero2"
     return Launch(
         _text(student),
         None if teacher is None else _text(teacher),
@@ -121,7 +123,7 @@ def launch_of(trainer: Any) -> Launch:
         checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         gpus=processes,
-        sharding="none" if processes == 1 else "fsdp2" if trainer.is_fsdp_enabled else "ddp",
+        sharding="none" if processes == 1 else {None: "ddp", "fsdp1": "fsdp2"}.get(shards, shards),
         rolls_out=plan.rolls_out,
         teacher_writes=plan.teacher_writes,
         reads_teacher=plan.objective.reads_teacher,
@@ -130,6 +132,7 @@ def launch_of(trainer: Any) -> Launch:
         states_dtype=args.teacher_hidden_dtype,
         offloads_states=args.offload_teacher_hidden,
         offloads_teacher=args.offload_teacher,
+        shards_teacher=args.teacher_sharding != "none",
         rollout_rows=trainer.rollout_rows,
         draft=None if args.draft_length == "auto" else int(args.draft_length),
         copy_dtype=_copy_dtype(trainer, student),

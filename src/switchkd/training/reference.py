@@ -16,6 +16,7 @@ from switchkd.training.log import ReferenceTotals
 from switchkd.training.peers import enter
 from switchkd.training.resolve import Plan
 from switchkd.training.setup import at_hand, prepare_data
+from switchkd.training.sharded_teacher import ShardedTeacher
 from switchkd.training.writer import Writer
 
 
@@ -31,8 +32,18 @@ class ReferenceTrainer(LaunchedTrainer):
     teacher_passes: int
     writer: Writer
 
+    #: Where `teacher_sharding` spreads the teacher over the processes.
+    teacher_shards: ShardedTeacher | None = None
+
     def _teacher_at_hand(self, used: bool = True) -> contextlib.AbstractContextManager[Any]:
+        if self.teacher_shards is not None and used:
+            return self.teacher_shards.in_step()
         return at_hand(self.teacher_model, self.args.device, offload=self.args.offload_teacher and used)
+
+    def _wait_for_everyone(self) -> None:
+        if self.teacher_shards is not None:
+            self.teacher_shards.keep_step()
+        self.accelerator.wait_for_everyone()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -70,10 +81,10 @@ class ReferenceTrainer(LaunchedTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return the Trainer's output with the loss averaged over tokens, not over batches, and ROUGE-L if asked."""
         enter("the evaluation")
-        if self.sharding == "fsdp2" and not any(hasattr(module, "unshard") for module in self.model.modules()):
+        if (self.sharding or self.is_deepspeed_enabled) and not self.accelerator._models:
             raise UserError(
-                "evaluation before training is not supported under FSDP2, which shards student and optimizer together: "
-                "train first, or evaluate in one process"
+                "evaluation before training is not supported under FSDP and DeepSpeed, which prepare student and "
+                "optimizer together: train first, or evaluate in one process"
             )
         self._reference = ReferenceTotals()
         kwargs["metric_key_prefix"] = metric_key_prefix

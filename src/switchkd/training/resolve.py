@@ -291,6 +291,14 @@ def _accelerator(plan: Plan, args: SwitchConfig) -> str | None:
     return "training runs on the CPU" if args.device.type == "cpu" else None
 
 
+def _some_teacher(plan: Plan, args: SwitchConfig) -> str | None:
+    return None if plan.needs_teacher else "no teacher is used"
+
+
+def _several_processes(plan: Plan, args: SwitchConfig) -> str | None:
+    return "there is one process" if args.world_size == 1 else None
+
+
 def _replay_store(plan: Plan, args: SwitchConfig) -> str | None:
     return None if plan.method.replay else f"method {plan.method.name!r} does not store rollouts"
 
@@ -336,6 +344,7 @@ USED_BY: dict[str, tuple[Reason, ...]] = {
     "teacher_hidden_dtype": (*_STATES, _kept_states),
     "offload_teacher_hidden": (*_STATES, _kept_states, _accelerator),
     "offload_teacher": (_accelerator,),
+    "teacher_sharding": (_some_teacher, _several_processes, _transformers),
     "rollout_copy": (_any_rollout,),
     "rollout_dtype": (_any_rollout, _copied_student),
     "offload_rollout_copy": (_any_rollout, _copied_student, _accelerator),

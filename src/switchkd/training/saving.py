@@ -152,6 +152,14 @@ class SavingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_text_source(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has read the model itself
+            self._load_text_source(checkpoint)
+
+    def _load_text_source(self, resume_from_checkpoint: str) -> None:
         path = self._state_file(resume_from_checkpoint)
         if not path.is_file():
             raise UserError(

@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from transformers.utils import logging
 
 from switchkd.data import prepare
@@ -72,6 +77,9 @@ def load_models(
         if teacher_model is None:
             why = "the teacher is a copy of the student" if copies_student else "no teacher is used"
         raise UserError(f"teacher_model_init_kwargs={args.teacher_model_init_kwargs} does nothing: {why}; remove it")
+    for role, given in (("model", model), ("teacher_model", teacher_model)):
+        if isinstance(given, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in given.parameters()):
+            raise UserError(f"{role} was loaded under ZeRO-3, which shards it too early: give its name instead")
     excluded_ids: list[int] = []
     if isinstance(teacher_model, str):
         excluded_ids = excluded_with(tokenizer, teacher_model, init_kwargs=tokenizer_place(args, "teacher"))
@@ -80,7 +88,8 @@ def load_models(
         kwargs = {"dtype": "float32", **trusted(args), **_as_dict(args.model_init_kwargs)}
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        student: nn.Module = load_model(model, kwargs, role="student")
+        with _loaded_whole(args):
+            student: nn.Module = load_model(model, kwargs, role="student")
     elif quantization_config is not None:
         raise UserError("quantization_config does nothing: the student is given as an object; load it with it")
     else:
@@ -92,7 +101,22 @@ def load_models(
     kwargs = {**trusted(args), **_as_dict(args.teacher_model_init_kwargs)}
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
-    return student, load_model(teacher_model, kwargs, role="teacher"), excluded_ids
+    with _loaded_whole(args):
+        return student, load_model(teacher_model, kwargs, role="teacher"), excluded_ids
+
+
+@contextlib.contextmanager
+def _loaded_whole(args: SwitchConfig) -> Iterator[None]:
+    """Let transformers load whole models: under ZeRO-3 it would shard them, the teacher too, and none could be read."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin: Any = args.deepspeed_plugin
+        set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 def trusted(args: SwitchConfig) -> dict[str, Any]:

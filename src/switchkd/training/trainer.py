@@ -54,6 +54,7 @@ from switchkd.training.setup import (
     rollout_rows,
     sampling_options,
 )
+from switchkd.training.sharded_teacher import ShardedTeacher
 from switchkd.training.skipping import SkippingTrainer, StepGuard
 from switchkd.training.teacher_text import with_teacher_text
 from switchkd.training.text import row_ids
@@ -157,18 +158,18 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
             **kwargs,
         )
         warn_of_precision(args)
-        refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, sharding=self.sharding)
+        refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, flat=self.has_flat_parameters)
         logger.info(f"training runs in {self.launched_as()}")
         self.teacher_model = None if teacher is None else frozen(teacher, args.device, offload=args.offload_teacher)
-        if self.sharding in ("fsdp1", "zero3"):
+        with self._teacher_at_hand() as teacher:
+            for role, reader in (("student", self.model), ("teacher", teacher)):
+                require_readable(reader, role)  # micro-batches are padded on the left
+        if teacher is not None and args.teacher_sharding == "fsdp2":
+            self.teacher_shards = ShardedTeacher(teacher, args.device)
+        head = output_head(self.model)  # measured here, so that a warning comes before the first step
+        # FSDP1 and ZeRO-3 let go of the head after its pass; of an adapter on it FSDP2 gathers each part.
+        if self.sharding in ("fsdp1", "zero3") or (self.sharding and head is not None and not head.is_plain):
             self.step_loss = replace(self.step_loss, full_logits=True)
-        else:
-            with self._teacher_at_hand() as teacher:
-                for role, reader in (("student", self.model), ("teacher", teacher)):
-                    require_readable(reader, role)  # micro-batches are padded on the left
-            head = output_head(self.model)  # measured here, so that a warning comes before the first step
-            if self.sharding == "fsdp2" and head is not None and not head.is_plain:
-                self.step_loss = replace(self.step_loss, full_logits=True)  # an adapter on it, which FSDP2 gathers
         self.writer = Writer(
             self.accelerator,
             copies=args.rollout_copy,
@@ -248,7 +249,7 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
                 policy=self.plan.policy,
                 tokenizer=self.processing_class,
                 part=(self.args.process_index, self.args.world_size),
-                wait=self.accelerator.wait_for_everyone,
+                wait=self._wait_for_everyone,
                 writer=None if engine is None else engine.write,
                 **self._sampling(),
             )
@@ -398,8 +399,11 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         rollout, teacher_prompts = self._unlogged_rollout
         rollout = rollout.first(self.args.num_completions_to_log)
         self._unlogged_rollout = None
-        # All processes ask for the student, which may be sharded; the first one reads with it.
-        with self.writer.of(self.model) if self.args.log_top_tokens else contextlib.nullcontext() as student:
+        # All processes ask for the models, which may be sharded; the first one reads with them.
+        with (
+            self.writer.of(self.model) if self.args.log_top_tokens else contextlib.nullcontext() as student,
+            self._teacher_at_hand(self.args.log_top_tokens > 0) as teacher,
+        ):
             if not self.is_world_process_zero():
                 return
             self.logged_completions = rollout.to_dicts(self.processing_class, self.eos_token_id)
@@ -408,10 +412,9 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
                 count, tokenizer = self.args.log_top_tokens, self.processing_class
                 names = ("temperature", "top_k", "top_p", "excluded_ids")
                 options = {name: value for name, value in self._sampling().items() if name in names}
-                with self._teacher_at_hand() as teacher:
-                    tokens = top_tokens(
-                        student, teacher, rollout, tokenizer, count=count, teacher_prompts=teacher_prompts, **options
-                    )
+                tokens = top_tokens(
+                    student, teacher, rollout, tokenizer, count=count, teacher_prompts=teacher_prompts, **options
+                )
                 for row, likeliest in zip(self.logged_completions, tokens, strict=True):
                     row["top_tokens"] = likeliest
         rows = [{"step": self.state.global_step, **row} for row in self.logged_completions]

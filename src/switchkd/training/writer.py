@@ -73,7 +73,8 @@ class Writer:
         """
         bare = self.accelerator.unwrap_model(student)
         if self.copy is None and (reason := self.reason(bare)) is not None:
-            self.copy = InferenceCopy(bare, dtype=self.dtype, device=self.accelerator.device)
+            # With the wrappers: one of them is FSDP1's outermost unit.
+            self.copy = InferenceCopy(student, dtype=self.dtype, device=self.accelerator.device)
             dtype = str(next(self.copy.model.parameters()).dtype).removeprefix("torch.")
             logger.info(f"rollouts are written by a copy of the student, {self.copy.nbytes:,} bytes, {dtype}: {reason}")
         if self.copy is None:
@@ -81,7 +82,7 @@ class Writer:
                 yield bare
             return
         try:
-            yield self.copy.refresh(bare)
+            yield self.copy.refresh(student)
         finally:
             if self.offload:
                 self.copy.offload()
