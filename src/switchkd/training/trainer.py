@@ -238,7 +238,6 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         path = Path(self.args.teacher_text_file or Path(str(self.args.output_dir)) / "teacher_text.jsonl")
         data: Any = vars(self)["train_dataset"]  # prepared here; the Trainer's annotation allows other kinds too
         assert self.plan.policy is not None
-        engine = self.text.engine
         enter("the writing of the teacher's text")
         with self._teacher_at_hand() as teacher, self.writer.of(self.model) as student:
             self.train_dataset = with_teacher_text(
@@ -250,11 +249,11 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
                 tokenizer=self.processing_class,
                 part=(self.args.process_index, self.args.world_size),
                 wait=self._wait_for_everyone,
-                writer=None if engine is None else engine.write,
+                writer=None if self.text.engine is None else self.text.engine.write,
                 **self._sampling(),
             )
-        if engine is not None:
-            engine.close()  # training rolls nothing out
+        if self.text.engine is not None:
+            self.text.engine.close()  # training rolls nothing out
 
     def find_threshold(self) -> None:
         """Search for the threshold that gives the wanted teacher share, where one is wanted; `train` does it first."""
