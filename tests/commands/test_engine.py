@@ -139,3 +139,18 @@ def test_evaluations_that_vllm_cannot_write_are_refused_in_one_line(run, models,
 def test_options_of_the_engine_that_cannot_be_are_refused_in_one_line(run, models, children, options, message):
     code, _, err = run("rollout", *pair(models), "--prompt", "Once", *options)
     assert code == 2 and message in err and err.strip().count("\n") == 0
+
+
+def test_vllm_leaves_room_for_the_models_on_the_same_gpu(run, models, children, monkeypatch):
+    """It took its own default, 92% of a GPU on which student and teacher lie already."""
+    import torch
+
+    from switchkd.models import forward
+
+    options = (*pair(models), "--prompt", "Once", "--max_completion_length", 4, "--rollout_engine", "vllm")
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "device_of", lambda model: torch.device("cuda"))
+        for more in ((), ("--vllm_gpu_memory_utilization", 0.5)):
+            assert run("rollout", *options, *more)[0] == 0
+    assert run("rollout", *options)[0] == 0  # on a CPU vLLM decides
+    assert [child.options.get("gpu_memory_utilization") for child in children] == [0.3, 0.5, None]

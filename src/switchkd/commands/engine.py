@@ -18,7 +18,10 @@ def add_engine_options(group: Any) -> None:
     )
     group.add_argument("--vllm_python", metavar="PATH", help="Python of an environment with vLLM (default: this one)")
     group.add_argument(
-        "--vllm_gpu_memory_utilization", type=float, metavar="X", help="share of a GPU's memory that vLLM takes"
+        "--vllm_gpu_memory_utilization",
+        type=float,
+        metavar="X",
+        help="share of a GPU's memory that vLLM takes (default: 0.3, because the models lie there too)",
     )
     group.add_argument(
         "--vllm_tensor_parallel_size", type=int, default=1, metavar="N", help="GPUs that vLLM splits each layer over"
@@ -64,14 +67,19 @@ def writer(
         return
     from switchkd.engine.vllm.engine import Engine, lengths_for
     from switchkd.engine.vllm.weights import plain_name
+    from switchkd.models.forward import device_of
+    from switchkd.training.options import DistillationOptions
 
+    share = options.vllm_gpu_memory_utilization
+    if share is None and device_of(student).type != "cpu":
+        share = DistillationOptions.vllm_gpu_memory_utilization  # both models lie there too
     with Engine(
         student,
         teacher,
         python=options.vllm_python,
         **lengths_for(student, teacher, text, draft_length),
         max_num_seqs=options.batch_size,
-        gpu_memory_utilization=options.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=share,
         tensor_parallel_size=options.vllm_tensor_parallel_size,
         trust_remote_code=options.trust_remote_code,
         student_name=plain_name(options.model_name_or_path, options.model_revision),
