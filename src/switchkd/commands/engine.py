@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from switchkd.cli.options import is_terminal
 from switchkd.errors import UserError, check_choice, check_count, check_range
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ def writer(
     share = options.vllm_gpu_memory_utilization
     if share is None and device_of(student).type != "cpu":
         share = DistillationOptions.vllm_gpu_memory_utilization  # both models lie there too
+    if is_terminal(sys.stderr):
+        print("starting vLLM, which takes half a minute", file=sys.stderr)
     with Engine(
         student,
         teacher,
