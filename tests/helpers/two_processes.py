@@ -30,6 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "share_held": {**MIDDLE, "target_teacher_share": 0.3},
     "accumulated": {**MIDDLE, "gradient_accumulation_steps": 2},
     "uneven": UNEVEN,
+    "large steps": {**MIDDLE, "max_steps": 4, "family": "llama", "lora": True, "lora_alpha": 32, "double": True},
     "skipped": {"method": "kd"},
 }
 #: The same with the student sharded: families with a tied head and without, adapters, a last batch that is not full.
@@ -120,18 +121,20 @@ def trained(
     family: str = "gpt2",
     rows: int = 8,
     lora: bool = False,
+    lora_alpha: int = 4,
+    double: bool = False,
     **options: Any,
 ) -> Any:
-    """A trainer on a global batch of 4, however many processes share it."""
+    """A trainer on a global batch of 4, however many processes share it; in float64 with `double`."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it for good
-    teacher = BUILDERS[family](seed=1)
+    student, teacher = BUILDERS[family](), BUILDERS[family](seed=1)
     teacher.generation_config.eos_token_id = [EOS_ID, *range(40, 55)]
     torch.manual_seed(0)
     if lora:
         from peft import LoraConfig
 
         options["peft_config"] = LoraConfig(
-            r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+            r=4, lora_alpha=lora_alpha, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
         )
     arguments = {
         "train_dataset": Dataset.from_list(RAGGED_ROWS[:rows]),
@@ -144,7 +147,10 @@ def trained(
     }
     if kind != "alone":
         arguments |= copy.deepcopy(KINDS[kind][1])  # transformers changes them
-    return build_trainer(folder, BUILDERS[family](), teacher, **(arguments | options))
+    trainer = build_trainer(folder, student, teacher, **(arguments | options))
+    if double:
+        trainer.model.double(), teacher.double()
+    return trainer
 
 
 def spoil(trainer: Any) -> None:

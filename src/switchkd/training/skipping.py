@@ -198,8 +198,9 @@ class SkippingTrainer(Trainer):
 
 
 def magnitude(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of all absolute values, a float32 scalar: nan or inf where one of them is."""
+    """Return the sum of all absolute values, a scalar in float32 at least: nan or inf where one of them is."""
     if not tensors:
         return torch.zeros(())
-    norms = torch._foreach_norm(list(tensors), 1, dtype=torch.float32)
+    widest = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    norms = torch._foreach_norm(list(tensors), 1, dtype=widest)
     return torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
