@@ -4,15 +4,16 @@
     python benchmarks/plan_check.py --shapes gpt2 lora
 
 Every shape trains `--steps` optimizer steps on random weights and random prompts, in a process of its own, under
-PyTorch's profiler, which notes every allocation of every tensor: weights, caches, temporaries of kernels. Highest
-totals are compared phase by phase with the prediction, which sees the configurations only. The last line of stdout is
-one JSON object.
+PyTorch's profiler, which notes every allocation of every tensor: weights, caches, temporaries of kernels. Shapes of two
+processes train in both, and the first is measured. Highest totals are compared phase by phase with the prediction,
+which sees the configurations only. The last line of stdout is one JSON object.
 """
 
 import argparse
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,9 @@ LLAMA_TEACHER = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hi
 QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True}
 NARROW = {"vocab_size": 2000}
 
+#: Two processes.
+TWO = {"rows": 4, "prompt": 32, "completion": 96, "gpus": 2, "sharding": "fsdp2"}
+
 #: Name -> student, teacher, options of the run.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gpt2": (GPT2, GPT2_TEACHER, {"rows": 4, "prompt": 32, "completion": 32}),
@@ -78,6 +82,15 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         GPT2_TEACHER,
         {"rows": 8, "prompt": 64, "completion": 64, "rolls_out": False, "objective": "forward_kl"},
     ),
+    "gpt2, ddp x 2": (GPT2, GPT2_TEACHER, {**TWO, "sharding": "ddp"}),
+    "gpt2, fsdp2 x 2": (GPT2, GPT2_TEACHER, {**TWO, "copy_dtype": "float32"}),
+    "llama, fsdp2 x 2": (LLAMA, LLAMA_TEACHER, {**TWO, "copy_dtype": "float32"}),
+    "llama, fsdp2 x 2, dataset answers": (
+        LLAMA,
+        LLAMA_TEACHER,
+        {**TWO, "rolls_out": False, "objective": "forward_kl"},
+    ),
+    "llama, teacher shared by 2": (LLAMA, LLAMA_TEACHER, {**TWO, "sharding": "ddp", "shards_teacher": True}),
 }
 
 
@@ -140,7 +153,7 @@ def train(launch: Launch, name: str, steps: int) -> dict[str, float]:
             "prompt_ids": [generator.randrange(2, 2000) for _ in range(lengths[row % 2])],
             "completion_ids": [generator.randrange(2, 2000) for _ in range(launch.completion)],
         }
-        for row in range(launch.rows * launch.accumulation * steps)
+        for row in range(launch.rows * launch.accumulation * steps * launch.gpus)
     ]
     peft_config = None
     if launch.adapter is not None:
@@ -171,6 +184,9 @@ def train(launch: Launch, name: str, steps: int) -> dict[str, float]:
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
+            fsdp=launch.sharding == "fsdp2",
+            ddp_find_unused_parameters=False if launch.sharding == "ddp" else None,
+            teacher_sharding="fsdp2" if launch.shards_teacher else "none",
             **(method if launch.rolls_out else {"method": "kd"}),
         )
         marks = Marks()
@@ -224,6 +240,23 @@ def check(name: str, steps: int) -> dict[str, Any]:
     return {"predicted": predicted(launch), "measured": train(launch, name, steps)}
 
 
+def first_of(words: list[str], processes: int, name: str) -> str:
+    """Return what the first of some processes prints that train together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    running = []
+    for rank in map(str, range(processes)):
+        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        environment = {**os.environ, **shared, **of_rank, "OMP_NUM_THREADS": "1"} if processes > 1 else None
+        with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads would fill up
+            running.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=said, text=True))
+    printed = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{name}: failed; run it with --child to see why")
+    return printed[0]
+
+
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Return the table: measured and predicted peaks, and the quotient of both in every phase."""
     rows = []
@@ -255,10 +288,7 @@ def main() -> None:
     results = {}
     for name in options.shapes:
         words = [sys.executable, __file__, "--child", "--steps", str(options.steps), "--shapes", name]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-        results[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        results[name] = json.loads(first_of(words, launch_of(name).gpus, name).strip().splitlines()[-1])
         print(f"{name}: done", file=sys.stderr, flush=True)
     print(table(results))
     errors = [abs(one["predicted"]["peak"] / one["measured"]["peak"] - 1.0) for one in results.values()]

@@ -12,7 +12,7 @@ from switchkd.errors import UserError
 from switchkd.training.advice import CHANGES, first_changes, relief_of, sized
 from switchkd.training.cost import CARDS, card_of, communicated_bytes, keep_rate, measured_card, step_seconds
 from switchkd.training.footprint import Adapter, footprint_of
-from switchkd.training.memory import PHASES, Launch, copy_dtype, optimizer_bytes
+from switchkd.training.memory import PHASES, Launch, copy_dtype, optimizer_bytes, rows_that_fit, slots_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -92,6 +92,20 @@ def test_a_sharded_teacher_is_there_once_and_its_passes_wait_for_its_layers(laun
         step_seconds(run.launch, run.student, run.teacher, CARDS["h100"], rollout_rows=4) for run in (whole, shared)
     )
     assert after["rollout"] > before["rollout"] and after["update"] == before["update"]
+
+
+def test_fixed_shapes_stay_between_rollouts_and_are_counted_whole(launch):
+    """Rows were chosen as if caches ended with their text, and only the rollout was said to hold them."""
+    usual = sized(dataclasses.replace(launch, rows=3, rollout_rows=3))
+    fixed = sized(dataclasses.replace(usual.launch, static=True))
+    # Rows of 24 tokens and a draft get 32 slots, three of them the places of four.
+    share = usual.memory.phases["rollout"]["student key/values"] * (4 * slots_of(24)) / (3 * 24)
+    assert slots_of(24) == 32 and all(
+        parts["student key/values"] == pytest.approx(share) for parts in fixed.memory.phases.values()
+    )
+    sizes = {"rows": 1, "length": 600, "student": 6144, "readers": [12288, 24576], "vocabulary": 50257}
+    fit, held = rows_that_fit(**sizes), rows_that_fit(**sizes, static=True)
+    assert held < fit and held & (held - 1) == 0
 
 
 def test_states_of_the_optimizer_follow_its_name(launch):

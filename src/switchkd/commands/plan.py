@@ -189,6 +189,7 @@ def launch_of(options: argparse.Namespace) -> "Launch":
         offloads_states=options.offload_teacher_hidden,
         offloads_teacher=options.offload_teacher,
         shards_teacher=options.teacher_sharding != "none" and options.gpus > 1,
+        static=bool(options.cuda_graphs),
         rollout_rows=options.rollout_batch_size,
         draft=None if options.draft_length == "auto" else int(options.draft_length),
         copy_dtype=writes if plan.rolls_out else None,

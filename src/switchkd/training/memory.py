@@ -27,6 +27,8 @@ STATES = {
 }  # fmt: skip
 # Elements that DeepSpeed reduces at once (reduce_bucket_size).
 ZERO_BUCKET = 5e8
+#: Parts of a rollout that stay where its shapes are fixed.
+HELD = ("student key/values", "teacher key/values", "drafts")
 PHASES = ("rollout", "teacher pass", "loss", "backward", "optimizer")
 
 
@@ -58,6 +60,7 @@ class Launch:
         offloads_states: `offload_teacher_hidden`.
         offloads_teacher: `offload_teacher`.
         shards_teacher: Whether `teacher_sharding` spreads the teacher's weights over the processes.
+        static: `cuda_graphs`: what a rollout decodes with has fixed shapes and stays between rollouts.
         rollout_rows: `rollout_batch_size`; None as many as fit into the memory of a micro-batch.
         draft: Tokens of a draft; None where the run chooses.
         copy_dtype: Precision of the inference copy that rollouts are written by; None without a copy.
@@ -88,6 +91,7 @@ class Launch:
     offloads_states: bool = False
     offloads_teacher: bool = False
     shards_teacher: bool = False
+    static: bool = False
     rollout_rows: int | None = None
     draft: int | None = None
     copy_dtype: str | None = None
@@ -159,6 +163,9 @@ def step_memory(launch: Launch, student: Footprint, teacher: Footprint | None) -
     """
     rows = decoded_rows(launch, student, teacher)
     in_rollout = _standing(launch, student, teacher)
+    decoding = _rollout(launch, student, teacher, rows) if launch.rolls_out else {}
+    if launch.static:
+        in_rollout |= {name: size for name, size in decoding.items() if name in HELD}
     standing = in_rollout | ({"inference copy": 0.0} if launch.offloads_copy else {})
     away = standing | ({"teacher weights": 0.0} if launch.offloads_teacher else {})
     gradients = _gradients(launch, student)
@@ -168,13 +175,11 @@ def step_memory(launch: Launch, student: Footprint, teacher: Footprint | None) -
     carried = {"kept teacher states": 0.0}
     if launch.rolls_out:
         # What the rounds filled is cut to the longest row at the end: a copy.
-        phases["rollout"] = (
-            in_rollout | {"kept teacher states": 2 * states * own} | _rollout(launch, student, teacher, rows)
-        )
+        phases["rollout"] = in_rollout | {"kept teacher states": 2 * states * own} | decoding
     if states:
         kept = states * (own if launch.states_dtype is None else BYTES[launch.states_dtype])
         carried["kept teacher states"] = kept / launch.accumulation if launch.offloads_states else kept
-    carried["gradients"] = gradients if launch.accumulation > 1 or launch.sharding != "none" else 0.0
+    carried["gradients"] = gradients if launch.accumulation > 1 or launch.sharding.startswith("zero") else 0.0
     kept_by_student = {"activations": float(student.kept), "gathered weights": _gathered(launch, student)}
     if launch.reads_teacher and not states and teacher is not None:
         phases["teacher pass"] = standing | carried | kept_by_student
@@ -185,8 +190,8 @@ def step_memory(launch: Launch, student: Footprint, teacher: Footprint | None) -
     if launch.reads_teacher:
         phases["loss"] |= _gathered_teacher(launch, teacher, layers=0)
     phases["backward"] = away | carried | kept_by_student
-    if carried["gradients"]:
-        phases["backward"]["activations"] = float(student.next_pass)
+    if carried["gradients"] or launch.sharded:  # sharded ones are made whole for a layer at a time
+        phases["backward"] |= {"gradients": gradients, "activations": float(student.next_pass)}
     else:
         phases["backward"] |= {"gradients": gradients, "activations": max(student.first_pass - gradients, 0.0)}
     updating = {"gradients": gradients, "temporaries": _update_temporaries(launch, student)}
@@ -226,12 +231,19 @@ def decoded_rows(launch: Launch, student: Footprint, teacher: Footprint | None) 
         return min(launch.rollout_rows, prompts)
     models = [one for one in (student, teacher) if one is not None]
     fit = rows_that_fit(
-        launch.rows, launch.length, student.states, [one.key_values for one in models], student.vocabulary
+        launch.rows,
+        launch.length,
+        student.states,
+        [one.key_values for one in models],
+        student.vocabulary,
+        static=launch.static,
     )
     return min(fit, prompts)
 
 
-def rows_that_fit(rows: int, length: int, student: int, readers: Sequence[int], vocabulary: int) -> int:
+def rows_that_fit(
+    rows: int, length: int, student: int, readers: Sequence[int], vocabulary: int, *, static: bool = False
+) -> int:
     """Return how many rows are decoded at once: as many as fit into what training one micro-batch takes.
 
     An estimate from the models' shapes: training keeps `KEPT_STATES` states of every position and layer of the
@@ -244,11 +256,19 @@ def rows_that_fit(rows: int, length: int, student: int, readers: Sequence[int], 
         student: Layers times hidden width of the student.
         readers: Numbers that the cache of each model that reads keeps for a token.
         vocabulary: Ids that the student scores.
+        static: Whether shapes are fixed, see `slots_of`: rows then are a power of two.
     """
+    length = slots_of(length) if static else length
     trained = rows * length * student * KEPT_STATES * 4
     cached = sum(length * numbers * 4 for numbers in readers)
     drafted = DRAFTED_POSITIONS * VOCABULARY_ROWS * vocabulary * 4
-    return max((trained + MEMORY_BUDGET) // (cached + drafted), rows)
+    fit = (trained + MEMORY_BUDGET) // (cached + drafted)
+    return max(1 << (fit.bit_length() - 1) if static and fit else fit, rows)
+
+
+def slots_of(length: int) -> int:
+    """Return how many tokens a row of fixed shape has room for: its own and a draft beyond, a power of two."""
+    return 1 << (length + DRAFTED_POSITIONS - 1).bit_length()
 
 
 def weight_bytes(model: Footprint, dtype: str) -> float:
@@ -292,6 +312,8 @@ def _standing(launch: Launch, student: Footprint, teacher: Footprint | None) -> 
         "student weights": weights / parts if launch.sharded else weights,
         "optimizer states": states / parts if launch.splits_states else states,
         "inference copy": 0.0 if launch.copy_dtype is None else student.parameters * BYTES[launch.copy_dtype],
+        # What DDP reduces is a copy, which stays.
+        "gradient buckets": float(student.gradients) if launch.sharding == "ddp" else 0.0,
         "teacher weights": 0.0
         if teacher is None
         else weight_bytes(teacher, launch.teacher_dtype) / (parts if launch.shards_teacher else 1),
@@ -302,8 +324,6 @@ def _gradients(launch: Launch, student: Footprint) -> float:
     size = float(student.gradients)
     if launch.sharding in ("zero2", "zero3") and launch.bf16:
         size /= 2
-    if launch.sharding == "ddp":
-        return 2 * size  # the buckets that are reduced are a copy
     if launch.sharding in ("zero2", "zero3"):
         number = 2.0 if launch.bf16 else 4.0
         return size / launch.gpus + min(2 * ZERO_BUCKET * number, 2 * size)
@@ -318,16 +338,17 @@ def _gathered(launch: Launch, student: Footprint) -> float:
 
 
 def _gathered_teacher(launch: Launch, teacher: Footprint | None, *, layers: int = 2) -> dict[str, float]:
-    """The same of a sharded teacher: beside layers what lies outside of them, with its output layer."""
+    """The same of a sharded teacher; what lies outside of its layers is there twice while it is gathered."""
     if teacher is None or not launch.shards_teacher:
         return {}
-    return {"gathered teacher weights": (layers * teacher.layer + teacher.outside) * BYTES[launch.teacher_dtype]}
+    numbers = teacher.outside + (max(layers * teacher.layer, teacher.outside) if layers else 0)
+    return {"gathered teacher weights": numbers * BYTES[launch.teacher_dtype]}
 
 
 def _rollout(launch: Launch, student: Footprint, teacher: Footprint | None, rows: int) -> dict[str, float]:
     """Caches and drafts while text is written."""
     reading = launch.copy_dtype or launch.compute_dtype
-    wide = launch.length
+    wide, rows = (slots_of(launch.length), 1 << (rows - 1).bit_length()) if launch.static else (launch.length, rows)
     numbers = {"student": BYTES[reading], "teacher": BYTES[_plain(launch.teacher_dtype)]}
     if not launch.cuda:
         numbers = dict.fromkeys(numbers, 4.0)  # on a CPU caches of half precision are slower
@@ -353,6 +374,9 @@ def _rollout(launch: Launch, student: Footprint, teacher: Footprint | None, rows
             parts["temporaries"] += 2.0 * student.parameters  # autocast keeps what it has cast
     if teacher is not None and not launch.shards_teacher:
         parts["temporaries"] = parts.get("temporaries", 0.0) + teacher.copied
+    if launch.sharded:
+        # Before it the copy takes over one whole tensor after the other, each there twice while it is gathered.
+        parts["gathered weights"] = max(2.0 * student.largest - sum(parts.values()), 0.0)
     return parts
 
 

@@ -133,6 +133,7 @@ def launch_of(trainer: Any) -> Launch:
         offloads_states=args.offload_teacher_hidden,
         offloads_teacher=args.offload_teacher,
         shards_teacher=args.teacher_sharding != "none",
+        static=args.cuda_graphs,
         rollout_rows=trainer.rollout_rows,
         draft=None if args.draft_length == "auto" else int(args.draft_length),
         copy_dtype=_copy_dtype(trainer, student),

@@ -379,7 +379,9 @@ def rollout_rows(student: Any, teacher: Any | None, args: SwitchConfig) -> int:
     states = shapes[0].num_hidden_layers * shapes[0].hidden_size
     readers = [key_values_of(shape) for shape in shapes]
     length = args.max_prompt_length + args.max_completion_length
-    return rows_that_fit(args.train_batch_size, length, states, readers, model_vocabulary_size(student))
+    return rows_that_fit(
+        args.train_batch_size, length, states, readers, model_vocabulary_size(student), static=args.cuda_graphs
+    )
 
 
 def sampling_options(args: SwitchConfig, excluded_ids: Sequence[int] = ()) -> dict[str, Any]:
