@@ -1,10 +1,13 @@
 """One of two processes fails in some way while both train; not a test, `test_peers.py` starts it."""
 
+import datetime
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+from torch import distributed
 
 from helpers.tiny import build_gpt2, build_trainer
 from switchkd.cli.main import run
@@ -37,7 +40,10 @@ class Fails:
             schedule="constant",
             ddp_backend="gloo",
         )
-        write = trainer.text.write
+        write, limit = trainer.text.write, datetime.timedelta(seconds=4)
+        if self.fault == "apart":
+            self.elsewhere = distributed.new_group(timeout=limit)
+            distributed.distributed_c10d._set_pg_timeout(limit)
 
         def writes(*args, **kwargs):
             if self.mine and trainer.state.global_step == 2:
@@ -58,6 +64,9 @@ class Fails:
             raise UserError("this row cannot be read; remove it")
         if self.fault == "broken":
             raise ZeroDivisionError("no such number")
+        if self.fault == "apart":  # alive, in a collective that the other never comes to
+            peers.enter("another room")
+            distributed.barrier(group=self.elsewhere)
         if self.fault == "slow":
             time.sleep(4 * peers.LOST_AFTER)
 

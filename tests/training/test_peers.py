@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import faults, seqkd_parts
+from torch import distributed
 from training.test_distributed import started
 
 from switchkd.cli.main import run
@@ -82,6 +83,28 @@ def test_a_process_that_computes_for_long_is_not_lost(tmp_path):
     finally:
         for process in running:
             process.kill()
+
+
+@pytest.mark.long
+def test_processes_that_wait_for_each_other_in_vain_end_with_what_each_does(tmp_path):
+    """Both alive, each in a collective of its own: the time-out was a traceback that named nobody."""
+    code, output, other_code, other_output = ended(tmp_path, "apart-1", 0)
+    assert code == other_code == LostProcess.code
+    for (line,) in (lines_of(output), lines_of(other_output)):
+        assert "the processes wait for each other in vain" in line and "process 1 is in another room" in line
+        assert "process 0 is in the training of step 3" in line or "process 0 is in the rollout of step 3" in line
+
+
+def test_it_is_said_once_when_nobody_begins_anything_new(capsys, monkeypatch):
+    monkeypatch.setattr(peers, "STALLED_AFTER", 5.0)
+    watch = peers._Watch(distributed.HashStore(), 0, 2)
+    watch.doing = {0: ("the rollout of step 3", 0.0)}
+    for now in (1.0, 5.5, 6.5, 7.0):
+        watch._note(0, "the rollout of step 3", now)
+        watch._note(1, "the training of step 3", now)
+    said = capsys.readouterr().err
+    assert said.count("nothing new for 6 s") == 1 == said.count("\n")
+    assert "process 0 is in the rollout of step 3, process 1 is in the training of step 3" in said
 
 
 def test_one_process_alone_is_not_watched():

@@ -23,6 +23,8 @@ BEAT = 1.0
 LOST_AFTER = 40.0
 #: The same once a collective has failed here, which says that somebody is gone but not who.
 LOST_AFTER_FAILURE = 6.0
+#: Seconds after which it is said that no process has begun anything new.
+STALLED_AFTER = 600.0
 #: Seconds that a process which fails waits until the others have said why.
 TOLD_WITHIN = 8.0
 DONE = "done"
@@ -39,6 +41,9 @@ class _Watch:
         self.store = distributed.PrefixStore(f"switchkd/{_Watch.count}", store.clone())
         self.others = [other for other in range(ranks) if other != rank]
         self.patience = LOST_AFTER
+        #: Process -> what it does, as far as it is known here, and since when.
+        self.doing: dict[int, tuple[str, float]] = {rank: (self.phase, time.monotonic())}
+        self._told_of_stall = False
         self._beats = itertools.count(1)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="switchkd-peers", daemon=True)
@@ -70,14 +75,31 @@ class _Watch:
                 return
             if fault is not None:
                 self.store.set(f"heard/{self.rank}", "")
-                self._end(UserError(fault))
+                self._end(LostProcess(fault) if self._read("stuck") else UserError(fault))
             now = time.monotonic()
+            self._note(self.rank, self.phase, now)
             for other, sign in signs.items():
                 if sign is not None and sign != seen[other][0]:
                     seen[other] = sign, now
+                self._note(other, (sign or "").partition(" ")[2], now)
                 sign, since = seen[other]
                 if sign not in ("", DONE) and now - since > self.patience:
                     self._end(LostProcess(self._lost(f"process {other} of {self.ranks}", sign.partition(" ")[2])))
+
+    def _note(self, process: int, phase: str, now: float) -> None:
+        """Keep in mind what a process does; once nobody has begun anything new for long, say so."""
+        if self.doing.get(process, ("", 0.0))[0] != phase:
+            self.doing[process] = phase, now
+            self._told_of_stall = False
+        newest = max(since for _, since in self.doing.values())
+        if self.rank == 0 and not self._told_of_stall and now - newest > STALLED_AFTER:
+            self._told_of_stall = True
+            sys.stderr.write(f"switchkd: nothing new for {now - newest:.0f} s: {self.everybody()}\n")
+
+    def everybody(self) -> str:
+        """Return what each process does, in words."""
+        names = sorted(self.doing.items())
+        return ", ".join(f"process {process} is in {phase or 'the start'}" for process, (phase, _) in names)
 
     def _lost(self, who: str, phase: str) -> str:
         last = f", last in {phase}" if phase else ""
@@ -93,11 +115,18 @@ class _Watch:
         sys.stderr.flush()
         os._exit(error.code)
 
-    def tell(self, message: str) -> None:
-        """Let the others end with this message, and wait until they have heard it."""
+    def tell(self, message: str, *, stuck: bool = False) -> None:
+        """Let the others end with this message, and wait until they have heard it.
+
+        Args:
+            message: One line.
+            stuck: Whether it is no mistake but a wait in vain, after which the same command may go on.
+        """
         self._stopped.set()
         with contextlib.suppress(distributed.DistError, RuntimeError):
             if not self.store.check(["fault"]):
+                if stuck:
+                    self.store.set("stuck", "1")
                 self.store.set("fault", f"process {self.rank} of {self.ranks}: {message}")
             self._await_others(TOLD_WITHIN)
 
@@ -155,6 +184,13 @@ def together() -> Iterator[None]:
             # Another one is gone or has said why: the thread finds out and ends this process.
             watch.patience = LOST_AFTER_FAILURE
             time.sleep(LOST_AFTER_FAILURE + 3 * BEAT)
+            if _timed_out(error):  # and it does not: all are alive
+                message = (
+                    f"the processes wait for each other in vain (a time-out of process {rank}): {watch.everybody()}; "
+                    "look at what each said, and start the same command again with --resume_from_checkpoint auto"
+                )
+                watch.tell(message, stuck=True)
+                raise LostProcess(message) from error
         watch.tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         raise
     except BaseException:
@@ -178,3 +214,8 @@ def _failed_together(error: Exception) -> bool:
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out waiting")
     is_known = isinstance(error, distributed.DistError)
     return is_known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether a collective was given up because nobody else came to it in time."""
+    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
