@@ -1,6 +1,9 @@
 """Laws of the inference copy: the student's logits at the moment of `refresh`, adapters merged, memory in its place."""
 
+import contextlib
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -178,6 +181,55 @@ def test_wrappers_are_looked_through():
     student = build_llama(train=True)
     wrapped = torch.nn.ModuleDict({"module": student})
     assert torch.equal(logits(InferenceCopy(wrapped).refresh(wrapped)), logits(student))
+
+
+def released(model):
+    """Leave what ZeRO-3 leaves of a model's parameters between passes: nothing, and their shape beside it."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.ds_tensor = number, parameter.shape, parameter.data.clone()
+        parameter.data = parameter.data.new_empty(0)
+    return model
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """A stand-in for DeepSpeed that gathers parameters and lets them go; how many were whole at once, each time.
+
+    The real one is run by `training/test_distributed.py` where it is installed.
+    """
+    seen: list[int] = []
+
+    @contextlib.contextmanager
+    def gathers(parameters):
+        seen.append(len(parameters))
+        for parameter in parameters:
+            parameter.data = parameter.ds_tensor
+        yield
+        for parameter in parameters:
+            parameter.data = parameter.ds_tensor.new_empty(0)
+
+    zero = types.SimpleNamespace(GatheredParameters=gathers)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    return seen
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_copy_of_a_student_under_zero3_gathers_one_parameter_at_a_time(family, lora, gathered):
+    student, twin = (BUILDERS[family](seed=4) for _ in range(2))
+    if lora:
+        student, twin = with_lora(student), with_lora(twin)
+    made = InferenceCopy(released(student))
+    assert gathered == []  # shapes are known without
+    expected = logits(InferenceCopy(twin).refresh(twin))
+    assert torch.equal(logits(made.refresh(student)), expected)
+    assert set(gathered) == {1} and len(gathered) == len(list(student.parameters()))
+    for parameter in student.parameters():
+        parameter.ds_tensor.mul_(1.0 + parameter.requires_grad)
+    gathered.clear()
+    assert not torch.equal(logits(made.refresh(student)), expected)
+    if lora:  # bases of adapters are merged anew; what nothing trains is not copied again
+        assert 0 < len(gathered) < len(list(student.parameters()))
 
 
 @pytest.mark.parametrize(

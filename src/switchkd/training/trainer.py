@@ -30,12 +30,7 @@ from switchkd.training.calibration import Calibration
 from switchkd.training.callback import LoopCallback
 from switchkd.training.card import Origin
 from switchkd.training.config import SwitchConfig
-from switchkd.training.guards import (
-    refuse_arguments,
-    refuse_launch,
-    require_evaluation,
-    warn_of_precision,
-)
+from switchkd.training.guards import refuse_arguments, refuse_launch, require_evaluation, warn_of_precision
 from switchkd.training.log import RunningMeans, TextWatch, append_rows
 from switchkd.training.out_of_memory import ExplainingTrainer
 from switchkd.training.peers import enter, together
@@ -160,14 +155,15 @@ class SwitchTrainer(ReferenceTrainer, SkippingTrainer, SavingTrainer, Explaining
         warn_of_precision(args)
         refuse_launch(gpus=args.n_gpu, writes_text=self.plan.writes_text, flat=self.has_flat_parameters)
         logger.info(f"training runs in {self.launched_as()}")
-        self.teacher_model = None if teacher is None else frozen(teacher, args.device, offload=args.offload_teacher)
+        shared = args.teacher_sharding == "fsdp2"  # its shares go to the device, never the whole
+        if teacher is not None:
+            teacher = frozen(teacher, args.device, offload=args.offload_teacher or shared)
+        self.teacher_model, self.teacher_shards = teacher, ShardedTeacher(teacher, args.device) if shared else None
         with self._teacher_at_hand() as teacher:
             for role, reader in (("student", self.model), ("teacher", teacher)):
                 require_readable(reader, role)  # micro-batches are padded on the left
-        if teacher is not None and args.teacher_sharding == "fsdp2":
-            self.teacher_shards = ShardedTeacher(teacher, args.device)
         head = output_head(self.model)  # measured here, so that a warning comes before the first step
-        # FSDP1 and ZeRO-3 let go of the head after its pass; of an adapter on it FSDP2 gathers each part.
+        # FSDP1 and ZeRO-3 let go of the head after its pass; FSDP2 gathers each part of an adapter on it.
         if self.sharding in ("fsdp1", "zero3") or (self.sharding and head is not None and not head.is_plain):
             self.step_loss = replace(self.step_loss, full_logits=True)
         self.writer = Writer(
