@@ -10,11 +10,12 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 WORKERS ?= 2
 LOWER := .venv-lower
 VLLM := .venv-vllm
+DEEPSPEED := .deepspeed
 # Which laws of vLLM: all, or an expression of pytest.
 LAWS ?=
 CORE := test_switch test_sampling test_divergences test_loss test_entry test_trainer test_golden
 
-.PHONY: demo test test-long test-vllm test-vllm-long lint install docs docs-serve test-lower-bounds clean
+.PHONY: demo test test-long test-vllm test-vllm-long test-deepspeed lint install docs docs-serve test-lower-bounds clean
 
 demo: $(VENV)/.installed  ## Install, then distil the embedded student with SWITCH (about 2 minutes on 2 cores).
 	$(BIN)/switchkd demo --output_dir $(DEMO_DIR)
@@ -31,6 +32,9 @@ test-vllm: install $(VLLM)/.installed  ## The laws of rollouts on vLLM, in an en
 
 test-vllm-long: install $(VLLM)/.installed  ## Those that take minutes: exact distributions, two workers, two processes.
 	SWITCHKD_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm -m long
+
+test-deepspeed: install $(DEEPSPEED)/.installed  ## ZeRO-2 and ZeRO-3 in two processes; DeepSpeed lies outside of .venv.
+	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) $(BIN)/python -m pytest tests/training/test_distributed.py -k "zero2 or zero3"
 
 lint: install  ## Style, types, and the file tree in README.md.
 	$(BIN)/ruff check src tests benchmarks docs/theme
@@ -73,5 +77,10 @@ $(VLLM)/.installed: tests/vllm/requirements.txt constraints.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH) -r tests/vllm/requirements.txt
 	touch $@
 
+# Not in .venv: where it is installed other libraries behave otherwise.
+$(DEEPSPEED)/.installed: constraints.txt
+	$(PIP) --no-deps --target $(DEEPSPEED) deepspeed hjson py-cpuinfo einops msgpack ninja
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWER) $(VLLM) runs build dist site src/*.egg-info
+	rm -rf $(VENV) $(LOWER) $(VLLM) $(DEEPSPEED) runs build dist site src/*.egg-info

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers.command_line import Run, evaluate_options
 
+from switchkd.cli.run_folder import RunFolder
 from switchkd.cli.signals import NUMBERS, heard, stop
 from switchkd.commands import scoring
 
@@ -35,6 +36,7 @@ def test_a_signal_ends_an_evaluation_with_the_call_that_goes_on(
         if any("seed" in row for row in rows):
             os.kill(os.getpid(), number)
 
+    RunFolder(str(tmp_path / "earlier"), "evaluate").claim({})  # by a call that did not let go of it
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     options = evaluate_options(models, models / "student", folder, "--batch_size", 2)
     with handled(number, usual), monkeypatch.context() as patch:

@@ -79,6 +79,7 @@ def run(commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = No
         # A terminal that lacks a character of the text gets an escape, not a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    release_folders()  # of an earlier command of this process: the first one held is this command's own
     try:
         return _run(commands, arguments)
     except UserError as error:
