@@ -154,3 +154,19 @@ def test_vllm_leaves_room_for_the_models_on_the_same_gpu(run, models, children, 
             assert run("rollout", *options, *more)[0] == 0
     assert run("rollout", *options)[0] == 0  # on a CPU vLLM decides
     assert [child.options.get("gpu_memory_utilization") for child in children] == [0.3, 0.5, None]
+
+
+def test_rollout_hands_vllm_all_prompts_at_once(run, models, children, monkeypatch):
+    """One `--batch_size` after the other: the places of texts that had ended stayed empty."""
+    asked, real = [], StubChild.roll_out
+    monkeypatch.setattr(StubChild, "roll_out", lambda self, *a, **k: asked.append(k or a) or real(self, *a, **k))
+    prompts = [word for text in ("Once", "Two of", "And so") for word in ("--prompt", text)]
+    options = (*pair(models), *prompts, "--max_completion_length", 6, "--seed", 2)
+    written = []
+    for more in ((), ("--rollout_engine", "vllm", "--batch_size", 1)):
+        code, out, err = run("rollout", *options, *more)
+        assert code == 0, err
+        written.append([row["completion_ids"] for row in json.loads(out)["rollouts"]])
+    assert written[0] == written[1]
+    # Beside it there is the test of itself that the engine makes, of two rows.
+    assert max(len(one["prompts"]) for one in asked) == 3 and sum(len(one["prompts"]) == 1 for one in asked) == 0

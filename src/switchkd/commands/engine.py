@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from switchkd.rollout import Rollout
 
 
+# Batches that vLLM is handed in one call: it gives the places of ended texts to waiting prompts.
+BATCHES_PER_CALL = 16
+
+
 def add_engine_options(group: Any) -> None:
     """Add the options of the engine to a group of a parser; they are called as those of training."""
     group.add_argument(
@@ -47,6 +51,11 @@ def check_engine_options(options: argparse.Namespace) -> None:
     for name, idle in (("python", None), ("gpu_memory_utilization", None), ("tensor_parallel_size", 1)):
         if (value := getattr(options, f"vllm_{name}")) != idle:
             raise UserError(f"vllm_{name}={value} does nothing: rollout_engine is transformers; remove it")
+
+
+def rows_per_call(options: argparse.Namespace) -> int:
+    """Return how many rows the writer is handed at once: vLLM batches by itself, and never lets a place stay empty."""
+    return int(options.batch_size) * (BATCHES_PER_CALL if options.rollout_engine == "vllm" else 1)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from switchkd.cli.options import OptionParser, flag
 from switchkd.cli.rollouts import legend, rollout_block, rollout_text, tokens_block, tokens_text
 from switchkd.cli.run_folder import RunFolder
 from switchkd.commands.data import add_data_options, check_data_options, prepare_data, template_kwargs
-from switchkd.commands.engine import add_engine_options, check_engine_options, writer
+from switchkd.commands.engine import add_engine_options, check_engine_options, rows_per_call, writer
 from switchkd.commands.pair import (
     add_pair_options,
     add_sampling_options,
@@ -99,8 +99,10 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     text = max(map(len, prompts)) + options.max_completion_length
     with writer(options, student, teacher, text, draft_length=options.draft_length) as write:
-        for start in range(0, len(prompts), options.batch_size):
-            batch = prompts[start : start + options.batch_size]
+        # The likeliest tokens of both models are read batch by batch here, whoever writes.
+        at_once = options.batch_size if options.top_tokens else rows_per_call(options)
+        for start in range(0, len(prompts), at_once):
+            batch = prompts[start : start + at_once]
             rollout = _roll_out(options, write, policy, student, teacher, batch, start, eos, excluded_ids)
             rollouts.append(rollout)
             if folder is not None and start == 0:

@@ -13,7 +13,7 @@ from switchkd.cli.options import is_terminal
 from switchkd.cli.run_folder import NOT_KEPT, RunFolder, plain, read_config
 from switchkd.cli.sealed import append_sealed, read_sealed
 from switchkd.commands.data import prepare_data
-from switchkd.commands.engine import writer
+from switchkd.commands.engine import rows_per_call, writer
 from switchkd.commands.pair import read_excluded_ids, read_model, read_tokenizer
 from switchkd.commands.score_tables import score_tables
 from switchkd.data.prepared import prepared_facts
@@ -29,8 +29,6 @@ from switchkd.training.inputs import of_weights
 ANSWERS = "answers.jsonl"
 # What a resumed evaluation may change: its answers do not depend on it.
 _MAY_CHANGE = ("output_dir", "batch_size", "resume", "vllm_python", "vllm_gpu_memory_utilization", *NOT_KEPT)
-# Batches that vLLM is handed in one call: it gives the places of ended answers to waiting prompts.
-BATCHES_PER_CALL = 16
 
 
 class Scoring:
@@ -100,7 +98,7 @@ class Scoring:
         check_answerable(model, data, self.seeds, *lengths)  # before anything is computed or written
         by_engine: dict[str, Any] = {}
         if options.rollout_engine == "vllm":
-            by_engine = {"writer": self._answer, "rows_per_call": BATCHES_PER_CALL * options.batch_size}
+            by_engine = {"writer": self._answer, "rows_per_call": rows_per_call(options)}
             if len(written) < len(data) * len(self.seeds):
                 self._started(model)  # what is wrong with it is said before anything is computed
         claimed = resumes
