@@ -16,6 +16,8 @@ from torch import Tensor
 #: the two models, the student's entropy and the surprisal of its likeliest token, the drafted token's rank in the
 #: teacher's order. A policy of the user's own may compare something else.
 MEASURED = ("jsd_nats", "kl_nats", "entropy_nats", "surprisal_nats", "rank")
+#: What a rollout has for every token `[B, C]`; `drafted_ids` only where it was asked for.
+TOKEN_COLUMNS = ("completion_ids", "completion_mask", "author", "divergence", "threshold", "drafted_ids")
 
 
 def unit_of(measured: str | None) -> str:
@@ -156,9 +158,13 @@ class Rollout:
 
     def first(self, count: int) -> "Rollout":
         """Return the first rows, without teacher states; `stats` stay those of all rows."""
-        names = ["prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "author", "divergence", "threshold"]
-        names += ["drafted_ids"] if self.drafted_ids is not None else []
-        return replace(self, **{name: getattr(self, name)[:count] for name in names}, teacher_hidden=None)
+        return self.part(slice(count))
+
+    def part(self, rows: slice) -> "Rollout":
+        """Return some rows, without teacher states; `stats` stay those of all rows."""
+        names = ("prompt_ids", "prompt_mask", *TOKEN_COLUMNS)
+        found = {name: value[rows] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **found, teacher_hidden=None)
 
     def completions(self) -> list[list[int]]:
         """Return the ids of every completion without padding, the end of sequence included."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 
@@ -37,6 +38,14 @@ def main(folder: Path, processes: int, *, shape: dict[str, Any] | None = None, *
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "weights": {name: value.detach().clone() for name, value in trainer.model.named_parameters()},
     }
+
+
+def assert_trained_alike(found: dict[str, Any], wanted: dict[str, Any], *, rel: float, atol: float) -> None:
+    """Two processes took the two steps that one did: losses within `rel`, weights within `atol`."""
+    assert (found["processes"], wanted["processes"], len(found["losses"])) == (2, 1, 2)
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=rel)
+    for name, value in wanted["weights"].items():
+        assert torch.allclose(found["weights"][name], value, atol=atol), name
 
 
 if __name__ == "__main__":

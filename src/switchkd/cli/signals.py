@@ -26,16 +26,23 @@ def stop(number: int, frame: Any) -> None:
     raise Stopped(f"stopped by {signal.Signals(number).name}", number)
 
 
+def may_listen() -> bool:
+    """Return whether signals are this process's and this thread's to hear.
+
+    Several processes are left to their launcher: one that waits for another in a collective would not hear.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return alone and threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
     """Let the signals of `NUMBERS` raise `Stopped` inside.
 
-    A signal that is ignored, as `nohup` has it, or that somebody else handles stays so, and several processes are left
-    to their launcher: one that waits for another in a collective would not hear.
+    A signal that is ignored, as `nohup` has it, or that somebody else handles stays so.
     """
     global _listening
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not alone or threading.current_thread() is not threading.main_thread():
+    if not may_listen():
         yield
         return
     _listening = os.getpid()

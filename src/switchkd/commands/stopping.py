@@ -1,17 +1,15 @@
 """What a training does when it is asked to stop: it ends its step, saves a checkpoint, and says where."""
 
 import contextlib
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
-from switchkd.cli.signals import stop
+from switchkd.cli.signals import NUMBERS, may_listen, stop
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, *NUMBERS)
 #: Seconds that the step in hand may still take; after that the last checkpoint must do.
 GRACE = 8.0
 
@@ -35,8 +33,7 @@ class Stopper(TrainerCallback):
         Several processes must agree on the step they stop at, so that they are left to their launcher. A signal that
         is ignored, as `nohup` and shells in the background have it, or that somebody else handles stays so.
         """
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        if not alone or threading.current_thread() is not threading.main_thread():
+        if not may_listen():
             yield
             return
         usual = (signal.SIG_DFL, signal.default_int_handler, stop)

@@ -189,22 +189,23 @@ def _command(name: str, folder: Path, values: Mapping[str, Any]) -> dict[str, An
     with whole(config) as part:
         part.write(text)
     module = import_module(f"switchkd.commands.{name}")
-    flags = ["--config", str(config)]
-    result: dict[str, Any]
+
+    def run(*flags: str) -> dict[str, Any]:
+        result: dict[str, Any] = module.run(module.parser().resolve(["--config", str(config), *flags]), Console())
+        return result
+
     if same and name == "train" and (trained := _trained(folder)) is not None:
         print(f"trained before: {folder}")
         return trained
     if same and _is_cut_off(name, folder):
         goes_on = ["--resume_from_checkpoint", "auto"] if name == "train" else ["--resume"]
         try:
-            result = module.run(module.parser().resolve([*flags, *goes_on]), Console())
-            return result
+            return run(*goes_on)
         except UserError as error:
             print(f"cannot go on from what is there, begins again: {error}")
     if folder.exists():
         shutil.rmtree(folder)  # what a run that did not end left behind: a comparison owns the folders of its runs
-    result = module.run(module.parser().resolve(flags), Console())
-    return result
+    return run()
 
 
 def _trained(folder: Path) -> dict[str, Any] | None:
@@ -221,4 +222,6 @@ def _is_cut_off(name: str, folder: Path) -> bool:
     """Whether a command left something that it can go on from; of what ended, the answers may be damaged."""
     if name == "train":
         return any(folder.glob("checkpoint-*"))
-    return (folder / "answers.jsonl").is_file() and not (folder / "summary.json").is_file()
+    from switchkd.commands.scoring import ANSWERS
+
+    return (folder / ANSWERS).is_file() and not (folder / "summary.json").is_file()

@@ -27,10 +27,7 @@ class LaunchedTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         state: Any = self.accelerator.state
         if self.args.deepspeed_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
-            if torch.accelerator.is_available():
-                raise UserError(
-                    "DeepSpeed with use_cpu beside a GPU is not supported: hide it (CUDA_VISIBLE_DEVICES='')"
-                )
+            _refuse_beside_gpu("DeepSpeed")
             plugin: Any = self.args.deepspeed_plugin
             plugin.set_mixed_precision(self.accelerator.mixed_precision)
             state.deepspeed_plugins, self.is_deepspeed_enabled = plugin, True
@@ -39,8 +36,7 @@ class LaunchedTrainer(Trainer):
         # accelerate itself sets this in processes that it launches, and where a plugin is given.
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if asked and state.distributed_type == DistributedType.MULTI_CPU:
-            if torch.accelerator.is_available():
-                raise UserError("FSDP with use_cpu beside a GPU is not supported: hide it (CUDA_VISIBLE_DEVICES='')")
+            _refuse_beside_gpu("FSDP")
             plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
             refuse_unsaved(plugin)
             if self.accelerator.mixed_precision != "no":
@@ -58,8 +54,12 @@ class LaunchedTrainer(Trainer):
         """What spreads the student's weights over the processes: fsdp1, fsdp2, zero3, or None."""
         if self.is_fsdp_enabled:
             return "fsdp2" if self.accelerator.is_fsdp2 else "fsdp1"
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return "zero3" if zero3 else None
+        return "zero3" if self.zero_stage == 3 else None
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage, 0 to 3; None without DeepSpeed."""
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else None
 
     @property
     def has_flat_parameters(self) -> bool:
@@ -74,8 +74,8 @@ class LaunchedTrainer(Trainer):
         names = {"fsdp1": "FSDP1", "fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}
         names = {kind: f"{name}: the student is sharded" for kind, name in names.items()}
         name = names.get(self.sharding or "", "DDP: every process has the whole student")
-        if self.is_deepspeed_enabled and self.sharding is None:
-            name = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+        if self.zero_stage is not None and self.sharding is None:
+            name = f"DeepSpeed ZeRO-{self.zero_stage}"
         return f"{self.args.world_size} processes, {name} ({torch.distributed.get_backend()}, {state.device.type})"
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -83,6 +83,11 @@ class LaunchedTrainer(Trainer):
         padded = self.accelerator.pad_across_processes(values.to(self.args.device), pad_index=math.nan)
         values = self.accelerator.gather(padded)
         return values[~values.isnan()]
+
+
+def _refuse_beside_gpu(what: str) -> None:
+    if torch.accelerator.is_available():
+        raise UserError(f"{what} with use_cpu beside a GPU is not supported: hide it (CUDA_VISIBLE_DEVICES='')")
 
 
 def refuse_unsaved(plugin: Any) -> None:

@@ -106,9 +106,7 @@ def launch_of(trainer: Any) -> Launch:
             modules_to_save=tuple(found.modules_to_save or ()),
         )
     keeps = bool(plan.teacher_writes and args.reuse_teacher_hidden and teacher is not None and output_head(teacher))
-    processes, shards = args.world_size, trainer.sharding
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 2:
-        shards = "zero2"
+    processes, shards = args.world_size, "zero2" if trainer.zero_stage == 2 else trainer.sharding
     return Launch(
         _text(student),
         None if teacher is None else _text(teacher),

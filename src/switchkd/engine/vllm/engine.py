@@ -100,7 +100,7 @@ class Engine:
         teacher: nn.Module | str | None,
         *,
         python: str | None = None,
-        draft_length: int = 4,
+        draft_length: int = DRAFT_LENGTH,
         dtype: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,

