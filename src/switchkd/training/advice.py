@@ -152,12 +152,7 @@ def relief_of(run: Sized, phase: str) -> Change | None:
 
 def option_of(text: str, launch: Launch) -> str:
     """Return an option with the values that a run then has."""
-    return text.format(
-        rows=launch.rows,
-        accumulation=launch.accumulation,
-        rollout_rows=launch.rollout_rows,
-        teacher_dtype=launch.teacher_dtype,
-    )
+    return text.format(rows=launch.rows, accumulation=launch.accumulation, rollout_rows=launch.rollout_rows)
 
 
 def _half_precision_teacher(launch: Launch) -> Launch | None:

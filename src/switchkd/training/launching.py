@@ -71,11 +71,13 @@ class LaunchedTrainer(Trainer):
         state: Any = self.accelerator.state
         if self.args.world_size == 1:
             return "one process"
-        names = {"fsdp1": "FSDP1", "fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}
-        names = {kind: f"{name}: the student is sharded" for kind, name in names.items()}
-        name = names.get(self.sharding or "", "DDP: every process has the whole student")
-        if self.zero_stage is not None and self.sharding is None:
+        if self.sharding is not None:
+            names = {"fsdp1": "FSDP1", "fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}
+            name = f"{names[self.sharding]}: the student is sharded"
+        elif self.zero_stage is not None:
             name = f"DeepSpeed ZeRO-{self.zero_stage}"
+        else:
+            name = "DDP: every process has the whole student"
         return f"{self.args.world_size} processes, {name} ({torch.distributed.get_backend()}, {state.device.type})"
 
     def _gathered(self, values: Tensor) -> Tensor:
